@@ -1,0 +1,91 @@
+"""The protocols of physml; the first file to read.
+
+A *model* maps arrays to arrays. A *stepper* holds a model and knows what the arrays mean. A *constraint* knows physics.
+An *objective* turns a stepper and a window of data into a loss. Registries of their configs are plain dicts:
+`physml.models.MODELS`, `physml.steppers.STEPPERS`, `physml.constraints.CONSTRAINTS`, `physml.data.FORMATS`,
+`physml.metrics.METRICS`, `physml.objectives.OBJECTIVES`.
+"""
+
+from typing import Any, Protocol, runtime_checkable
+
+import jax
+from jaxtyping import Float
+
+from physml.fields import ArrayLike, Context, Signature, Spec, Window
+
+Key = jax.Array  # typed PRNG key of jax.random.key
+Frame = Any  # (batch, *space, channel), physical units
+State = Any  # any pytree: recent frames, a Gaussian, latent vectors, ...
+
+
+@runtime_checkable
+class Model(Protocol):
+    """An nnx.Module from normalized fields to normalized fields."""
+
+    def __call__(
+        self, fields: Float[ArrayLike, "batch *space inputs"], scalars: Float[ArrayLike, "batch scalars"]
+    ) -> Float[ArrayLike, "batch *space outputs"]: ...
+
+
+class ModelConfig(Protocol):
+    """A frozen dataclass of an architecture's choices; the signature gives the shapes."""
+
+    def build(self, signature: Signature, rngs: Any) -> Model: ...
+
+
+@runtime_checkable
+class Constraint(Protocol):
+    """Physics of a frame, in physical units. Projecting twice is projecting once; after it `violation` vanishes."""
+
+    def violation(self, frame: Frame, previous: Frame, context: Context) -> Float[ArrayLike, "batch laws"]: ...
+
+    def project(self, frame: Frame, previous: Frame, context: Context) -> Frame: ...
+
+
+@runtime_checkable
+class Stepper(Protocol):
+    """An nnx.Module that holds model, normalizer and constraints: physical units in, physical units out.
+
+    `history` frames go in (zero for operator learning, where only static fields and parameters are given).
+    """
+
+    history: int
+    spec: Spec
+
+    def encode(self, frames: Float[ArrayLike, "batch history *space channel"], context: Context) -> State: ...
+
+    def advance(self, state: State, context: Context) -> State:
+        """One step; the body of the scan. `context` belongs to the frame to be predicted."""
+        ...
+
+    def decode(self, state: State) -> Frame: ...
+
+
+class StepperConfig(Protocol):
+    """A frozen dataclass. `signature` says what model the stepper needs (None: it needs none)."""
+
+    def signature(self, spec: Spec) -> Signature | None: ...
+
+    def build(self, spec: Spec, model: Model | None, normalizer: Any, constraints: tuple[Constraint, ...]) -> Stepper: ...
+
+
+class Objective(Protocol):
+    """A training strategy: a frozen dataclass, pure, usable in a notebook."""
+
+    def frames(self, history: int) -> int:
+        """Length of the window that the loader must cut."""
+        ...
+
+    def __call__(
+        self, stepper: Stepper, window: Window, key: Key
+    ) -> tuple[Float[ArrayLike, ""], dict[str, jax.Array]]: ...
+
+
+@runtime_checkable
+class Dataset(Protocol):
+    """One split: random access, stateless, numpy, physical units, no batch axis."""
+
+    spec: Spec
+    lengths: tuple[int, ...]  # frames per trajectory
+
+    def read(self, trajectory: int, frames: range) -> Window: ...

@@ -1,0 +1,47 @@
+"""Typed errors. Each message says what came, what was expected and what to do next.
+
+Catch `PhysmlError` to catch them all. The command line prints the message as one line and exits with 2.
+"""
+
+import difflib
+from collections.abc import Iterable
+
+
+class PhysmlError(Exception):
+    """Root of every error that physml raises on purpose."""
+
+
+class ConfigError(PhysmlError, ValueError):
+    """An option, an experiment field or a combination of them that cannot work."""
+
+
+class SpecError(PhysmlError, ValueError):
+    """Names, units, grids or shapes that do not fit each other."""
+
+
+class DataError(PhysmlError, ValueError):
+    """A data file that is missing, damaged, incomplete, or holds values that are not allowed."""
+
+
+class CheckpointError(PhysmlError, ValueError):
+    """A saved run or model that is missing, damaged, or does not fit the program that reads it."""
+
+
+class ConversionError(PhysmlError, ValueError):
+    """Foreign weights that do not match the model they are converted to."""
+
+
+class DivergedError(PhysmlError, ArithmeticError):
+    """Training or a rollout left the finite numbers."""
+
+
+class DependencyError(PhysmlError, ImportError):
+    """An optional package is absent; the message names the extra to install."""
+
+
+def suggest(name: str, valid: Iterable[str]) -> str:
+    """" Did you mean 'x'? Valid: ..." for an unknown `name`; to be put at the end of a message."""
+    valid = sorted(valid)
+    close = difflib.get_close_matches(str(name), valid, n=1, cutoff=0.5)
+    hint = f" Did you mean {close[0]!r}?" if close else ""
+    return f"{hint} Valid: {', '.join(valid) or 'none'}."

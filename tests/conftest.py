@@ -22,7 +22,7 @@ from physml.fields import Axis, Channel, Grid, Spec, Window  # noqa: E402
 
 @pytest.fixture(scope="session")
 def shared_data() -> pathlib.Path:
-    """The folder of real data next to the repository (`PHYSML_SHARED_DATA`, or ../shared/data); skips where there is none."""
+    """The folder of real data (`PHYSML_SHARED_DATA`, or ../shared/data beside the repository); skips without one."""
     folder = pathlib.Path(os.environ.get("PHYSML_SHARED_DATA", ROOT.parent / "shared" / "data"))
     if not folder.is_dir():
         pytest.skip(f"no real data at {folder}; set PHYSML_SHARED_DATA to the folder that holds it")
@@ -51,9 +51,7 @@ def tiny_spec(shape=(8, 6), channels=("u", "v"), periodic=True, **fields) -> Spe
     """A spec on a unit box; `fields` may hold forcing, static and parameters as tuples of names."""
     axes = tuple(Axis.uniform(name, n, periodic=periodic) for name, n in zip("xyz", shape, strict=False))
     groups = {key: tuple(Channel(name) for name in names) for key, names in fields.items() if key != "time_step"}
-    return Spec(
-        Grid(axes), tuple(Channel(name) for name in channels), **groups, time_step=fields.get("time_step", 1.0)
-    )
+    return Spec(Grid(axes), tuple(Channel(name) for name in channels), **groups, time_step=fields.get("time_step", 1.0))
 
 
 def tiny_window(spec: Spec, batch=3, frames=4, seed=0, **fields) -> Window:

@@ -19,7 +19,9 @@ def test_sizes_fill_the_devices(layout, devices, sizes):
     assert layout.sizes(devices) == sizes
 
 
-@pytest.mark.parametrize("layout", [Layout(data=8), Layout(data=-1, space=3), Layout(data=-1, space=-1), Layout(data=0)])
+@pytest.mark.parametrize(
+    "layout", [Layout(data=8), Layout(data=-1, space=3), Layout(data=-1, space=-1), Layout(data=0)]
+)
 def test_sizes_that_do_not_fit_are_refused(layout):
     with pytest.raises(ConfigError):
         layout.sizes(4)

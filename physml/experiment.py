@@ -1,0 +1,144 @@
+"""One experiment: a tree of frozen dataclasses, written in Python or YAML, from which every object is built.
+
+Precedence: defaults of the classes < the experiment file < overrides such as `model.width=32`. Unknown keys are errors
+that name the nearest valid one. The resolved tree is written into the run folder and reads back to an equal one.
+"""
+
+import dataclasses
+import runpy
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from physml import coding
+from physml.constraints import CONSTRAINTS
+from physml.data import DataConfig, SyntheticConfig
+from physml.errors import ConfigError
+from physml.metrics import METRICS
+from physml.models import MODELS
+from physml.normalize import KINDS
+from physml.objectives import OBJECTIVES, OneStep
+from physml.parallel.mesh import Layout
+from physml.steppers import STEPPERS, ResidualConfig
+from physml.training import TrainingConfig
+
+DATA = {"files": DataConfig, "synthetic": SyntheticConfig}
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """How the test split is scored after training.
+
+    Attributes:
+        steps: leads, counted in frames.
+        starts: start frames per trajectory, evenly spread (0: every possible one).
+        floors: steppers scored beside the model, with their default options.
+        metrics: names of `physml.metrics.METRICS`; empty means all that apply to the data.
+        spectrum_leads: leads (counted in frames) whose energy spectrum is kept; empty means first, middle and last.
+        batch: start frames that are rolled out at once.
+    """
+
+    steps: int = 20
+    starts: int = 0
+    floors: tuple[str, ...] = ("persistence",)
+    metrics: tuple[str, ...] = ()
+    spectrum_leads: tuple[int, ...] = ()
+    batch: int = 32
+
+    def __post_init__(self):
+        if self.steps < 1 or self.batch < 1 or self.starts < 0:
+            raise ConfigError(f"evaluation needs steps >= 1, batch >= 1 and starts >= 0, but got {self}.")
+        for names, registry, what in ((self.floors, STEPPERS, "floor"), (self.metrics, METRICS, "metric")):
+            for name in names:
+                if name not in registry:
+                    from physml.errors import suggest
+
+                    raise ConfigError(f"{name!r} is no {what}." + suggest(name, registry))
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """What to train, on what, how, and how to score it.
+
+    Attributes:
+        name: folder of the run.
+        data: where the splits come from.
+        model: the architecture; None for steppers that need no network (the floors).
+        stepper: what the network's output means.
+        normalization: "zscore", "rms" or "identity", fitted to the training split.
+        constraints: projections applied after every step, in order.
+        objective: the loss.
+        training: optimizer, batch, length.
+        start_from: a run or saved model whose weights training starts from (fine-tuning); empty: random weights.
+        layout: device mesh.
+        evaluation: scoring on the test split.
+        seed: of initial weights, batch order and noise.
+    """
+
+    name: str = "run"
+    data: Any = coding.tagged(DATA, default=None)
+    model: Any = coding.tagged(MODELS, default=None)
+    stepper: Any = coding.tagged(STEPPERS, default=ResidualConfig())
+    normalization: str = "zscore"
+    constraints: tuple[Any, ...] = coding.tagged(CONSTRAINTS, default=())
+    objective: Any = coding.tagged(OBJECTIVES, default=OneStep())
+    training: TrainingConfig = TrainingConfig()
+    start_from: str = ""
+    layout: Layout = Layout()
+    evaluation: Evaluation = Evaluation()
+    seed: int = 0
+
+    def __post_init__(self):
+        if self.normalization not in KINDS:
+            raise ConfigError(f"normalization is {self.normalization!r}, but it must be one of {', '.join(KINDS)}.")
+        if not self.name or Path(self.name).name != self.name:
+            raise ConfigError(f"name is {self.name!r}, but it must be a folder name without slashes.")
+
+
+def load_experiment(source: "Experiment | str | Path", overrides: Iterable[str] = ()) -> Experiment:
+    """An experiment from a Python file that defines `config`, a YAML file, or an object, with overrides applied.
+
+    A Python file is the user's own program and is executed; a YAML file is only read.
+    Raises ConfigError for a missing file, a file without `config`, unknown fields and wrong types.
+    """
+    experiment = source if isinstance(source, Experiment) else _read(Path(source))
+    overrides = list(overrides)
+    if not overrides:
+        return experiment
+    return coding.from_dict(Experiment, coding.override(to_dict(experiment), overrides), "experiment")
+
+
+def _read(path: Path) -> Experiment:
+    if not path.is_file():
+        raise ConfigError(
+            f"There is no experiment file {str(path)!r}. Give a .py file that defines `config`, or a .yaml file."
+        )
+    if path.suffix == ".py":
+        config = runpy.run_path(str(path), run_name="physml_experiment").get("config")
+        if not isinstance(config, Experiment):
+            raise ConfigError(f"{path} does not define `config = Experiment(...)`, it defines {type(config).__name__}.")
+        return config
+    if path.suffix not in (".yaml", ".yml"):
+        raise ConfigError(f"{path}: an experiment file ends in .py or .yaml.")
+    try:
+        data = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not readable as YAML: {error}") from error
+    return coding.from_dict(Experiment, data or {}, str(path))
+
+
+def to_dict(experiment: Experiment) -> dict[str, Any]:
+    """Plain containers that `load_experiment` reads back to an equal experiment."""
+    return coding.to_dict(experiment)
+
+
+def to_yaml(experiment: Experiment) -> str:
+    """The resolved experiment as YAML."""
+    return yaml.safe_dump(to_dict(experiment), sort_keys=False, width=100)
+
+
+def renamed(experiment: Experiment, name: str | None) -> Experiment:
+    return dataclasses.replace(experiment, name=name) if name else experiment

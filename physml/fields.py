@@ -92,7 +92,7 @@ def _cell_weights(grid: Grid) -> np.ndarray:
             shape = [1] * grid.ndim
             shape[i] = len(axis)
             weights = weights * np.asarray(axis.weights).reshape(shape)
-    weights = (weights / weights.mean()).astype(np.float32)
+    weights = np.asarray(weights / weights.mean(), np.float32)  # a space of zero axes would give a scalar
     weights.flags.writeable = False
     return weights
 

@@ -1,0 +1,192 @@
+"""Objectives on a stepper whose loss and gradient are known by hand: u -> a u."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from numpy.testing import assert_allclose
+
+from physml.errors import ConfigError, SpecError
+from physml.fields import Axis, Channel, Grid, Spec, Window
+from physml.metrics.losses import MSE, RelativeLp
+from physml.normalize import Normalizer
+from physml.objectives import OBJECTIVES, OneStep, Unrolled
+from physml.steppers import DirectConfig, ResidualConfig
+
+SPEC = Spec(Grid((Axis.uniform("x", 4),)), (Channel("u"),))
+A, U0, TRUTH = 0.8, 2.0, 1.5
+LEADS = [(A**k * U0 - TRUTH) ** 2 for k in (1, 2, 3)]
+
+
+class Scale(nnx.Module):
+    def __init__(self, factor, noise=0.0):
+        self.factor = nnx.Param(jnp.float32(factor))
+        self.noise = noise
+
+    def __call__(self, fields, scalars):
+        return self.factor[...] * fields
+
+
+def stepper(factor=A, normalizer=None, config=None):
+    return (config or DirectConfig()).build(SPEC, Scale(factor), normalizer or Normalizer.identity(SPEC))
+
+
+def constant_window(frames=4, first=U0):
+    values = np.full((2, frames, 4, 1), TRUTH, "f4")
+    values[:, 0] = first
+    return Window.of(values, SPEC)
+
+
+def gradient(objective, window=None, **built):
+    """d loss / d a."""
+    graphdef, params, rest = nnx.split(stepper(**built), nnx.Param, ...)
+
+    def loss(params):
+        return objective(nnx.merge(graphdef, params, rest), window or constant_window(), jax.random.key(0))[0]
+
+    return float(jax.jit(jax.grad(loss))(params)["model"]["factor"][...])
+
+
+def value(objective, window=None, **built):
+    return objective(stepper(**built), window or constant_window(), jax.random.key(0))
+
+
+def test_one_step_loss_and_gradient():
+    loss, aux = value(OneStep())
+    assert_allclose(loss, LEADS[0], rtol=1e-6)
+    assert_allclose(aux["channel"], [LEADS[0]], rtol=1e-6)
+    assert_allclose(gradient(OneStep()), 2 * (A * U0 - TRUTH) * U0, rtol=1e-5)
+
+
+def test_unrolled_loss_and_gradient_reach_back_through_every_step():
+    objective = Unrolled(steps=3)
+    loss, aux = value(objective)
+    assert_allclose(loss, np.mean(LEADS), rtol=1e-5)
+    assert_allclose(aux["lead"], LEADS, rtol=1e-5)
+    expected = np.mean([2 * (A**k * U0 - TRUTH) * k * A ** (k - 1) * U0 for k in (1, 2, 3)])
+    assert_allclose(gradient(objective), expected, rtol=1e-5)
+
+
+def test_pushforward_gradient_is_that_of_the_last_step_alone():
+    """With u2 = a^2 u0 held constant, d/da (a u2 - t)^2 = 2 (a u2 - t) u2."""
+    objective = Unrolled(steps=3, differentiate=1)
+    assert_allclose(value(objective)[0], LEADS[2], rtol=1e-5)
+    before = A**2 * U0
+    expected = 2 * (A * before - TRUTH) * before
+    assert_allclose(gradient(objective), expected, rtol=1e-5)
+    assert_allclose(gradient(OneStep(), constant_window(first=before)), expected, rtol=1e-5)
+
+
+def test_truncation_keeps_the_last_steps():
+    """Two of three: u1 = a u0 is constant, leads 2 and 3 are scored."""
+    u1 = A * U0
+    expected = np.mean([2 * (A**k * u1 - TRUTH) * k * A ** (k - 1) * u1 for k in (1, 2)])
+    assert_allclose(gradient(Unrolled(steps=3, differentiate=2)), expected, rtol=1e-5)
+    assert_allclose(gradient(Unrolled(steps=3, differentiate=3)), gradient(Unrolled(steps=3)), rtol=1e-6)
+
+
+def test_leads_are_weighted():
+    assert_allclose(value(Unrolled(steps=2, weights=(3.0, 1.0)))[0], (3 * LEADS[0] + LEADS[1]) / 4, rtol=1e-5)
+    expected = (LEADS[0] + 0.5 * LEADS[1] + 0.25 * LEADS[2]) / 1.75
+    assert_allclose(value(Unrolled(steps=3, discount=0.5))[0], expected, rtol=1e-5)
+
+
+def test_recomputing_changes_nothing():
+    assert_allclose(gradient(Unrolled(steps=3, remat=True)), gradient(Unrolled(steps=3)), rtol=1e-6)
+
+
+def test_spaces_are_units():
+    normalizer = Normalizer(SPEC, [1.0], [4.0], [0.5])
+    config = ResidualConfig()
+    # model input (2 - 1) / 4 = 0.25, output 0.8 * 0.25 = 0.2, frame 2 + 0.2 * 0.5 = 2.1
+    error = 2.1 - TRUTH
+    for space, unit in (("physical", 1), ("normalized", 4), ("increment", 0.5)):
+        loss, _ = value(OneStep(space=space), normalizer=normalizer, config=config)
+        assert_allclose(loss, (error / unit) ** 2, rtol=1e-5)
+    # relative to the size of the true increment, 2 -> 1.5
+    loss, _ = value(OneStep(RelativeLp(), "increment"), normalizer=normalizer, config=config)
+    assert_allclose(loss, 0.6 / 0.5, rtol=1e-5)
+
+
+def test_later_increments_start_from_the_true_frame():
+    """A relative loss of increments at lead 2: truth stands still, so its increment is 0 and the error 2 a u - t."""
+    normalizer = Normalizer(SPEC, [0.0], [1.0], [1.0])
+    window = Window.of(np.array([1.0, 2.0, 4.0], "f4").reshape(1, 3, 1, 1) * np.ones((1, 3, 4, 1), "f4"), SPEC)
+    _, aux = value(Unrolled(2, loss=RelativeLp(), space="increment"), window, normalizer=normalizer, factor=1.0)
+    assert_allclose(aux["lead"], [1.0 / 1.0, 3.0 / 2.0], rtol=1e-5)
+
+
+def test_history_zero_learns_an_operator(tiny):
+    spec = tiny.spec((6,), ("u",), static=("coefficient",))
+    static = np.linspace(1, 2, 12, dtype="f4").reshape(2, 6, 1)
+    window = Window.of(3 * static[:, None], spec, static=static)
+    operator = DirectConfig(history=0).build(spec, Scale(2.0), Normalizer.identity(spec))
+    loss, _ = OneStep()(operator, window, jax.random.key(0))
+    assert_allclose(loss, np.mean(static**2), rtol=1e-5)
+    assert OneStep().frames(0) == 1
+    with pytest.raises(ConfigError, match="history 0"):
+        OneStep(space="increment")(operator, window, jax.random.key(0))
+
+
+def test_many_steps_are_one_scan():
+    """The program does not grow with the number of steps."""
+
+    def size(objective):
+        graphdef, state = nnx.split(stepper())
+        window = constant_window(objective.frames(1))
+        return len(str(jax.make_jaxpr(lambda s: objective(nnx.merge(graphdef, s), window, jax.random.key(0)))(state)))
+
+    assert size(Unrolled(200)) < 1.1 * size(Unrolled(3))
+    assert size(Unrolled(200, differentiate=100)) < 1.1 * size(Unrolled(4, differentiate=2))
+
+
+def test_frozen_steps_keep_nothing_for_the_backward_pass():
+    """Residuals of the gradient: those of the differentiated steps only."""
+
+    def stored(objective):
+        graphdef, params, rest = nnx.split(stepper(), nnx.Param, ...)
+        window = constant_window(objective.frames(1))
+        _, backward = jax.vjp(lambda p: objective(nnx.merge(graphdef, p, rest), window, jax.random.key(0))[0], params)
+        return sum(leaf.size for leaf in jax.tree.leaves(backward))
+
+    full, part, short = (stored(o) for o in (Unrolled(64), Unrolled(64, differentiate=2), Unrolled(2)))
+    assert full > 10 * short
+    assert part < 3 * short + 66 * 8  # the window itself may be kept
+
+
+def test_each_step_has_its_own_key():
+    class NoisyStepper(type(stepper())):
+        def advance(self, state, context):
+            noise = jax.random.normal(context.key, ())
+            return super().advance(state, context) + noise
+
+    noisy = NoisyStepper(DirectConfig(), SPEC, Scale(1.0), Normalizer.identity(SPEC))
+    _, first = Unrolled(3)(noisy, constant_window(), jax.random.key(0))
+    _, again = Unrolled(3)(noisy, constant_window(), jax.random.key(0))
+    _, other = Unrolled(3)(noisy, constant_window(), jax.random.key(1))
+    assert_allclose(first["lead"], again["lead"])
+    assert abs(first["lead"] - other["lead"]).max() > 1e-3
+    _, tail = Unrolled(3, differentiate=1)(noisy, constant_window(), jax.random.key(0))
+    assert_allclose(tail["lead"], first["lead"][2:], rtol=1e-6)  # the same noise in the frozen steps
+
+
+def test_masked_cells_do_not_train():
+    mask = np.ones((2, 4, 1), "f4")
+    mask[:, 2] = 0
+    frames = constant_window().frames * mask[:, None]
+    masked = Window.of(frames, SPEC, mask=mask)
+    assert_allclose(value(OneStep(), masked)[0], LEADS[0], rtol=1e-6)
+
+
+def test_bad_arguments_are_named():
+    with pytest.raises(SpecError, match="1 \\(history\\) \\+ 9 \\(steps\\)"):
+        value(Unrolled(9))
+    for wrong in (
+        {"steps": 0}, {"differentiate": 0}, {"steps": 2, "differentiate": 3}, {"weights": (1.0,)}, {"discount": 0.0},
+        {"weights": (1.0, 1.0), "discount": 0.5}, {"loss": "mze"}, {"space": "fourier"},
+    ):  # fmt: skip
+        with pytest.raises(ConfigError):
+            Unrolled(**wrong)
+    assert OneStep("mse") == OneStep(MSE())
+    assert sorted(OBJECTIVES) == ["one_step", "unrolled"]

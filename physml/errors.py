@@ -35,12 +35,21 @@ class DivergedError(PhysmlError, ArithmeticError):
     """Training or a rollout left the finite numbers."""
 
 
+class Interrupted(PhysmlError):
+    """Training stopped on request (SIGTERM, SIGINT) after saving its state; the command line exits with 75.
+
+    75 is EX_TEMPFAIL of sysexits.h: try again later, with `--resume auto`.
+    """
+
+    exit_code = 75
+
+
 class DependencyError(PhysmlError, ImportError):
     """An optional package is absent; the message names the extra to install."""
 
 
 def suggest(name: str, valid: Iterable[str]) -> str:
-    """" Did you mean 'x'? Valid: ..." for an unknown `name`; to be put at the end of a message."""
+    """ " Did you mean 'x'? Valid: ..." for an unknown `name`; to be put at the end of a message."""
     valid = sorted(valid)
     close = difflib.get_close_matches(str(name), valid, n=1, cutoff=0.5)
     hint = f" Did you mean {close[0]!r}?" if close else ""

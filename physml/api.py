@@ -124,7 +124,7 @@ def train(
 
 
 def initial_stepper(experiment: Experiment, train_split: XarrayDataset) -> Any:
-    """The stepper before training: fitted normalizer, fresh or given weights; a fitted floor when there is no network."""
+    """The stepper before training: fitted normalizer, fresh or given weights; without a network a fitted floor."""
     spec = train_split.spec
     if experiment.stepper.signature(spec) is None:
         return fit_floor(experiment.stepper, train_split)
@@ -227,8 +227,8 @@ def _claim(path: Path, experiment: Experiment, resume: str, overwrite: bool) -> 
         allowed = {"layout", "evaluation"}  # a run continues on other devices, and may be scored otherwise
         if set(changed) - allowed:
             raise ConfigError(
-                f"{path} was started with other settings of {sorted(set(changed) - allowed)}: it cannot be continued with "
-                "these. Use the same settings, or choose another --name."
+                f"{path} was started with other settings of {sorted(set(changed) - allowed)}: it cannot be continued "
+                "with these. Use the same settings, or choose another --name."
             )
     elif path.exists() and any(path.iterdir()):
         raise ConfigError(f"{path} exists and is not a run folder. Choose another --name.")

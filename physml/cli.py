@@ -256,8 +256,7 @@ class Models(Common):
         if self.name not in MODELS:
             raise ConfigError(f"There is no model {self.name!r}." + suggest(self.name, MODELS))
         config = MODELS[self.name]
-        options = {f.name: f"{f.type if isinstance(f.type, str) else getattr(f.type, '__name__', f.type)} = {f.default!r}"
-                   for f in dataclasses.fields(config)}  # fmt: skip
+        options = {f.name: f"{getattr(f.type, '__name__', f.type)} = {f.default!r}" for f in dataclasses.fields(config)}
         return {"model": self.name, "about": config.__doc__, "options": options}
 
 
@@ -473,7 +472,7 @@ def _show(verb: Common, result: dict[str, Any]) -> None:
 
 
 def _compile_cache() -> None:
-    """Compiled programs are kept between runs; JAX_COMPILATION_CACHE_DIR chooses where, PHYSML_COMPILE_CACHE=off turns it off."""
+    """Keeps compiled programs below JAX_COMPILATION_CACHE_DIR or PHYSML_CACHE; PHYSML_COMPILE_CACHE=off: nowhere."""
     if os.environ.get("PHYSML_COMPILE_CACHE") == "off" or "JAX_COMPILATION_CACHE_DIR" in os.environ:
         return
     root = Path(os.environ.get("PHYSML_CACHE", Path.home() / ".cache" / "physml"))
@@ -481,7 +480,7 @@ def _compile_cache() -> None:
 
 
 def _progress(verb: Common, what: str):
-    from physml.training.progress import open_progress
+    from physml.progress import open_progress
 
     return open_progress(what, quiet=verb.quiet or verb.json)
 

@@ -62,6 +62,7 @@ class Burgers:
     precision: Literal["float32", "float64"] = "float64"
 
     axes: ClassVar[tuple[str, ...]] = ("x",)
+    usual_steps: ClassVar[int] = 40
     parameters: ClassVar[tuple[str, ...]] = ("viscosity",)
     equation: ClassVar[str] = "u_t + u u_x = viscosity u_xx"
     channels: ClassVar[tuple[Channel, ...]] = (Channel("u"),)
@@ -128,6 +129,7 @@ class KuramotoSivashinsky:
     precision: Literal["float32", "float64"] = "float64"
 
     axes: ClassVar[tuple[str, ...]] = ("x",)
+    usual_steps: ClassVar[int] = 140
     parameters: ClassVar[tuple[str, ...]] = ("viscosity",)
     equation: ClassVar[str] = "u_t + u u_x + u_xx + viscosity u_xxxx = 0"
     channels: ClassVar[tuple[Channel, ...]] = (Channel("u"),)
@@ -194,6 +196,7 @@ class DecayingNavierStokes:
     precision: Literal["float32", "float64"] = "float64"
 
     axes: ClassVar[tuple[str, ...]] = ("y", "x")
+    usual_steps: ClassVar[int] = 32
     parameters: ClassVar[tuple[str, ...]] = ("viscosity",)
     equation: ClassVar[str] = "omega_t + u . grad(omega) = viscosity laplace(omega), omega = dv/dx - du/dy, div u = 0"
 
@@ -270,6 +273,7 @@ class Kolmogorov:
     precision: Literal["float32", "float64"] = "float64"
 
     axes: ClassVar[tuple[str, ...]] = ("y", "x")
+    usual_steps: ClassVar[int] = 100
     parameters: ClassVar[tuple[str, ...]] = ("viscosity", "drag", "forcing_scale")
     equation: ClassVar[str] = (
         "u_t + u . grad(u) = -grad(p) + viscosity laplace(u) - drag u "

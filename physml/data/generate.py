@@ -1,0 +1,287 @@
+"""Trajectories of the reference solvers, written to files: reproducible, resumable, never half-written.
+
+The bytes of a file follow from the solver's config, the number of trajectories and steps, the seed and the split, on
+one kind of machine and one set of package versions. Trajectory i has a random key of its own, so it does not depend on
+how many there are, nor on how many are solved at once.
+"""
+
+import dataclasses
+import json
+import os
+import shutil
+import zipfile
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from physml import coding
+from physml.data import store
+from physml.errors import ConfigError, DataError, DivergedError, suggest
+from physml.progress import Progress, Silent
+from physml.solvers import SOLVERS, name_of
+from physml.solvers.ensemble import SPLITS, Ensemble, precision, usual_batch, warmup_steps
+
+FORMAT_VERSION = 1  # raise it whenever the same recipe gives other files: caches are keyed by it
+LARGEST_SEED = 2**32
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that decides what is generated.
+
+    Attributes:
+        solver: a config of `physml.solvers.SOLVERS`.
+        trajectories: how many.
+        steps: stored steps of each; a file holds `steps + 1` frames.
+        seed: 0 to 2**32 - 1.
+        split: "train", "valid" or "test": the same seed gives disjoint trajectories in each.
+    """
+
+    solver: Any
+    trajectories: int
+    steps: int
+    seed: int = 0
+    split: str = "train"
+
+    def __post_init__(self):
+        name_of(self.solver)
+        for name in ("trajectories", "steps"):
+            if type(getattr(self, name)) is not int or getattr(self, name) < 1:
+                raise ConfigError(f"{name} is {getattr(self, name)!r}, but it must be a whole number, at least 1.")
+        if type(self.seed) is not int or not 0 <= self.seed < LARGEST_SEED:
+            raise ConfigError(f"seed is {self.seed!r}, but it must be a whole number from 0 to {LARGEST_SEED - 1}.")
+        if self.split not in SPLITS:
+            raise ConfigError(f"There is no split {self.split!r}." + suggest(self.split, SPLITS))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain containers, enough to make the same file again."""
+        plain = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "solver"}
+        return {"solver": coding.to_dict(self.solver, SOLVERS), **plain, "format_version": FORMAT_VERSION}
+
+    @property
+    def command(self) -> str:
+        """The command line that generates the same trajectories."""
+        mine, usual = dataclasses.asdict(self.solver), dataclasses.asdict(type(self.solver)())
+        words = ["physml data generate", name_of(self.solver), "--out FILE", f"--trajectories {self.trajectories}"]
+        words += [f"--steps {self.steps}", f"--seed {self.seed}", f"--split {self.split}"]
+        words += [f"--set {name}={_plain(mine[name])}" for name in mine if mine[name] != usual[name]]
+        return " ".join(words)
+
+
+def resolve(solver: Any, assignments: Iterable[str] = ()) -> Any:
+    """The solver config of a registry name (or a config) with `"viscosity=0.002"`-like assignments put in.
+
+    Raises ConfigError for unknown names and fields, with the nearest valid ones.
+    """
+    plain = {"name": solver} if isinstance(solver, str) else coding.to_dict(solver, SOLVERS)
+    return coding.from_dict(SOLVERS, coding.override(plain, assignments), "solver")
+
+
+def generate(
+    solver: Any,
+    out: str | os.PathLike,
+    trajectories: int = 16,
+    *,
+    seed: int = 0,
+    steps: int | None = None,
+    split: str = "train",
+    batch: int | None = None,
+    format: str | None = None,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> Path:
+    """Solves for random initial states and writes the trajectories to `out`; returns its path.
+
+    An interrupted call leaves `OUT.partial`; the same call continues there and gives the same bytes. `out` appears only
+    when it is complete.
+
+    Args:
+        solver: a name of `physml.solvers.SOLVERS`, or a config of them.
+        out: a .nc file (CF netCDF4) or a .zarr folder.
+        trajectories: how many.
+        seed: the same seed gives the same bytes.
+        steps: stored steps of each trajectory (`steps + 1` frames); the solver's `usual_steps` if not given.
+        split: "train", "valid" or "test": the same seed gives disjoint trajectories in each.
+        batch: trajectories solved at once; chosen by the size of the grid if not given. Does not change the result.
+        format: "netcdf" or "zarr", if the name of `out` does not tell.
+        overwrite: replace an existing `out`, and drop unfinished work with other settings.
+        progress: told of every block of steps; see `physml.progress`.
+
+    Raises ConfigError for settings that cannot work, DataError when `out` exists, DivergedError when a trajectory
+    leaves the finite numbers (naming trajectory and time).
+    """
+    solver = resolve(solver)
+    recipe = Recipe(solver, trajectories, solver.usual_steps if steps is None else steps, seed, split)
+    out = Path(out)
+    writer = store.writer_of(out, format)
+    with store.exclusive(out):
+        if out.exists() and not overwrite:
+            raise DataError(
+                f"{out} exists already. Choose another name, or pass overwrite (--overwrite) to replace it."
+            )
+        _produce(recipe, out, writer, batch, overwrite, progress or Silent())
+    return out
+
+
+def ensure(recipe: Recipe, out: Path, progress: Progress | None = None) -> Path:
+    """Generates `out` unless it is there. Safe when several processes ask at once: one works, the others wait."""
+    if not out.exists():
+        with store.exclusive(out):
+            if not out.exists():
+                _produce(recipe, out, store.writer_of(out), None, True, progress or Silent())
+    return out
+
+
+def _produce(recipe: Recipe, out: Path, writer: Callable, batch: int | None, discard: bool, progress: Progress) -> None:
+    partial = out.with_name(out.name + ".partial")
+    count, batch = _chunks(recipe, batch)
+    _open_partial(partial, {**recipe.to_dict(), "batch": batch}, discard)
+    paths = [partial / f"chunk_{i:05d}.npz" for i in range(count)]
+    shape = (batch, recipe.steps + 1, *recipe.solver.grid.shape, len(recipe.solver.channels))
+    try:
+        _solve_missing(recipe, paths, shape, progress)
+    except DivergedError:
+        shutil.rmtree(partial)  # the same settings would diverge again
+        raise
+    finished = partial / f"finished{out.suffix}"
+    writer(finished, _labels(recipe), _slices(recipe, paths, shape))
+    store.replace(finished, out)
+    shutil.rmtree(partial)
+
+
+def _chunks(recipe: Recipe, batch: int | None) -> tuple[int, int]:
+    """Number of chunks and trajectories in each (the last one is filled up with trajectories that are thrown away)."""
+    batch = usual_batch(recipe.solver) if batch is None else batch
+    if batch < 1:
+        raise ConfigError(f"batch is {batch}, but at least one trajectory must be solved at once.")
+    count = -(-recipe.trajectories // batch)
+    return count, -(-recipe.trajectories // count)
+
+
+def _open_partial(partial: Path, settings: dict[str, Any], discard: bool) -> None:
+    """Makes the folder of unfinished work, or checks that what is there belongs to the same settings."""
+    settings = json.loads(json.dumps(settings))
+    note = partial / "settings.json"
+    if partial.exists():
+        try:
+            found = json.loads(note.read_text())
+        except (OSError, ValueError):
+            found = None  # killed before the note was written
+        if found == settings:
+            return
+        if found is not None and not discard:
+            raise DataError(
+                f"{partial} holds unfinished work with other settings ({_difference(found, settings)}). Repeat that "
+                "command to finish it, or pass overwrite (--overwrite) to drop it."
+            )
+        shutil.rmtree(partial)
+    partial.mkdir(parents=True)
+    store.write_atomically(note, lambda path: path.write_text(json.dumps(settings, indent=1)))
+
+
+def _difference(found: Any, wanted: Any, path: str = "") -> str:
+    if isinstance(found, dict) and isinstance(wanted, dict):
+        for key in sorted(found.keys() | wanted.keys()):
+            if found.get(key) != wanted.get(key):
+                return _difference(found.get(key), wanted.get(key), f"{path}.{key}".lstrip("."))
+    return f"{path} is {found} there, {wanted} here"
+
+
+def _solve_missing(recipe: Recipe, paths: list[Path], shape: tuple[int, ...], progress: Progress) -> None:
+    """Solves the chunks that are not on disk yet. Progress counts steps of trajectories."""
+    solver, batch = recipe.solver, shape[0]
+    each = warmup_steps(solver) + recipe.steps
+    total, ensemble = len(paths) * each * batch, None
+    for number, path in enumerate(paths):
+        done = number * each * batch
+        progress.update(done, total)
+        if _read_chunk(path, shape) is not None:
+            continue
+        with precision(solver):
+            ensemble = ensemble or Ensemble(solver, recipe.steps, batch, recipe.seed, recipe.split)
+            frames, drawn = ensemble.run(
+                number * batch,
+                recipe.trajectories - number * batch,
+                lambda steps, done=done: progress.update(done + steps * batch, total),
+            )
+        store.write_atomically(path, lambda p, frames=frames, drawn=drawn: _save_chunk(p, frames, drawn))
+    progress.update(total, total)
+
+
+def _save_chunk(path: Path, frames: np.ndarray, parameters: dict[str, np.ndarray]) -> None:
+    with path.open("wb") as file:
+        np.savez(file, frames=frames, **{f"parameter_{name}": values for name, values in parameters.items()})
+
+
+def _read_chunk(path: Path, shape: tuple[int, ...]) -> tuple[np.ndarray, dict[str, np.ndarray]] | None:
+    """Frames and drawn parameters of a chunk; None when it is absent or damaged."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            frames = file["frames"]
+            parameters = {name.removeprefix("parameter_"): file[name] for name in file.files if name != "frames"}
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        return None
+    return (frames, parameters) if frames.shape == shape and frames.dtype == np.float32 else None
+
+
+def _slices(recipe: Recipe, paths: list[Path], shape: tuple[int, ...]) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
+    """First trajectory and arrays by variable, chunk by chunk."""
+    channels = [channel.name for channel in recipe.solver.channels]
+    for number, path in enumerate(paths):
+        chunk = _read_chunk(path, shape)
+        if chunk is None:
+            raise DataError(f"{path} was changed while the trajectories were being generated. Run the command again.")
+        frames, drawn = chunk
+        first = number * shape[0]
+        keep = min(shape[0], recipe.trajectories - first)
+        arrays = {name: frames[:keep, ..., i] for i, name in enumerate(channels)}
+        for name in recipe.solver.parameters:
+            value = drawn[name][:keep] if name in drawn else np.full(keep, getattr(recipe.solver, name), np.float64)
+            arrays[name] = value
+        yield first, arrays
+
+
+def _labels(recipe: Recipe) -> store.Labels:
+    """Dimensions, coordinates and provenance of the file; nothing in it depends on when or where it was made."""
+    from importlib.metadata import version
+
+    import physml
+
+    solver = recipe.solver
+    coordinates = {
+        "trajectory": (np.arange(recipe.trajectories), {"long_name": "trajectory", "units": "1"}),
+        "time": (np.arange(recipe.steps + 1) * solver.time_step, {"long_name": "time", "units": "1", "axis": "T"}),
+    }
+    for axis in solver.grid.axes:
+        attributes = {"long_name": axis.name, "units": "1", "axis": axis.name.upper()}
+        attributes |= {"periodic": np.int32(1), "period": float(solver.length)}
+        coordinates[axis.name] = (np.asarray(axis.centers), attributes)
+    dims = ("trajectory", "time", *solver.axes)
+    variables = {c.name: (dims, np.float32, {"long_name": MEANING[c.name], "units": "1"}) for c in solver.channels}
+    for name in solver.parameters:
+        variables[name] = (("trajectory",), np.float64, {"long_name": name.replace("_", " "), "units": "1"})
+    about = {
+        "Conventions": "CF-1.11",
+        "title": f"{name_of(solver).replace('_', ' ')}: {recipe.split} trajectories",
+        "equation": solver.equation,
+        "boundary": "periodic",
+        "solver": name_of(solver),
+        "scheme": "Fourier pseudo-spectral with the 2/3 rule, ETDRK4",
+        "recipe": json.dumps(recipe.to_dict(), sort_keys=True),
+        "seed": np.int64(recipe.seed),
+        "split": recipe.split,
+        "time_step": float(solver.time_step),
+        "source": f"physml {physml.__version__}, exponax {version('exponax')}, jax {version('jax')}",
+        "history": recipe.command,
+    }
+    return store.Labels(coordinates, variables, about)
+
+
+MEANING = {"u": "velocity along x", "v": "velocity along y", "vorticity": "vorticity dv/dx - du/dy"}
+
+
+def _plain(value: Any) -> str:
+    return json.dumps(value, separators=(",", ":")) if not isinstance(value, str) else value

@@ -1,0 +1,123 @@
+"""Many trajectories of a solver at once, in memory: what `physml.data.generate` stores chunk by chunk."""
+
+import contextlib
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from physml.errors import DivergedError
+
+SPLITS = ("train", "valid", "test")  # the position is part of the random keys: never reorder
+POINTS_AT_ONCE = {"cpu": 2**15, "other": 2**20}  # grid points solved together: caches of a CPU, occupancy of the others
+BLOCK_BYTES = 2**26  # stored frames kept on the device between two looks at them
+
+
+def warmup_steps(solver: Any) -> int:
+    """Stored steps between the random initial state and the first frame."""
+    return round(solver.warmup / solver.time_step)
+
+
+def usual_batch(solver: Any) -> int:
+    """Trajectories that are worth solving together on this machine."""
+    limit = POINTS_AT_ONCE.get(jax.default_backend(), POINTS_AT_ONCE["other"])
+    return max(1, limit // solver.solver_points ** len(solver.axes))
+
+
+@contextlib.contextmanager
+def precision(solver: Any) -> Iterator[None]:
+    """The solver's precision and fixed random numbers, whatever the caller's settings; in this thread only."""
+    with jax.enable_x64(solver.precision == "float64"), jax.threefry_partitionable(True):
+        yield
+
+
+class Ensemble:
+    """The compiled solver of `batch` trajectories at a time, advanced a block of steps at a time.
+
+    Args:
+        solver: a config of `physml.solvers.SOLVERS`.
+        steps: stored steps of every trajectory.
+        batch: trajectories solved together.
+        seed: with `split`, decides all random numbers. Trajectory i has a key of its own, whatever the batch.
+        split: one of SPLITS.
+
+    To be made and used within `precision(solver)`.
+    """
+
+    def __init__(self, solver: Any, steps: int, batch: int, seed: int = 0, split: str = "train"):
+        self.solver, self.steps, self.batch = solver, steps, batch
+        self.shape = (*solver.grid.shape, len(solver.channels))
+        frame_bytes = 4 * batch * int(np.prod(self.shape))
+        self.block = max(1, min(BLOCK_BYTES // frame_bytes, max(steps, warmup_steps(solver)) // 4 + 1))
+        self.key = jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), SPLITS.index(split))
+        self.start = jax.jit(jax.vmap(self._start))
+        self.advance = jax.jit(jax.vmap(self._advance, in_axes=(0, 0, None)))
+
+    def run(
+        self, first: int, needed: int | None = None, advanced: Callable[[int], None] = lambda steps: None
+    ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        """Trajectories `first` to `first + batch - 1`, of which `needed` must stay finite.
+
+        Returns frames `(batch, steps + 1, *space, channel)`, float32, and drawn parameters by name, each `(batch,)`.
+        `advanced` is told the number of steps taken so far. Raises DivergedError, naming trajectory and time.
+        """
+        state, drawn, frame = self.start(jnp.arange(first, first + self.batch))
+        result = np.empty((self.batch, self.steps + 1, *self.shape), np.float32)
+        result[:, 0] = frame
+        warmup, done = warmup_steps(self.solver), 0
+        for begin, end in itertools.chain(_blocks(warmup, self.block), _blocks(self.steps, self.block)):
+            count = end - begin
+            state, frames, finite = self.advance(state, drawn, count)
+            self._check(np.asarray(finite)[:needed, :count], first, done)
+            if done >= warmup:
+                result[:, begin + 1 : end + 1] = frames[:, :count]
+            elif end == warmup:
+                result[:, 0] = frames[:, count - 1]
+            done += count
+            advanced(done)
+        return result, {name: np.asarray(values, np.float64) for name, values in drawn.items()}
+
+    def _start(self, index):
+        """Initial state, drawn parameters and first frame of trajectory `index`."""
+        first, second = jax.random.split(jax.random.fold_in(self.key, index))
+        values = {name: getattr(self.solver, name) for name in self.solver.parameters}
+        ranges = {name: value for name, value in values.items() if isinstance(value, tuple)}
+        keys = jax.random.split(second, len(values))
+        drawn = {
+            name: jax.random.uniform(key, (), float, *ranges[name])
+            for name, key in zip(values, keys, strict=True)
+            if name in ranges
+        }
+        state = self.solver.initial(first)
+        return state, drawn, self.solver.observe(state).astype(jnp.float32)
+
+    def _advance(self, state, drawn, count):
+        """`count` steps (at most `block`): the state, the stored frames, and which of them are finite."""
+        step = self.solver.stepper(**drawn)
+
+        def body(i, carry):
+            state, frames = carry
+            state = step(state)
+            return state, frames.at[i].set(self.solver.observe(state).astype(jnp.float32))
+
+        frames = jnp.zeros((self.block, *self.shape), jnp.float32)
+        state, frames = jax.lax.fori_loop(0, count, body, (state, frames))
+        return state, frames, jnp.isfinite(frames).all(axis=tuple(range(1, frames.ndim)))
+
+    def _check(self, finite: np.ndarray, first: int, done: int) -> None:
+        if finite.all():
+            return
+        solver, at = self.solver, int(np.argmin(finite.all(axis=0)))
+        raise DivergedError(
+            f"{type(solver).__name__}: trajectory {first + int(np.argmin(finite[:, at]))} is not finite at time "
+            f"{(done + at + 1) * solver.time_step:g}, counted from the random initial state. Its {solver.substeps} "
+            f"substeps of {solver.time_step / solver.substeps:g} on {solver.solver_points} points per axis are too "
+            "coarse: raise substeps, solver_points or viscosity."
+        )
+
+
+def _blocks(steps: int, block: int) -> Iterator[tuple[int, int]]:
+    return ((i, min(i + block, steps)) for i in range(0, steps, block))

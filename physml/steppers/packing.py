@@ -1,4 +1,4 @@
-"""From frames and context to what a model eats: normalized fields `(batch, *space, inputs)` and scalars `(batch, scalars)`."""
+"""From frames and context to what a model eats: normalized fields and scalars."""
 
 import jax.numpy as jnp
 
@@ -15,8 +15,8 @@ def count(spec: Spec, history: int, calendar: bool, lead: bool) -> tuple[int, in
 def pack(frames, context: Context, normalizer: Normalizer, history: int, calendar: bool, lead: bool):
     """`frames (batch, history, *space, channel)` in physical units -> `(fields, scalars)`, normalized.
 
-    Order of the fields: history (oldest first, channels inside), forcing, static. Order of the scalars: parameters, then sine
-    and cosine of the year and of the day, then the lead in units of the time step.
+    Order of the fields: history (oldest first, channels inside), forcing, static. Order of the scalars: parameters,
+    then sine and cosine of the year and of the day, then the lead in units of the time step.
     """
     spec = context.spec
     batch, space = frames.shape[0], spec.grid.shape

@@ -1,13 +1,13 @@
 """Steppers that call a network once: the next frame itself, or its normalized increment."""
 
-import dataclasses
 from dataclasses import dataclass
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from physml.errors import ConfigError
-from physml.fields import Context, Signature, Spec
+from physml.errors import ConfigError, SpecError
+from physml.fields import Context, Grid, Signature, Spec
 from physml.normalize import Normalizer
 from physml.steppers.packing import count, pack
 
@@ -31,10 +31,18 @@ class DirectConfig:
             raise ConfigError(f"history is {self.history}, but it counts the frames that go in: 0 or more.")
 
     def signature(self, spec: Spec) -> Signature:
+        """Shapes of the network that this stepper needs. Raises SpecError when nothing would go in."""
         inputs, scalars = count(spec, self.history, self.calendar, self.lead)
+        if inputs + scalars == 0:
+            raise SpecError(
+                "With history=0 the network sees only forcing, static fields and parameters, but the data has none. "
+                "Set history to at least 1, or name static fields in the data config."
+            )
         return Signature(spec.grid, inputs, scalars, len(spec.channels))
 
     def build(self, spec: Spec, model, normalizer: Normalizer, constraints=()) -> "Direct":
+        """Raises SpecError when the model or the normalizer does not have the shapes of `signature(spec)`."""
+        check_fits(self, spec, model, normalizer)
         return Direct(self, spec, model, normalizer, constraints)
 
 
@@ -48,6 +56,8 @@ class ResidualConfig(DirectConfig):
             raise ConfigError("A residual stepper adds to the last frame, so history must be at least 1. Use `direct`.")
 
     def build(self, spec: Spec, model, normalizer: Normalizer, constraints=()) -> "Residual":
+        """Raises SpecError when the model or the normalizer does not have the shapes of `signature(spec)`."""
+        check_fits(self, spec, model, normalizer)
         return Residual(self, spec, model, normalizer, constraints)
 
 
@@ -64,7 +74,8 @@ class Direct(nnx.Module):
 
     def encode(self, frames, context: Context):
         if self.history == 0:
-            return jnp.zeros((context.time.shape[0], 1, *context.spec.grid.shape, len(self.spec.channels)), frames.dtype)
+            shape = (context.time.shape[0], 1, *context.spec.grid.shape, len(self.spec.channels))
+            return jnp.zeros(shape, frames.dtype)
         return frames
 
     def advance(self, state, context: Context):
@@ -73,7 +84,7 @@ class Direct(nnx.Module):
         previous = state[:, -1]
         frame = self.predict(previous, self.model(fields, scalars))
         if context.mask is not None:
-            frame = frame * context.mask
+            frame = jnp.where(context.mask > 0, frame, 0)  # not a product: the network may say NaN on land
         for constraint in self.constraints or ():
             frame = constraint.project(frame, previous, context)
         return jnp.concatenate([state[:, 1:], frame[:, None]], axis=1)
@@ -84,13 +95,54 @@ class Direct(nnx.Module):
     def decode(self, state):
         return state[:, -1]
 
-    def on_grid(self, grid) -> "Direct":
-        """The same weights on another grid, where the architecture allows it."""
-        other = nnx.clone(self)
-        other.spec = dataclasses.replace(self.spec, grid=grid)
-        return other
+    def on_grid(self, grid: Grid) -> "Direct":
+        """The same weights on another grid. Raises SpecError where the architecture does not allow it."""
+        spec, model = self.spec.on(grid), self.model
+        if hasattr(model, "on_grid"):
+            model = model.on_grid(grid)
+        check_fits(self.config, spec, model, self.normalizer)
+        return type(self)(self.config, spec, model, self.normalizer, tuple(self.constraints or ()))
 
 
 class Residual(Direct):
     def predict(self, previous, output):
         return previous + self.normalizer.increment(output)
+
+
+def check_fits(config: DirectConfig, spec: Spec, model, normalizer: Normalizer) -> None:
+    """Raises SpecError unless model and normalizer have the shapes that the stepper needs on `spec`.
+
+    The model is traced with abstract arrays: nothing is computed.
+    """
+    if model is None or normalizer is None:
+        missing = "model" if model is None else "normalizer"
+        raise ConfigError(f"{type(config).__name__} needs a {missing}, but got None.")
+    groups = {"frames": spec.channels, "forcing": spec.forcing, "static": spec.static, "parameters": spec.parameters}
+    for name, channels in groups.items():
+        size = getattr(normalizer, name).scale.shape[-1]
+        if size != len(channels):
+            raise SpecError(
+                f"The normalizer holds {size} numbers for {name}, but the data has {[c.name for c in channels]}. "
+                "Fit it to windows with the same spec: Normalizer.fit(dataset.windows())."
+            )
+    signature = config.signature(spec)
+    fields = jax.ShapeDtypeStruct((1, *spec.grid.shape, signature.inputs), jnp.float32)
+    scalars = jax.ShapeDtypeStruct((1, signature.scalars), jnp.float32)
+    graph, state = nnx.split(model)
+    try:
+        output = jax.eval_shape(lambda s, f, c: nnx.merge(graph, s)(f, c), state, fields, scalars)
+    except SpecError:
+        raise
+    except (TypeError, ValueError, AssertionError) as error:
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise SpecError(
+            f"{type(model).__name__} does not accept {signature.inputs} field channels on {spec.grid.shape} points and "
+            f"{signature.scalars} scalars ({type(config).__name__}, history={config.history}): {first} "
+            "Build it with the signature that the stepper's config computes: config.signature(spec)."
+        ) from error
+    expected = (1, *spec.grid.shape, signature.outputs)
+    if getattr(output, "shape", None) != expected:
+        raise SpecError(
+            f"{type(model).__name__} gives {getattr(output, 'shape', output)}, but {expected} was expected: "
+            f"{signature.outputs} channels {list(spec.names)} on {spec.grid.shape} points."
+        )

@@ -1,0 +1,116 @@
+"""Residual convolutional network that keeps the grid, with dilations: the local counterpart of `fno`.
+
+Residual blocks: He et al. 2016, arXiv:1603.05027 (pre-activation order). Dilated for fluid flow: Stachenfeld et al.
+2022, arXiv:2112.15275.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from physml.errors import ConfigError
+from physml.fields import ArrayLike, Signature
+from physml.layers.conditioning import append_positions, append_scalars
+from physml.layers.convolution import Convolution
+from physml.layers.pointwise import GroupNorm, activation
+
+
+@dataclass(frozen=True)
+class ResNetConfig:
+    """Choices of a residual network.
+
+    Attributes:
+        width: channels of the hidden fields.
+        depth: residual blocks, two convolutions each; one convolution before and one after them.
+        kernel: points of a kernel along each axis, odd.
+        dilations: spacing of the kernel points in cells, block by block; shorter lists repeat.
+        boundary: beyond the edges of axes that are not periodic (periodic axes of the grid wrap round).
+        activation: inside the blocks.
+        norm: "group_norm" standardizes each sample at the start of a block.
+        positions: append the coordinates of every point, in [0, 1), to the input.
+        remat: recompute each block in the backward pass.
+        dtype: of the hidden fields; parameters stay float32.
+    """
+
+    width: int = 64
+    depth: int = 4
+    kernel: int = 3
+    dilations: tuple[int, ...] = (1,)
+    boundary: Literal["zero", "replicate", "reflect"] = "replicate"
+    activation: str = "gelu"
+    norm: Literal["none", "group_norm"] = "none"
+    positions: bool = False
+    remat: bool = False
+    dtype: Literal["float32", "bfloat16"] = "float32"
+
+    def __post_init__(self):
+        if min(self.width, self.depth, *self.dilations, len(self.dilations)) < 1:
+            raise ConfigError(f"Sizes must be positive, but {self} was given.")
+        for name, valid in (
+            ("boundary", ("zero", "replicate", "reflect")),
+            ("norm", ("none", "group_norm")),
+            ("dtype", ("float32", "bfloat16")),
+        ):
+            if getattr(self, name) not in valid:
+                raise ConfigError(f"{name} is {getattr(self, name)!r}, but it must be one of {valid}.")
+
+    def build(self, signature: Signature, rngs: nnx.Rngs) -> "ResNet":
+        return ResNet(self, signature, rngs=rngs)
+
+    def parameters(self, signature: Signature) -> int:
+        """Trained numbers of the model."""
+        taps, width = self.kernel**signature.grid.ndim, self.width
+        inputs = signature.inputs + signature.scalars + signature.grid.ndim * self.positions
+        block = 2 * (taps * width + 1) * width + 2 * width * (self.norm == "group_norm")
+        return (taps * inputs + 1) * width + self.depth * block + (taps * width + 1) * signature.outputs
+
+
+class ResNet(nnx.Module):
+    """Residual network. Applies to fields on any grid of the same number of axes.
+
+    Input channels in order: fields, scalars (constant in space), positions.
+    """
+
+    def __init__(self, config: ResNetConfig, signature: Signature, *, rngs: nnx.Rngs):
+        ndim = signature.grid.ndim
+        if not 1 <= ndim <= 3:
+            raise ConfigError(f"resnet needs one to three spatial axes, but the grid has {ndim}.")
+        self.config, self.signature = config, signature
+        boundaries = ["periodic" if periodic else config.boundary for periodic in signature.grid.periodic]
+        inputs = signature.inputs + signature.scalars + ndim * config.positions
+        self.first = Convolution(inputs, config.width, config.kernel, boundaries, rngs=rngs)
+        spacings = [config.dilations[i % len(config.dilations)] for i in range(config.depth)]
+        self.blocks = nnx.List([ResidualBlock(config, boundaries, spacing, rngs=rngs) for spacing in spacings])
+        self.activate = activation(config.activation)
+        self.last = Convolution(config.width, signature.outputs, config.kernel, boundaries, rngs=rngs)
+
+    def __call__(
+        self, fields: Float[ArrayLike, "batch *space inputs"], scalars: Float[ArrayLike, "batch scalars"]
+    ) -> Float[Array, "batch *space outputs"]:
+        inputs = append_scalars(fields, scalars)
+        if self.config.positions:
+            inputs = append_positions(inputs)
+        wide = jnp.promote_types(inputs.dtype, jnp.float32)
+        x = self.first(inputs.astype(wide if self.config.dtype == "float32" else jnp.bfloat16))
+        for block in self.blocks:
+            x = (nnx.remat(ResidualBlock.__call__) if self.config.remat else ResidualBlock.__call__)(block, x)
+        return self.last(self.activate(x)).astype(fields.dtype)
+
+
+class ResidualBlock(nnx.Module):
+    """`x + conv(act(conv(act(norm(x)))))`."""
+
+    def __init__(self, config: ResNetConfig, boundaries: list[str], dilation: int, *, rngs: nnx.Rngs):
+        self.activate = activation(config.activation)
+        self.norm = GroupNorm(config.width) if config.norm == "group_norm" else None
+        self.first, self.second = (
+            Convolution(config.width, config.width, config.kernel, boundaries, dilation=dilation, rngs=rngs)
+            for _ in range(2)
+        )
+
+    def __call__(self, x: Float[Array, "batch *space width"]) -> Float[Array, "batch *space width"]:
+        h = x if self.norm is None else jnp.moveaxis(self.norm(jnp.moveaxis(x, -1, 0)), 0, -1)
+        return x + self.second(self.activate(self.first(self.activate(h))))

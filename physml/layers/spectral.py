@@ -53,8 +53,7 @@ class Band(NamedTuple):
 
 
 def kept_modes(modes: Sequence[int]) -> tuple[int, ...]:
-    """Frequencies that `modes` keep: all of them, but modes // 2 + 1 along the last axis (the spectrum of a real field is
-    symmetric)."""
+    """Frequencies that `modes` keep: as many, but modes // 2 + 1 along the last axis (a real field's are symmetric)."""
     return (*modes[:-1], modes[-1] // 2 + 1)
 
 
@@ -63,8 +62,8 @@ def bands(
 ) -> tuple[Band, ...]:
     """The kept part of the spectrum of a field of `shape` under a weight of `kept` frequencies per axis.
 
-    All axes but the last keep -(kept // 2), ..., those of weight index kept // 2 being constant; the last keeps 0, 1,
-    ... Where the weight holds more frequencies than the grid has, the weight is cut: on both sides ("center",
+    All axes but the last keep -(kept // 2), ..., so that the weight at
+    index kept // 2 meets frequency zero; the last keeps 0, 1, and so on. Where the weight holds more frequencies than the grid has, the weight is cut: on both sides ("center",
     neuraloperator's rule) or behind ("end", where the second of two overlapping blocks overwrites the first, the rule
     of the 2021 code).
     """
@@ -82,7 +81,7 @@ def bands(
 
 
 class SpectralConvolution(nnx.Module):
-    """`y = F^-1 (W(k) F x) + bias` over the kept frequencies k: `(inputs, batch, *space)` -> `(outputs, batch, *space)`.
+    """`y = F^-1 W(k) F x + bias` over the kept frequencies k: `(inputs, batch, *space)` -> `(outputs, batch, *space)`.
 
     Applies to any grid: frequencies that a grid lacks are left out, new ones are zero.
 
@@ -106,7 +105,7 @@ class SpectralConvolution(nnx.Module):
         legacy_shift: bool = False,
         rngs: nnx.Rngs,
     ):
-        """`kept` frequencies per axis (see `kept_modes`); `ranks` of a Tucker factorization (see `tucker_ranks`), None: dense."""
+        """`kept` frequencies per axis (see `kept_modes`); `ranks` of the factorization (see `tucker_ranks`) or None."""
         for name, value, valid in (("path", path, PATHS), ("excess", excess, EXCESS)):
             if value not in valid:
                 raise ConfigError(f"There is no spectral {name} {value!r}." + suggest(value, valid))
@@ -139,7 +138,7 @@ class SpectralConvolution(nnx.Module):
         return y if self.bias is None else y + per_channel(self.bias[...], y)
 
     def mix(self, modes: Float[Array, "*modes batch inputs2"], plan) -> Float[Array, "*modes batch outputs2"]:
-        """Multiplies the channel vector of each kept frequency, `[real, imaginary]` in its last axis, by the weight there."""
+        """The channel vector of each kept frequency, `[real, imaginary]` in the last axis, times the weight there."""
         cut = [slice(band.offset, band.offset + band.count) for band in plan]
         if self.weight is not None:
             return modes @ _real_block(self.weight[...][tuple(cut)].astype(modes.dtype))
@@ -160,7 +159,7 @@ def _complex_normal(rngs: nnx.Rngs, shape: tuple[int, ...], scale: float) -> Arr
 
 
 def _real_block(weight):
-    """`(..., inputs, outputs, 2)` complex -> `(..., 2 inputs, 2 outputs)` real, acting on row vectors `[real, imaginary]`."""
+    """Complex `(..., inputs, outputs, 2)` as real `(..., 2 inputs, 2 outputs)` for row vectors `[real, imaginary]`."""
     real, imaginary = weight[..., 0], weight[..., 1]
     return jnp.concatenate(
         [jnp.concatenate([real, imaginary], axis=-1), jnp.concatenate([-imaginary, real], axis=-1)], axis=-2
@@ -168,7 +167,7 @@ def _real_block(weight):
 
 
 def tucker_ranks(sizes: Sequence[int], rank: float) -> tuple[int, ...]:
-    """Ranks c * sizes, rounded, of the factorization that holds the fraction `rank` of the parameters of the dense tensor.
+    """Ranks c * sizes, rounded, so that the factorization holds the fraction `rank` of the dense parameters.
 
     c solves c^N prod(sizes) + c sum(sizes^2) = rank prod(sizes), the rule of tensorly.
     """

@@ -77,7 +77,8 @@ class FNOConfig:
     def __post_init__(self):
         if self.width < 1 or self.depth < 1 or not self.modes or min(self.modes) < 1:
             raise ConfigError(
-                f"FNO needs positive width, depth and modes, but width={self.width}, depth={self.depth}, modes={self.modes}."
+                f"FNO needs positive width, depth and modes, but width={self.width}, depth={self.depth} and "
+                f"modes={self.modes} were given."
             )
         if self.projection_channels < 1:
             raise ConfigError(
@@ -219,8 +220,8 @@ def check_modes(name: str, modes: tuple[int, ...], shape: tuple[int, ...]) -> No
     """Raises ConfigError when an axis has fewer points than modes."""
     if any(m > n for m, n in zip(modes, shape, strict=True)):
         raise ConfigError(
-            f"{name} keeps modes={modes}, but the grid (with padding) has {shape} points and n points carry at most n modes. "
-            f"Lower modes to at most {tuple(min(m, n) for m, n in zip(modes, shape))}, use a finer grid, or set "
+            f"{name} keeps modes={modes}, but the grid (with padding) has {shape} points and n points carry at most n "
+            f"modes. Lower modes to at most {tuple(min(m, n) for m, n in zip(modes, shape))}, use a finer grid, or set "
             "allow_excess_modes to leave the other weights unused."
         )
 

@@ -1,1 +1,25 @@
+"""Data: files and arrays in, windows out. Everything that knows xarray, netCDF or zarr lives here."""
 
+from physml.data.arrays import from_array
+from physml.data.config import FORMATS, DataConfig, open_dataset
+from physml.data.dataset import XarrayDataset
+from physml.data.labelled import from_frames, spec_of, to_window
+from physml.data.loader import Loader
+from physml.data.sampling import Sample, Samples
+from physml.data.summary import describe, statistics
+
+__all__ = [
+    "FORMATS",
+    "DataConfig",
+    "Loader",
+    "Sample",
+    "Samples",
+    "XarrayDataset",
+    "describe",
+    "from_array",
+    "from_frames",
+    "open_dataset",
+    "spec_of",
+    "statistics",
+    "to_window",
+]

@@ -1,0 +1,347 @@
+"""Which data, which fields, which split: `DataConfig`, and what a path opens to."""
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+import xarray as xr
+
+from physml.data import axes as ax
+from physml.data import clock as ck
+from physml.data import netcdf
+from physml.data.dataset import XarrayDataset
+from physml.data.labelled import source_of, spec_of
+from physml.errors import ConfigError, DataError, SpecError, suggest
+from physml.fields import Spec
+
+FORMATS = {"netcdf": netcdf.open_netcdf, "zarr": netcdf.open_zarr}  # name -> function(path, **options) -> xr.Dataset
+SPLITS = ("train", "valid", "test")
+
+
+def read_files(path, format: str | None = None, rename: dict[str, str] | None = None, **options) -> xr.Dataset:
+    """Opens a path lazily, with dimensions as in the file except that `trajectory` and `time` have those names."""
+    if format is not None and format not in FORMATS:
+        raise ConfigError(f"There is no data format {format!r}." + suggest(format, FORMATS))
+    storage = options.get("storage_options")
+    files = netcdf.expand(path, storage)
+
+    def opener(file, **options):
+        return FORMATS[format or netcdf.detect(file, storage)](file, **options)
+
+    ds = opener(files[0], **options) if len(files) == 1 else netcdf.open_many(files, opener, **options)
+    source = source_of(ds)
+    if rename:
+        if unknown := set(rename) - set(ds.variables) - set(ds.dims):
+            raise DataError(
+                f"{source} has no {min(unknown)!r} to rename." + suggest(min(unknown), [*ds.variables, *ds.dims])
+            )
+        ds = ds.rename(rename)
+    ds = netcdf.name_dimensions(ds)
+    ds.encoding["source"] = source
+    return ds
+
+
+def open_dataset(path, format: str | None = None, **options) -> xr.Dataset:
+    """Opens netCDF or zarr data lazily: a file, a folder, a glob, a list of them, or an fsspec URL.
+
+    Fields get dimensions `trajectory`, `time`, then space (names, order and direction as in the file); `time` is left
+    out where the file has none. Several files are joined along time, or along trajectory where their times are equal.
+
+    Args:
+        path: where the data are.
+        format: a key of `FORMATS`; told by the content when None.
+        options: `rename={"old": "new"}` for dimensions and variables with unusual names, `decode_times=False`, `group`,
+            `storage_options` for URLs, `chunks` (dask; the chunks of the file by default).
+
+    Raises DataError when the path is missing, is neither netCDF nor zarr, is damaged, or mixes grids.
+    """
+    options.setdefault("chunks", {})
+    ds = read_files(path, format, **options)
+    source = source_of(ds)
+    if "time" in ds.coords and ds["time"].ndim == 0:
+        ds = ds.expand_dims("time")
+    if "trajectory" not in ds.dims:
+        fields = [n for n, v in ds.data_vars.items() if v.ndim and ("time" in v.dims or "time" not in ds.dims)]
+        ds = ds.assign({name: ds[name].expand_dims("trajectory") for name in fields})
+    leading = [dim for dim in ("trajectory", "time") if dim in ds.dims]
+    ds = ds.transpose(*leading, ...)
+    ds.encoding["source"] = source
+    return ds
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where the data are, which fields take which part, and how they split into train, valid and test.
+
+    A split is given by bounds, meaning depending on `split_by`:
+
+    - "time": labels, both included ("2001", "2007"); frame numbers (0, 600) or fractions (0.0, 0.8), the end excluded;
+    - "trajectory": numbers (0, 800) or fractions (0.0, 0.8), the end excluded; or one file that lists numbers (.txt,
+      .json, .npy);
+    - "file": one or more paths (`path` is then not needed);
+    - "auto": "file" without `path`, "time" where a bound is text or there is one trajectory, else "trajectory".
+
+    Attributes:
+        path: file, folder, glob, URL, or several of them.
+        format: a key of `physml.data.FORMATS`; told by the content when empty.
+        variables: predicted fields; empty means all that vary in time. `z_850` is variable z at level 850.
+        forcing: prescribed fields with time. static: prescribed fields without. parameters: scalars of a trajectory.
+        train, valid, test: the splits; an empty one is left out.
+        split_seed: shuffles trajectories before they are split by numbers or fractions; None keeps the order of the
+            file.
+        region: axis -> (low, high), both included, such as {"longitude": (-40, 10)}.
+        levels: levels to keep, in the unit of the file; empty keeps all.
+        flatten: dimensions that become channels, such as ("level",).
+        time_stride: keeps every n-th frame. space_stride: keeps every n-th point of every axis.
+        coarsen: averages blocks of n points along every axis (points left over at the end are dropped).
+        space: order of the spatial axes; level, latitude, longitude, x, y, z when empty.
+        periodic: names of the periodic axes; what the file says when None.
+        time_step: distance of frames; from the time axis when None.
+        mask: variable that is 0 where fields do not exist, besides NaN.
+        rename: dimensions or variables to rename, old -> new.
+        group: group inside the file. decode_times: False to use times as plain numbers.
+    """
+
+    path: str | tuple[str, ...] = ""
+    format: str = ""
+    variables: tuple[str, ...] = ()
+    forcing: tuple[str, ...] = ()
+    static: tuple[str, ...] = ()
+    parameters: tuple[str, ...] = ()
+    split_by: Literal["auto", "time", "trajectory", "file"] = "auto"
+    train: tuple[str | int | float, ...] = (0.0, 0.8)
+    valid: tuple[str | int | float, ...] = (0.8, 0.9)
+    test: tuple[str | int | float, ...] = (0.9, 1.0)
+    split_seed: int | None = None
+    region: dict[str, tuple[float, float]] = field(default_factory=dict)
+    levels: tuple[float, ...] = ()
+    flatten: tuple[str, ...] = ()
+    time_stride: int = 1
+    space_stride: int = 1
+    coarsen: int = 1
+    space: tuple[str, ...] = ()
+    periodic: tuple[str, ...] | None = None
+    time_step: float | None = None
+    mask: str | None = None
+    rename: dict[str, str] = field(default_factory=dict)
+    group: str | None = None
+    decode_times: bool = True
+
+    def open(self) -> dict[str, XarrayDataset]:
+        """The splits as datasets that share one spec. Raises DataError, SpecError or ConfigError that says what does
+        not fit.
+        """
+        splits = {name: tuple(getattr(self, name)) for name in SPLITS if len(getattr(self, name))}
+        if not splits:
+            raise ConfigError("No split is given. Set train, valid and test.")
+        if self._by_file(splits):
+            parts = {name: self.select(self.read(bounds)) for name, bounds in splits.items()}
+        else:
+            whole = self.select(self.read(self.path))
+            by_time = self._by_time(whole, splits)
+            cut = _cut_time if by_time else self._cut_trajectory
+            parts = {name: cut(whole, name, bounds) for name, bounds in splits.items()}
+            _check_disjoint(parts, whole, by_time)
+        return self._datasets(parts)
+
+    def read(self, path) -> xr.Dataset:
+        """Opens `path` with the options of this config, before any selection."""
+        return read_files(
+            path, self.format or None, self.rename or None, group=self.group, decode_times=self.decode_times
+        )  # fmt: skip
+
+    def spec(self, ds: xr.Dataset) -> Spec:
+        """The spec of selected data."""
+        return spec_of(
+            ds, self.variables or None, self.forcing, self.static, self.parameters,
+            flatten=self.flatten, space=self.space, periodic=self.periodic, time_step=self.time_step,
+        )  # fmt: skip
+
+    def select(self, ds: xr.Dataset) -> xr.Dataset:
+        """Region, levels, strides and block means."""
+        source = source_of(ds)
+        if unknown := set(self.region) - {ax.role(ds, d) for d in ds.dims} - set(ds.dims):
+            raise DataError(f"{source} has no axis {min(unknown)!r}." + suggest(min(unknown), map(str, ds.dims)))
+        time = ax.time_dim(ds)
+        for dim in list(ds.dims):
+            name = ax.role(ds, dim)
+            if dim == time:
+                ds = ds.isel({dim: slice(None, None, self.time_stride)}) if self.time_stride > 1 else ds
+                continue
+            if name == "trajectory":
+                continue
+            bounds = self.region.get(str(dim), self.region.get(name))
+            if bounds is not None:
+                ds = ds.isel({dim: ax.inside(ds, dim, name, bounds, source)})
+            if name == "level" and self.levels:
+                ds = ds.isel({dim: ax.entries(ds, dim, self.levels, source)})
+            elif self.space_stride > 1:
+                ds = ds.isel({dim: slice(None, None, self.space_stride)})
+            elif self.coarsen > 1:
+                ds = _block_mean(ds, dim, self.coarsen)
+        ds.encoding["source"] = source
+        return ds
+
+    def _by_file(self, splits) -> bool:
+        if self.split_by == "file":
+            return True
+        if self.path:
+            return False
+        if self.split_by == "auto" and all(isinstance(b, str) for bounds in splits.values() for b in bounds):
+            return True
+        raise ConfigError("data.path is empty. Give a file, a folder, a glob or a URL, or a path for every split.")
+
+    def _by_time(self, ds: xr.Dataset, splits) -> bool:
+        if self.split_by != "auto":
+            return self.split_by == "time"
+        texts = [b for bounds in splits.values() for b in bounds if isinstance(b, str)]
+        if texts:
+            return not any(t.endswith((".txt", ".json", ".npy")) for t in texts)
+        return ds.sizes.get("trajectory", 1) == 1 and ax.time_dim(ds) is not None
+
+    def _cut_trajectory(self, ds: xr.Dataset, name: str, bounds: tuple) -> xr.Dataset:
+        source, total = source_of(ds), ds.sizes.get("trajectory", 1)
+        order = np.arange(total)
+        if self.split_seed is not None:
+            order = np.random.default_rng(self.split_seed).permutation(total)
+        if len(bounds) == 1 and isinstance(bounds[0], str):
+            chosen = _listed(bounds[0], total)
+        else:
+            low, high = _numbers(bounds, total, name, "trajectories")
+            chosen = np.sort(order[low:high])
+        if "trajectory" not in ds.dims:
+            if len(chosen) == 0:
+                raise DataError(
+                    f"{source} has one trajectory, so split {name!r} by trajectory is empty. Use split_by='time'."
+                )
+            return ds
+        if len(chosen) == 0:
+            raise DataError(f"Split {name!r} = {bounds} holds none of the {total} trajectories of {source}.")
+        if "trajectory" not in ds.dims:
+            return ds
+        ds = ds.isel(trajectory=ax.as_slice(chosen)).assign_coords(
+            {} if "trajectory" in ds.variables else {"trajectory": ("trajectory", chosen)}
+        )
+        ds.encoding["source"] = source
+        return ds
+
+    def _datasets(self, parts: dict[str, xr.Dataset]) -> dict[str, XarrayDataset]:
+        """One spec for all splits; a split on another grid (a zero-shot test) keeps its own grid."""
+        result: dict[str, XarrayDataset] = {}
+        first = None
+        for name, ds in parts.items():
+            own = self.spec(ds)
+            if first is None:
+                first = own
+            if len(_frames(ds)) < 2:  # one frame has no step of its own
+                own = dataclasses.replace(own, time_step=first.time_step, time_unit=first.time_unit)
+            first.on(own.grid).check_same(own, mine=f"split {next(iter(parts))!r}", theirs=f"split {name!r}")
+            try:
+                first.check_same(own)
+                own = first
+            except SpecError:
+                own = first.on(own.grid)
+            result[name] = XarrayDataset(ds, own, self.mask)
+        return result
+
+
+def _frames(ds: xr.Dataset) -> ck.Clock:
+    return ck.clock(ds, ax.time_dim(ds))
+
+
+def _cut_time(ds: xr.Dataset, name: str, bounds: tuple) -> xr.Dataset:
+    source = source_of(ds)
+    times = _frames(ds)
+    dim = ax.time_dim(ds)
+    if dim is None:
+        raise DataError(f"{source} has no time dimension to split. Use split_by='trajectory' or one path per split.")
+    if any(isinstance(bound, str) for bound in bounds):
+        chosen = _between(ds, dim, times, bounds, name, source)
+    else:
+        chosen = range(*_numbers(bounds, len(times), name, "frames"))
+    if len(chosen) == 0:
+        raise DataError(f"Split {name!r} = {bounds} holds no frame of {source}, whose times are {_extent(times)}.")
+    ds = ds.isel({dim: slice(chosen[0], chosen[-1] + 1)})
+    ds.encoding["source"] = source
+    return ds
+
+
+def _extent(times: ck.Clock) -> str:
+    return f"{times.labels[0]} .. {times.labels[-1]} ({len(times)} frames)"
+
+
+def _between(ds: xr.Dataset, dim: str, times: ck.Clock, bounds: tuple, name: str, source: str) -> np.ndarray:
+    """Frames whose labels lie in [low, high], partial dates such as "2001" included whole, as in `xr.Dataset.sel`."""
+    if len(bounds) not in (1, 2):
+        raise ConfigError(f"Split {name!r} = {bounds}, but one or two times were expected.")
+    low, high = (bounds[0], bounds[-1])
+    index = xr.DataArray(np.arange(len(times)), dims=dim, coords={dim: ds[dim].variable})
+    if times.calendar is None:
+        low, high = float(low), float(high)
+    try:
+        return index.sel({dim: slice(low, high)}).values
+    except (KeyError, ValueError, TypeError) as error:
+        raise ConfigError(
+            f"Split {name!r} = {bounds} cannot be read as times ({error}). {source} has {_extent(times)}; write for "
+            "example "
+            f"('{str(times.labels[0])[:10]}', '{str(times.labels[-1])[:10]}')."
+        ) from error
+
+
+def _numbers(bounds: tuple, total: int, name: str, what: str) -> tuple[int, int]:
+    """Half-open bounds from numbers or fractions."""
+    if len(bounds) != 2 or any(isinstance(b, str) for b in bounds):
+        raise ConfigError(f"Split {name!r} = {bounds}, but (first, end) as two numbers or two fractions was expected.")
+    low, high = bounds
+    if isinstance(low, float) or isinstance(high, float):
+        if not 0 <= low <= high <= 1:
+            raise ConfigError(f"Split {name!r} = {bounds}: fractions must satisfy 0 <= first <= end <= 1.")
+        return round(low * total), round(high * total)
+    if not 0 <= low < high <= total:
+        raise ConfigError(
+            f"Split {name!r} = {bounds} does not lie in the {total} {what} that there are: use 0 <= first < end <= "
+            f"{total}."
+        )
+    return int(low), int(high)
+
+
+def _listed(path: str, total: int) -> np.ndarray:
+    """Trajectory numbers from a text file (one per line), a JSON list or a .npy array."""
+    try:
+        if path.endswith(".npy"):
+            numbers = np.load(path, allow_pickle=False)
+        else:
+            with open(path, encoding="utf-8") as file:
+                text = file.read()
+            numbers = np.array(json.loads(text) if path.endswith(".json") else text.split(), dtype=np.int64)
+    except FileNotFoundError as error:
+        raise DataError(f"There is no index file {path}.") from error
+    except (ValueError, OverflowError, UnicodeDecodeError) as error:
+        raise DataError(f"{path} is not a list of whole numbers: {error}.") from error
+    numbers = np.asarray(numbers).ravel()
+    if numbers.dtype.kind not in "iu":
+        raise DataError(f"{path} holds {numbers.dtype} numbers; trajectory numbers are integers.")
+    if len(numbers) and (numbers.min() < 0 or numbers.max() >= total):
+        raise DataError(f"{path} lists trajectory {int(numbers.max())}, but the data have {total} (0..{total - 1}).")
+    return numbers.astype(np.int64)
+
+
+def _check_disjoint(parts: dict[str, xr.Dataset], whole: xr.Dataset, by_time: bool) -> None:
+    """Raises ConfigError when two splits share frames or trajectories: scores would be too good."""
+    seen: dict[object, str] = {}
+    dim = ax.time_dim(whole) if by_time else "trajectory"
+    if dim is None or dim not in next(iter(parts.values())).variables:
+        return
+    for name, ds in parts.items():
+        for label in np.asarray(ds[dim].values).tolist():
+            if seen.setdefault(label, name) != name:
+                text = f"frame {ds[dim].values[0]}" if by_time else f"trajectory {label}"
+                raise ConfigError(f"Splits {seen[label]!r} and {name!r} overlap: both hold {text}. Make them disjoint.")
+
+
+def _block_mean(ds: xr.Dataset, dim: str, size: int) -> xr.Dataset:
+    if ds.sizes[dim] < size:
+        raise ConfigError(f"coarsen={size}, but {source_of(ds)} has only {ds.sizes[dim]} points along {dim!r}.")
+    return ds.coarsen({dim: size}, boundary="trim").mean(keep_attrs=True)

@@ -1,0 +1,164 @@
+"""What is in a dataset: `describe` reads metadata, `statistics` reads every number once."""
+
+import os
+
+import numpy as np
+import xarray as xr
+
+from physml.contracts import Dataset
+from physml.data import axes as ax
+from physml.data import clock as ck
+from physml.data.config import read_files
+from physml.data.labelled import source_of
+from physml.errors import DataError
+from physml.normalize import Moments
+
+
+def describe(data, **options) -> dict:
+    """Dimensions, variables, units, times, grid, chunks and sizes, as plain JSON-able containers.
+
+    `data` is a path (see `open_dataset`, which also explains `options`) or a dataset. Reads coordinates and the first
+    and last frame of every field, for missing values.
+    """
+    ds = data if isinstance(data, xr.Dataset) else read_files(data, **options)
+    dims = {str(d): {"size": int(ds.sizes[d]), "role": ax.role(ds, d)} for d in ds.dims}
+    return {
+        "source": source_of(ds),
+        "dimensions": dims,
+        "axes": {str(d): _axis(ds, d) for d in ds.dims if dims[str(d)]["role"] not in ("trajectory", "time")},
+        "time": _time(ds),
+        "variables": {str(n): _variable(ds, n) for n in ds.data_vars},
+        "scalars": {
+            str(n): _plain(v.values) for n, v in ds.variables.items() if v.ndim == 0 and v.dtype.kind in "iufM"
+        },
+        "bytes": int(sum(v.nbytes for v in ds.data_vars.values())),
+        "attributes": {str(k): _plain(v) for k, v in ds.attrs.items()},
+    }
+
+
+def statistics(dataset: Dataset, chunk: int | None = None) -> dict[str, dict[str, float]]:
+    """Mean, standard deviation, extremes and RMS increment per channel, in one streaming pass (area and mask as
+    weights).
+    """
+    names = dataset.spec.names
+    values, increments = Moments(len(names)), Moments(len(names))
+    low, high = np.full(len(names), np.inf), np.full(len(names), -np.inf)
+    missing = np.zeros(len(names))
+    frames = 0
+    for window in dataset.windows(chunk):
+        cells = np.broadcast_to(dataset.spec.grid.weights()[..., None], (*dataset.spec.grid.shape, len(names)))
+        exists = np.ones(cells.shape, bool) if window.mask is None else np.asarray(window.mask) > 0
+        cells = cells * exists
+        seen = int(len(window.times) > 0 and window.times[0] > 0)
+        fresh = np.asarray(window.frames, np.float64)[seen:]
+        frames += len(fresh)
+        values.add(fresh, np.broadcast_to(cells, fresh.shape))
+        steps = np.diff(np.asarray(window.frames, np.float64), axis=0)
+        increments.add(steps, np.broadcast_to(cells, steps.shape))
+        missing += len(fresh) * (~exists).mean(axis=tuple(range(exists.ndim - 1)))
+        flat, there = fresh.reshape(-1, len(names)), np.broadcast_to(exists, fresh.shape).reshape(-1, len(names))
+        low = np.minimum(low, np.where(there, flat, np.inf).min(0, initial=np.inf))
+        high = np.maximum(high, np.where(there, flat, -np.inf).max(0, initial=-np.inf))
+    if frames == 0:
+        raise DataError("The dataset has no frames.")
+    return {
+        name: {
+            "mean": float(values.mean[i]),
+            "std": float(np.sqrt(values.variance[i])),
+            "min": float(low[i]),
+            "max": float(high[i]),
+            "increment_rms": float(increments.rms[i]),
+            "missing": float(missing[i] / frames),
+            "unit": dataset.spec.channels[i].unit,
+        }
+        for i, name in enumerate(names)
+    }
+
+
+def _axis(ds: xr.Dataset, dim: str) -> dict:
+    try:
+        axis = ax.axis_of(ds, dim, ax.role(ds, dim), source=source_of(ds))
+    except DataError as error:
+        return {"problem": str(error)}
+    values = ax.coordinate_values(ds, dim)
+    return {
+        "first": axis.centers[0] if axis.centers else None,
+        "last": axis.centers[-1] if axis.centers else None,
+        "spacing": axis.spacing if axis.centers else None,
+        "unit": axis.unit,
+        "periodic": axis.periodic,
+        "descending": bool(values is not None and len(values) > 1 and values[-1] < values[0]),
+        "has_coordinate": values is not None,
+    }
+
+
+def _time(ds: xr.Dataset) -> dict | None:
+    dim = ax.time_dim(ds)
+    if dim is None:
+        return None
+    times = ck.clock(ds, dim)
+    if not len(times):
+        return {"frames": 0}
+    result = {
+        "frames": len(times),
+        "first": _plain(times.labels[0]),
+        "last": _plain(times.labels[-1]),
+        "unit": times.unit,
+    }
+    try:
+        step = ck.time_step(times, source_of(ds))
+        runs = ck.segments(times, step)
+    except DataError as error:
+        return {**result, "problem": str(error)}
+    return {**result, "step": step, "regular_runs": len(runs), "longest_run": max(map(len, runs))}
+
+
+def _variable(ds: xr.Dataset, name: str) -> dict:
+    variable = ds.variables[name]
+    chunks = (
+        variable.encoding.get("chunksizes")
+        or variable.encoding.get("preferred_chunks")
+        or variable.encoding.get("chunks")
+    )
+    if isinstance(chunks, dict):
+        chunks = [chunks.get(d, ds.sizes[d]) for d in variable.dims]
+    return {
+        "dims": list(map(str, variable.dims)),
+        "shape": list(map(int, variable.shape)),
+        "dtype": str(variable.dtype),
+        "unit": str(variable.attrs.get("units", "")),
+        "long_name": str(variable.attrs.get("long_name", variable.attrs.get("standard_name", ""))),
+        "chunks": None if chunks is None else [int(c) for c in chunks],
+        "missing": _missing(ds, name),
+    }
+
+
+def _missing(ds: xr.Dataset, name: str) -> dict[str, float] | None:
+    """Share of NaN in the first and in the last frame."""
+    variable = ds.variables[name]
+    if variable.dtype.kind != "f" or variable.size == 0:
+        return None
+    moving = [d for d in variable.dims if ax.role(ds, d) in ("trajectory", "time")]
+    shares = {}
+    for key, position in (("first_frame", 0), ("last_frame", -1)):
+        try:
+            values = np.asarray(variable.isel(dict.fromkeys(moving, position)).values)
+        except Exception as error:  # every backend has its own exceptions for damaged chunks
+            raise DataError(
+                f"{source_of(ds)}: variable {name!r} cannot be read ({error}). The file seems damaged."
+            ) from error
+        shares[key] = float(np.isnan(values).mean())
+    return shares
+
+
+def _plain(value):
+    """A JSON-able form of an attribute or a scalar."""
+    if isinstance(value, np.ndarray):
+        return _plain(value.item()) if value.ndim == 0 else [_plain(v) for v in value.tolist()]
+    if isinstance(value, np.datetime64):
+        return str(np.datetime_as_string(value, unit="s"))
+    if isinstance(value, np.generic):
+        return _plain(value.item())
+    if isinstance(value, str | int | float | bool) or value is None:
+        return value
+    return os.fspath(value) if isinstance(value, os.PathLike) else str(value)

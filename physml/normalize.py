@@ -36,8 +36,8 @@ class Scaling(nnx.Module):
 class Normalizer(nnx.Module):
     """Between physical units and numbers of order one.
 
-    `normalize` and `denormalize` act on frames `(..., channel)`, `increment` turns a normalized increment into a physical
-    one (increments have a scale of their own: at small time steps they are much smaller than the fields).
+    `normalize` and `denormalize` act on frames `(..., channel)`, `increment` turns a normalized increment into a
+    physical one (increments have a scale of their own: at small time steps they are much smaller than the fields).
     `forcing`, `static` and `parameters` are `Scaling`s of the conditioning groups.
     """
 
@@ -76,6 +76,9 @@ class Normalizer(nnx.Module):
     @classmethod
     def fit(cls, windows: Iterable[Window], kind: str = "zscore") -> "Normalizer":
         """Fits to windows without a batch axis, in one streaming pass (float64, cell areas and masks as weights).
+
+        A window whose times do not begin at zero continues the one before: its first frame was seen already, so it
+        counts for the increment only. Cutting a trajectory that way leaves the result unchanged.
 
         `kind` is "zscore" (center and scale), "rms" (scale only: zero stays zero) or "identity".
         Raises DataError when a channel holds a number that is not finite or is constant without "identity".
@@ -143,7 +146,9 @@ class Moments:
         flat = scale <= 1e-7 * np.abs(self.mean)
         if flat.any() and not constant_ok:
             names = [name for name, is_flat in zip(names, flat, strict=True) if is_flat]
-            raise DataError(f"Channel(s) {names} are constant over the training data: drop them, or use them as static.")
+            raise DataError(
+                f"Channel(s) {names} are constant over the training data: drop them, or use them as static."
+            )
         return center, np.where(flat, 1.0, scale)
 
 
@@ -154,13 +159,17 @@ def _accumulate(moments: dict[str, Moments], window: Window) -> None:
     if window.mask is not None:
         cells = cells * window.mask
     frames = np.asarray(window.frames, np.float64)
+    continues = bool(len(window.times)) and window.times[0] > 0
+    fresh = frames[int(continues) :]
     groups = {
-        "channels": (frames, np.broadcast_to(cells, frames.shape)),
+        "channels": (fresh, np.broadcast_to(cells, fresh.shape)),
         "increments": (np.diff(frames, axis=0), np.broadcast_to(cells, (max(len(frames) - 1, 0), *cells.shape))),
-        "forcing": (window.forcing, None),
+        "forcing": (window.forcing[int(continues) :], None),
         "static": (window.static, None),
         "parameters": (np.asarray(window.parameters)[None], None),
     }
+    if continues:  # once per trajectory
+        groups = {name: values for name, values in groups.items() if name not in ("static", "parameters")}
     for name, (values, weights) in groups.items():
         if values.shape[-1] and values.size:
             moments.setdefault(name, Moments(values.shape[-1])).add(values, weights)

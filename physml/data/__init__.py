@@ -7,6 +7,7 @@ from physml.data.labelled import from_frames, spec_of, to_window
 from physml.data.loader import Loader
 from physml.data.sampling import Sample, Samples
 from physml.data.summary import describe, statistics
+from physml.data.synthetic import SyntheticConfig, cache_folder
 
 __all__ = [
     "FORMATS",
@@ -14,7 +15,9 @@ __all__ = [
     "Loader",
     "Sample",
     "Samples",
+    "SyntheticConfig",
     "XarrayDataset",
+    "cache_folder",
     "describe",
     "from_array",
     "from_frames",

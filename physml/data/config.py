@@ -115,7 +115,7 @@ class DataConfig:
     valid: tuple[str | int | float, ...] = (0.8, 0.9)
     test: tuple[str | int | float, ...] = (0.9, 1.0)
     split_seed: int | None = None
-    region: dict[str, tuple[float, float]] = field(default_factory=dict)
+    region: dict[str, tuple[float, float]] = field(default_factory=dict, hash=False)
     levels: tuple[float, ...] = ()
     flatten: tuple[str, ...] = ()
     time_stride: int = 1
@@ -125,7 +125,7 @@ class DataConfig:
     periodic: tuple[str, ...] | None = None
     time_step: float | None = None
     mask: str | None = None
-    rename: dict[str, str] = field(default_factory=dict)
+    rename: dict[str, str] = field(default_factory=dict, hash=False)
     group: str | None = None
     decode_times: bool = True
 
@@ -260,12 +260,25 @@ def _cut_time(ds: xr.Dataset, name: str, bounds: tuple) -> xr.Dataset:
     if any(isinstance(bound, str) for bound in bounds):
         chosen = _between(ds, dim, times, bounds, name, source)
     else:
+        _check_not_years(bounds, times, name)
         chosen = range(*_numbers(bounds, len(times), name, "frames"))
     if len(chosen) == 0:
         raise DataError(f"Split {name!r} = {bounds} holds no frame of {source}, whose times are {_extent(times)}.")
     ds = ds.isel({dim: slice(chosen[0], chosen[-1] + 1)})
     ds.encoding["source"] = source
     return ds
+
+
+def _check_not_years(bounds: tuple, times: ck.Clock, name: str) -> None:
+    """Raises ConfigError for numbers that are years of the data: 2001 unquoted would silently mean frame 2001."""
+    if times.calendar is None or any(isinstance(bound, float) for bound in bounds):
+        return
+    years = [int(str(label)[:4]) for label in (times.labels[0], times.labels[-1])]
+    if all(years[0] <= bound <= years[1] for bound in bounds):
+        raise ConfigError(
+            f"Split {name!r} = {bounds} are numbers, which count frames, but they look like years of the data "
+            f"({_extent(times)}). Quote them: ('{bounds[0]}', '{bounds[-1]}')."
+        )
 
 
 def _extent(times: ck.Clock) -> str:

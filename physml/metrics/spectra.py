@@ -21,6 +21,7 @@ from jaxtyping import Float
 from physml.errors import SpecError
 from physml.fields import ArrayLike, Axis, Grid
 from physml.metrics.metric import Measure
+from physml.parallel.fft import rfftn
 
 KILOMETERS_PER_DEGREE = 6371.0 * np.pi / 180
 NOISE = 1e-12  # share of the energy below which a float32 spectrum is rounding
@@ -106,7 +107,7 @@ def energy_spectrum(
         if not grid.axes[i].periodic:
             fields = _window(_detrend(fields, 2 + i), 2 + i)
     axes = tuple(2 + i for i in plan.axes)
-    modes = jnp.fft.rfftn(fields, axes=axes)
+    modes = rfftn(fields, axes)
     points = np.prod([fields.shape[i] for i in axes])
     power = (jnp.abs(modes) / points) ** 2 / 2
     others = tuple(i for i in range(2, fields.ndim - 1) if i not in axes)

@@ -1,0 +1,82 @@
+"""Scores: forecasts against the truth, floors beside them, intervals over starts.
+
+`evaluate` takes labelled forecasts or a stepper; `evaluate_stepper` does the rollouts itself; `save_scores` and
+`load_scores` keep the result in files.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import xarray as xr
+
+from physml.data import XarrayDataset
+from physml.errors import ConfigError
+from physml.evaluate.forecasts import evaluate_forecasts
+from physml.evaluate.rollouts import evaluate_stepper, plan_starts, sample_dataset
+from physml.evaluate.scores import load_scores, save_scores, to_csv, to_plain, to_rows
+
+
+def evaluate(
+    prediction: Any,
+    truth: Any,
+    *,
+    metrics: Sequence[str] | dict | None = None,
+    climatology: Any = None,
+    floors: Any = (),
+    leads: int | None = None,
+    name: str = "model",
+    **options: Any,
+) -> xr.Dataset:
+    """Scores per lead and channel, with an interval over trajectories or start dates, floors beside the model.
+
+    Args:
+        prediction: a forecast as `physml.forecast` gives it (dims `trajectory, lead, ...`, coordinate `time` = valid
+            time), a dict of such by name, or a stepper to be rolled out.
+        truth: a dataset with a coordinate `time` that holds all valid times; for a stepper also a `contracts.Dataset`.
+        metrics: names of `physml.metrics.METRICS` or own `Metric`s by name; all that apply by default.
+        climatology: for ACC and skill. Forecasts: a dataset with dims among dayofyear (366), month (12) and hour, or
+            the mean state.
+            Steppers: a stepper.
+        floors: names among "persistence" and "climatology"; for a stepper a dict name -> stepper.
+        leads: frames to predict, for a stepper.
+        name: of the model in the result.
+        options: of `evaluate_stepper`; for forecasts `inputs` (frames or times that went in), `spectrum_leads`,
+            `thresholds`, `batch`, `draws`, `level`.
+
+    Returns a dataset with `score (model, metric, channel, lead)`, its interval, and more: see
+    `evaluate.scores.assemble`. Raises SpecError when input and target times overlap, when units or grids differ, and
+    DataError when the truth lacks a valid time.
+    """
+    if hasattr(prediction, "advance"):
+        if leads is None:
+            raise ConfigError("A stepper is rolled out to be scored: say how far with `leads=`.")
+        dataset = truth if not isinstance(truth, xr.Dataset) else XarrayDataset(truth, prediction.spec)
+        return evaluate_stepper(
+            prediction, dataset, leads, metrics=metrics, climatology=climatology, floors=dict(floors or {}), name=name,
+            **options
+        )  # fmt: skip
+    predictions = prediction if isinstance(prediction, dict) else {name: prediction}
+    for label, ds in predictions.items():
+        if not isinstance(ds, xr.Dataset) or not isinstance(truth, xr.Dataset):
+            raise ConfigError(
+                f"evaluate got a {type(ds).__name__} called {label!r} and a {type(truth).__name__} as truth, but two "
+                "xarray "
+                "Datasets, or a stepper and a Dataset, were expected."
+            )
+    return evaluate_forecasts(
+        predictions, truth, metrics=metrics, climatology=climatology, floors=floors or (), **options
+    )
+
+
+__all__ = [
+    "evaluate",
+    "evaluate_forecasts",
+    "evaluate_stepper",
+    "load_scores",
+    "plan_starts",
+    "sample_dataset",
+    "save_scores",
+    "to_csv",
+    "to_plain",
+    "to_rows",
+]

@@ -1,0 +1,333 @@
+"""Scores of steppers: rollouts from many starts of a dataset, in jitted batches, floors beside the model."""
+
+import concurrent.futures
+import dataclasses
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import xarray as xr
+from flax import nnx
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from physml.contracts import Dataset, Stepper
+from physml.errors import ConfigError, DataError
+from physml.evaluate.scores import Setting, assemble, lead_times, write_netcdf
+from physml.evaluate.statistics import (
+    Tally,
+    blocks_of_starts,
+    choose_metrics,
+    choose_spectrum_leads,
+    field_statistics,
+    finite_frames,
+    has_spectrum,
+    pair_statistics,
+)
+from physml.fields import Spec, Window, stack
+from physml.metrics import METRICS, THRESHOLDS, Measure
+from physml.rollout import rollout
+
+CLIMATOLOGY = "climatology"  # a floor of this name also serves as the climatology of skill and ACC
+SAMPLE_VALUES = 2**25  # numbers per field of sample.nc: longer rollouts are thinned
+
+
+def evaluate_stepper(
+    stepper: Stepper,
+    dataset: Dataset,
+    leads: int,
+    *,
+    starts: int | Sequence[tuple[int, int]] | None = None,
+    batch: int = 32,
+    floors: dict[str, Stepper] | None = None,
+    climatology: Stepper | None = None,
+    metrics: Sequence[str] | dict | None = None,
+    spectrum_leads: Sequence[int] | None = None,
+    thresholds: tuple[float, ...] = THRESHOLDS,
+    key: jax.Array | None = None,
+    name: str = "model",
+    sample: str | Path | None = None,
+    draws: int = 500,
+    level: float = 0.95,
+    per_start: bool = False,
+    processes: bool = False,
+) -> xr.Dataset:
+    """Rolls a stepper and its floors out from many starts of a dataset and scores them against what followed.
+
+    Only frames before the first predicted one go in: a rollout cannot see what it is scored against.
+
+    Args:
+        leads: frames to predict from every start.
+        starts: how many starts per trajectory, evenly spread, each with all its leads inside the trajectory; or
+            `(trajectory, first predicted frame)` pairs; or None for every frame that has the history before it, where a
+            lead averages over the starts that it still has truth for (as weather forecasts are scored).
+        batch: starts rolled out at once.
+        floors: steppers scored beside the model on the same starts, by name.
+        climatology: a stepper whose rollout is the climatology at the valid time, for ACC and skill; the floor
+            "climatology" where there is one.
+        metrics: names of `METRICS`, or own `Metric`s by name; all that apply by default.
+        spectrum_leads: leads in frames whose energy spectrum is kept; first, middle and last by default.
+        thresholds: of the high-correlation time.
+        key: randomness of stochastic steppers; every start gets its own.
+        sample: a file to write the truth and the forecast of the first start to, for the figures of a report.
+        draws: bootstrap draws for the interval of confidence `level`, over trajectories or blocks of starts.
+        per_start: also keep `score_per_start (model, metric, channel, lead, start)`.
+        processes: share the starts among all processes of a multi-process run; all must call. Otherwise the calling
+            process does all of it.
+
+    Returns the dataset that `scores.assemble` describes. Raises ConfigError for options that cannot work, SpecError for
+    a stepper that does not fit the data, DataError when no trajectory is long enough or the truth is not finite.
+    """
+    models = _name_models(stepper, floors or {}, name)
+    spec = dataset.spec
+    for label, model in models.items():
+        model.spec.check_same(spec, mine=f"the stepper {label!r}", theirs="the data")
+    climatology = climatology if climatology is not None else models.get(CLIMATOLOGY)
+    history = max(model.history for model in (*models.values(), *([] if climatology is None else [climatology])))
+    plan = plan_starts(dataset.lengths, history, leads, starts)
+    groups, grouping = blocks_of_starts(plan, leads)
+    first = dataset.read(plan[0][0], range(max(plan[0][1] - history, 0), plan[0][1] + 1))
+    masked = first.mask is not None
+    spectral = has_spectrum(spec.grid, masked)
+    chosen = choose_metrics(metrics, climatology=climatology is not None, spectrum=spectral)
+    setting = Setting(
+        spec, chosen, np.arange(1, leads + 1), choose_spectrum_leads(spectrum_leads, leads) if spectral else (),
+        thresholds, grouping, draws, level,
+    )  # fmt: skip
+    run = _Run(setting, models, climatology, history, leads, key)
+    share = slice(jax.process_index(), None, jax.process_count()) if processes else slice(None)
+    tallies, truth, shown = run(dataset, plan[share], groups[share], int(groups.max()) + 1, batch)
+    if processes:
+        for tally in (*tallies.values(), truth):
+            tally.merge_processes()
+    attrs = {
+        "model": name,
+        "floors": ", ".join(label for label in models if label != name),
+        "starts": len(plan),
+        "trajectories": len({trajectory for trajectory, _ in plan}),
+        "history": history,
+        "climatology": "given" if climatology is not None else "none",
+    }
+    scores = assemble(tallies, truth, setting, attrs)
+    if per_start:
+        scores = scores.merge(_per_start(tallies, setting, plan[share]))
+    if sample is not None and jax.process_index() == 0:
+        write_netcdf(sample_dataset(*shown, spec, plan[0], name), sample)
+    return scores
+
+
+def _name_models(stepper: Stepper, floors: dict[str, Stepper], name: str) -> dict[str, Stepper]:
+    if name in floors or "truth" in (name, *floors):
+        raise ConfigError(
+            f"The model is called {name!r} and its floors {list(floors)}: names must differ, and 'truth' is taken. "
+            "Pass another `name=`."
+        )
+    return {name: stepper, **floors}
+
+
+def plan_starts(lengths: Sequence[int], history: int, leads: int, starts) -> list[tuple[int, int]]:
+    """`(trajectory, first predicted frame)` of every rollout, see `evaluate_stepper`."""
+    if leads < 1:
+        raise ConfigError(f"leads is {leads}, but at least one frame must be predicted.")
+    if starts is not None and not isinstance(starts, int):
+        return _check_starts([(int(t), int(f)) for t, f in starts], lengths, history)
+    need = history + (leads if starts else 1)
+    usable = [t for t, length in enumerate(lengths) if length >= need]
+    if not usable:
+        raise DataError(
+            f"{history} frames of history and {leads} leads need trajectories of {need} frames, but the longest has "
+            f"{max(lengths, default=0)}. Lower the leads to at most {max(max(lengths, default=0) - history, 0)}, or "
+            "use longer data."
+        )
+    if starts is None:
+        return [(t, frame) for t in usable for frame in range(history, lengths[t])]
+    if starts < 1:
+        raise ConfigError(f"starts is {starts}, but at least one start per trajectory is needed (None: all of them).")
+    plan = []
+    for t in usable:
+        last = lengths[t] - leads
+        frames = np.unique(np.linspace(history, last, min(starts, last - history + 1)).round().astype(int))
+        plan += [(t, int(frame)) for frame in (frames if starts > 1 else [history])]
+    return plan
+
+
+def _check_starts(plan, lengths, history):
+    if not plan:
+        raise ConfigError(
+            "starts is empty: give at least one (trajectory, first predicted frame) pair, or None for all."
+        )
+    for trajectory, frame in plan:
+        if not 0 <= trajectory < len(lengths) or not history <= frame < lengths[trajectory]:
+            valid = f"{history}..{lengths[trajectory] - 1}" if 0 <= trajectory < len(lengths) else "none"
+            raise ConfigError(
+                f"The start {(trajectory, frame)} is outside the data: there are {len(lengths)} trajectories, and with "
+                f"{history} frames of history the first predicted frame can be {valid}."
+            )
+    return plan
+
+
+class _Run:
+    """The jitted functions of one evaluation and the loop over its batches."""
+
+    def __init__(self, setting: Setting, models, climatology, history: int, leads: int, key):
+        self.setting, self.history, self.leads, self.key = setting, history, leads, key
+        # All devices of this process, and no other: the caller may be the only process that evaluates.
+        devices = jax.local_devices()
+        self.mesh = jax.make_mesh(
+            (1, len(devices), 1), ("member", "data", "space"), axis_types=(AxisType.Auto,) * 3, devices=devices
+        )
+        # Correlation is always taken: the high-correlation time needs it.
+        self.metrics = {**setting.metrics, "correlation": METRICS["correlation"]}
+        self.models = {label: self._compile(model, self._score) for label, model in models.items()}
+        self.climatology = None if climatology is None else self._compile(climatology, lambda frames, *_: frames)
+        self.truth = jax.jit(
+            lambda frames, mask: field_statistics(frames, Measure.of(setting.spec, mask), setting.spectrum_leads)
+        )
+
+    def _compile(self, stepper: Stepper, finish):
+        """`(window, truth, climatology, number of the batch) -> finish(rollout, ...)`, with the parameters as arguments
+        of jit."""
+        graph, state = nnx.split(stepper)
+        state = jax.tree.map(lambda a: a.addressable_data(0) if not a.is_fully_addressable else a, state)
+        state = jax.device_put(state, NamedSharding(self.mesh, PartitionSpec()))
+        skip = self.history - stepper.history
+
+        @jax.jit
+        def scored(state, window, truth, climatology, number):
+            model = nnx.merge(graph, state)
+            model.eval()
+            key = None if self.key is None else jax.random.fold_in(self.key, number)
+            frames = rollout(model, _later(window, skip), self.leads, key)
+            return finish(frames, truth, climatology, window.mask)
+
+        return lambda *arguments: scored(state, *arguments)
+
+    def _score(self, frames, truth, climatology, mask):
+        setting = self.setting
+        measure = Measure.of(setting.spec, mask, climatology)
+        parts, pairs = pair_statistics(frames, truth, measure, self.metrics)
+        parts |= field_statistics(frames, measure, setting.spectrum_leads)
+        finite = finite_frames(frames)
+        parts["finite"] = (finite[..., None].astype(jnp.float32),)
+        return parts, pairs, frames[:1]
+
+    def __call__(self, dataset: Dataset, plan, groups, count: int, batch: int):
+        if batch < 1:
+            raise ConfigError(f"batch is {batch}, but at least one start must be rolled out at a time.")
+        devices = self.mesh.size
+        batch = -(-min(batch, len(plan)) // devices) * devices
+        tallies = {label: Tally(count, self.setting.spectrum_leads) for label in self.models}
+        truth_tally = Tally(count, self.setting.spectrum_leads)
+        shown = None
+        with jax.set_mesh(self.mesh):
+            for number, (window, weights) in enumerate(self._batches(dataset, plan, batch)):
+                truth = window.frames[:, self.history :]
+                mask = window.mask
+                window = dataclasses.replace(window, frames=window.frames[:, : self.history])
+                window, truth, mask = jax.device_put(
+                    (window, truth, mask), NamedSharding(self.mesh, PartitionSpec("data"))
+                )
+                normal = None if self.climatology is None else self.climatology(window, truth, None, number)
+                found = {label: model(window, truth, normal, number) for label, model in self.models.items()}
+                of_truth = self.truth(truth, mask)
+                index = np.resize(groups[number * batch : (number + 1) * batch], batch)
+                truth_tally.add(jax.device_get(of_truth), {}, index, weights)
+                for label, (parts, pairs, _) in found.items():
+                    tallies[label].add(*jax.device_get((parts, pairs)), index, weights)
+                if shown is None:
+                    frames = found[next(iter(found))][2]
+                    kept = int(weights[0].sum())
+                    shown = (
+                        *(np.asarray(a)[0, :kept] for a in (truth[:1], frames)),
+                        None if mask is None else np.asarray(mask[:1])[0],
+                    )
+        return tallies, truth_tally, shown
+
+    def _batches(self, dataset: Dataset, plan, batch: int) -> Iterator[tuple[Window, np.ndarray]]:
+        """Batched windows of equal shape and their weights `(batch, lead)`; the next is read while one is scored."""
+        chunks = [plan[i : i + batch] for i in range(0, len(plan), batch)]
+        with concurrent.futures.ThreadPoolExecutor(1) as reader:
+            waiting = reader.submit(self._read, dataset, chunks[0], batch)
+            for i in range(len(chunks)):
+                ready = waiting.result()
+                if i + 1 < len(chunks):
+                    waiting = reader.submit(self._read, dataset, chunks[i + 1], batch)
+                yield ready
+
+    def _read(self, dataset: Dataset, chunk, batch: int) -> tuple[Window, np.ndarray]:
+        windows, weights = [], np.zeros((batch, self.leads), np.float32)
+        for i, (trajectory, frame) in enumerate(chunk):
+            stop = min(frame + self.leads, dataset.lengths[trajectory])
+            window = dataset.read(trajectory, range(frame - self.history, stop))
+            _check_finite(window, trajectory, frame - self.history)
+            windows.append(_fill_up(window, self.history + self.leads))
+            weights[i, : stop - frame] = 1
+        # A smaller last batch repeats its starts with weight zero: the same shapes, so nothing is traced again.
+        windows += [windows[i % len(chunk)] for i in range(batch - len(chunk))]
+        return stack(windows), weights
+
+
+def _later(window: Window, skip: int) -> Window:
+    """The window without its first `skip` frames; its clock starts again at zero."""
+    if skip == 0:
+        return window
+    cut = window.slice(skip, None)
+    return dataclasses.replace(cut, times=cut.times - cut.times[:, :1])
+
+
+def _fill_up(window: Window, length: int) -> Window:
+    """A window (without batch axis) made `length` frames long by repeating its last frame; the clock goes on."""
+    missing = length - len(window.frames)
+    if missing == 0:
+        return window
+
+    def repeat(array):
+        return np.concatenate([array, np.repeat(array[-1:], missing, axis=0)])
+
+    times = np.asarray(window.times)
+    later = times[-1] + np.arange(1, missing + 1, dtype=times.dtype) * times.dtype.type(window.spec.time_step)
+    filled = {name: repeat(np.asarray(getattr(window, name))) for name in ("frames", "calendar", "forcing")}
+    return dataclasses.replace(window, times=np.concatenate([times, later]), **filled)
+
+
+def _check_finite(window: Window, trajectory: int, first: int) -> None:
+    frames = np.asarray(window.frames)
+    if not np.isfinite(frames).all():
+        time, *_, channel = (int(i) for i in np.argwhere(~np.isfinite(frames))[0])
+        raise DataError(
+            f"The truth is not finite: channel {window.spec.names[channel]!r} of trajectory {trajectory}, frame "
+            f"{first + time}. "
+            "Mask or fill it, or choose other starts."
+        )
+
+
+def _per_start(tallies, setting: Setting, plan) -> xr.Dataset:
+    values = [[np.moveaxis(tally.per_pair(name), 0, -1) for name in setting.metrics] for tally in tallies.values()]
+    array = np.moveaxis(np.stack([np.stack(rows) for rows in values]), 2, 3)
+    return xr.Dataset(
+        {"score_per_start": (("model", "metric", "channel", "lead", "start"), array)},
+        {"trajectory": ("start", [t for t, _ in plan]), "frame": ("start", [f for _, f in plan])},
+    )
+
+
+def sample_dataset(truth, forecast, mask, spec: Spec, start: tuple[int, int], name: str) -> xr.Dataset:
+    """The layout of sample.nc: `CHANNEL_truth` and `CHANNEL_forecast` with dims `(lead, *space)`, NaN where the mask is
+    0.
+
+    Frames are thinned evenly to keep a field below 2^25 numbers; coordinate `step` counts them from 1.
+    """
+    stride = max(1, -(-truth[..., 0].size // SAMPLE_VALUES))
+    steps = np.arange(1, len(truth) + 1)[stride - 1 :: stride]
+    dims = ("lead", *(axis.name for axis in spec.grid.axes))
+    variables = {}
+    for i, channel in enumerate(spec.channels):
+        for label, frames in (("truth", truth), ("forecast", forecast)):
+            field = frames[steps - 1, ..., i]
+            field = field if mask is None else np.where(mask[..., i] > 0, field, np.nan)
+            variables[f"{channel.name}_{label}"] = (dims, field.astype(np.float32), {"units": channel.unit})
+    coords: dict[str, Any] = {"lead": lead_times(spec, steps), "step": ("lead", steps)}
+    coords |= {axis.name: (axis.name, np.asarray(axis.centers), {"units": axis.unit}) for axis in spec.grid.axes}
+    attrs = {"title": "One rollout beside the truth", "model": name, "trajectory": start[0], "frame": start[1]}
+    return xr.Dataset(variables, coords, attrs)

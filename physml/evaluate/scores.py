@@ -1,0 +1,337 @@
+"""Scores as a labelled dataset, and as files."""
+
+import csv
+import datetime
+import io
+import json
+import math
+import os
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xarray as xr
+
+from physml import __version__
+from physml.errors import DataError
+from physml.evaluate.statistics import Tally, channel_units, spread
+from physml.fields import Spec
+from physml.metrics import Metric, high_correlation_time
+from physml.metrics.aggregate import interval, resample
+from physml.metrics.spectra import shells
+
+FORMAT = 1  # of scores.nc
+TRUTH = "truth"
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How scores were made: what every table and figure needs to be read."""
+
+    spec: Spec
+    metrics: dict[str, Metric]
+    leads: np.ndarray  # frames, from 1
+    spectrum_leads: tuple[int, ...]
+    thresholds: tuple[float, ...]
+    grouping: str
+    draws: int
+    level: float
+    seed: int = 0
+
+
+def lead_times(spec: Spec, leads: np.ndarray) -> np.ndarray:
+    """Lead times of `leads` (in frames): timedelta64[ns] for data in seconds, else numbers."""
+    times = np.asarray(leads) * spec.time_step
+    return np.round(times * 1e9).astype("timedelta64[ns]") if spec.time_unit == "s" else times
+
+
+def assemble(tallies: dict[str, Tally], truth: Tally, setting: Setting, attrs: dict[str, Any]) -> xr.Dataset:
+    """The scores of all models. Variables:
+
+    - score, score_low, score_high, score_spread `(model, metric, channel, lead)`: value, bootstrap interval, standard
+    deviation
+      of the scores of single pairs;
+    - correlation_time, _low, _high, _spread, _capped `(model, channel, threshold)`, in the unit of time;
+    - spectrum, spectrum_low, spectrum_high `(source, channel, spectrum_lead, wavenumber)`; source is the truth or a
+    model; - mean, energy `(source, channel, lead)`: area mean of the field and of half its square;
+    - finite `(model, lead)`: share of rollouts that hold only finite numbers; pairs `(lead)`: how many were averaged.
+    """
+    groups = truth.groups
+    draws = resample(groups, setting.draws, setting.seed)
+    variables = {}
+    variables |= _metric_variables(tallies, setting, draws)
+    variables |= _correlation_variables(tallies, setting, draws)
+    sources = {TRUTH: truth, **tallies}
+    for name, part, factor in (("mean", "mean", 1.0), ("energy", "square", 0.5)):
+        values = [factor * tally.sums[part].means()[0].T for tally in sources.values()]
+        variables[name] = (("source", "channel", "lead"), np.stack(values))
+    if setting.spectrum_leads:
+        variables |= _spectrum_variables(sources, setting, draws)
+    finite = [tally.sums["finite"].means()[0][:, 0] for tally in tallies.values()]
+    variables["finite"] = (("model", "lead"), np.stack(finite))
+    variables["pairs"] = (("lead",), truth.sums["mean"].weights.sum(0).astype(int))
+    scores = xr.Dataset(variables, _coordinates(list(tallies), setting))
+    scores.attrs = {
+        "title": "Scores of rollouts",
+        "format": FORMAT,
+        "physml_version": __version__,
+        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "interval": f"{setting.level:g} percentile bootstrap, {setting.draws} draws of whole groups",
+        "bootstrap_group": setting.grouping,
+        "bootstrap_groups": groups,
+        "bootstrap_seed": setting.seed,
+        "area_weights": "cell areas of the grid, mean one",
+        "spec": json.dumps(setting.spec.to_dict()),
+        **attrs,
+    }
+    return _describe(scores, setting)
+
+
+def _metric_variables(tallies, setting: Setting, draws) -> dict[str, tuple]:
+    dims, result = ("model", "metric", "channel", "lead"), {"": [], "_low": [], "_high": [], "_spread": []}
+    for tally in tallies.values():
+        rows = {key: [] for key in result}
+        for name, metric in setting.metrics.items():
+            low, high = interval(metric.finish, tally.sums[name], draws, setting.level)
+            rows[""].append(np.asarray(metric.finish(*tally.sums[name].means())).T)
+            rows["_low"].append(low.T)
+            rows["_high"].append(high.T)
+            rows["_spread"].append(spread(tally.per_pair(name)).T)
+        for key, values in rows.items():
+            result[key].append(np.stack(values))
+    return {f"score{key}": (dims, np.stack(values).astype(np.float64)) for key, values in result.items()}
+
+
+def _correlation_variables(tallies, setting: Setting, draws) -> dict[str, tuple]:
+    dims = ("model", "channel", "threshold")
+    times = setting.leads * setting.spec.time_step
+    result = {key: [] for key in ("", "_low", "_high", "_spread", "_capped")}
+
+    def duration(correlation):  # (..., lead, channel) -> (..., channel, threshold)
+        return high_correlation_time(np.moveaxis(correlation, -1, -2), times, setting.thresholds)
+
+    for tally in tallies.values():
+        (mean,), (drawn,) = tally.sums["correlation"].means(), tally.sums["correlation"].means(draws)
+        value, capped = duration(mean)
+        tails = np.quantile(duration(drawn)[0], ((1 - setting.level) / 2, (1 + setting.level) / 2), axis=0)
+        alone = tally.groups < 2
+        whole = tally.per_pair("correlation")[tally.complete]
+        deviation = duration(whole)[0].std(0, ddof=1) if len(whole) > 1 else np.full(value.shape, np.nan)
+        result[""].append(value)
+        result["_capped"].append(capped)
+        result["_low"].append(np.where(alone, np.nan, tails[0]))
+        result["_high"].append(np.where(alone, np.nan, tails[1]))
+        result["_spread"].append(deviation)
+    return {f"correlation_time{key}": (dims, np.stack(values)) for key, values in result.items()}
+
+
+def _spectrum_variables(sources, setting: Setting, draws) -> dict[str, tuple]:
+    dims = ("source", "channel", "spectrum_lead", "wavenumber")
+    result = {"": [], "_low": [], "_high": []}
+    for tally in sources.values():
+        sums = tally.sums["spectrum"]
+        low, high = interval(lambda mean: mean, sums, draws, setting.level)
+        for key, values in (("", sums.means()[0]), ("_low", low), ("_high", high)):
+            result[key].append(np.moveaxis(values, 0, 1))
+    return {f"spectrum{key}": (dims, np.stack(values)) for key, values in result.items()}
+
+
+def _coordinates(models: list[str], setting: Setting) -> dict[str, Any]:
+    spec, metrics = setting.spec, setting.metrics
+    coords = {
+        "model": models,
+        "metric": list(metrics),
+        "channel": list(spec.names),
+        "lead": lead_times(spec, setting.leads),
+        "step": ("lead", setting.leads),
+        "threshold": list(setting.thresholds),
+        "source": [TRUTH, *models],
+        "unit": ("channel", channel_units(spec)),
+        "ideal": ("metric", [metric.ideal for metric in metrics.values()]),
+        "dimensional": ("metric", [metric.dimensional for metric in metrics.values()]),
+    }
+    if setting.spectrum_leads:
+        chosen = np.asarray(setting.spectrum_leads)
+        coords["spectrum_lead"] = lead_times(spec, setting.leads[chosen - 1])
+        coords["spectrum_step"] = ("spectrum_lead", chosen)
+        coords["wavenumber"] = shells(spec.grid).wavenumbers
+    return coords
+
+
+def _describe(scores: xr.Dataset, setting: Setting) -> xr.Dataset:
+    unit = setting.spec.time_unit
+    scores["score"].attrs["long_name"] = "score; dimensional metrics have the unit of their channel"
+    scores["score_spread"].attrs["long_name"] = "standard deviation of the scores of single rollouts"
+    scores["lead"].attrs["long_name"] = "lead time"
+    scores["step"].attrs["long_name"] = "lead time in frames"
+    scores["finite"].attrs["long_name"] = "share of rollouts that hold only finite numbers"
+    for name in ("correlation_time", "correlation_time_low", "correlation_time_high", "correlation_time_spread"):
+        scores[name].attrs["units"] = unit
+    scores["correlation_time"].attrs["long_name"] = "time of the first lead with mean correlation below the threshold"
+    scores["correlation_time_capped"].attrs["long_name"] = "true where it never fell below: the time is a lower bound"
+    if "spectrum" in scores:
+        plan = shells(setting.spec.grid)
+        scores["wavenumber"].attrs.update(units=plan.unit, resolved=plan.resolved)
+        scores["spectrum"].attrs["long_name"] = "half the mean square per wavenumber shell"
+    return scores
+
+
+def save_scores(scores: xr.Dataset, folder: str | Path) -> None:
+    """Writes scores.nc, scores.json and metrics.csv (one row per model, metric, channel and lead), each at once or not
+    at all."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_netcdf(scores, folder / "scores.nc")
+    replace_file(folder / "scores.json", lambda path: path.write_text(json.dumps(to_plain(scores), indent=1)))
+    replace_file(folder / "metrics.csv", lambda path: path.write_text(to_csv(scores)))
+
+
+def load_scores(path: str | Path) -> xr.Dataset:
+    """Scores that `save_scores` wrote, from the folder or the file.
+
+    Raises DataError when the file is missing, damaged or holds something else.
+    """
+    path = Path(path)
+    path = path / "scores.nc" if path.is_dir() else path
+    if not path.is_file():
+        raise DataError(f"There are no scores at {path}. `physml evaluate` writes scores.nc into a run folder.")
+    try:
+        with xr.open_dataset(path, decode_timedelta=True) as scores:
+            scores = scores.load()
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise DataError(f"{path} is damaged or no netCDF file: {error}. Evaluate again to write a new one.") from error
+    if missing := {"score", "score_low", "score_high"} - set(scores.data_vars):
+        raise DataError(
+            f"{path} holds no scores: variables {sorted(missing)} are missing; it has {sorted(scores.data_vars)}."
+        )
+    if int(scores.attrs.get("format", FORMAT)) > FORMAT:
+        raise DataError(f"{path} was written by a newer physml (format {scores.attrs['format']}). Upgrade to read it.")
+    for name in ("correlation_time_capped", "dimensional"):
+        if name in scores.variables:
+            scores[name] = scores[name].astype(bool)
+    return scores
+
+
+def write_netcdf(ds: xr.Dataset, path: str | Path) -> None:
+    """A compressed netCDF file that appears whole or not at all."""
+    packed = {"zlib": True, "complevel": 4}
+    encoding = {name: packed for name, v in ds.data_vars.items() if v.dtype.kind == "f" and v.ndim}
+    replace_file(Path(path), lambda temporary: ds.to_netcdf(temporary, engine="netcdf4", encoding=encoding))
+
+
+def replace_file(path: Path, write: Callable[[Path], Any]) -> None:
+    """Lets `write` fill a temporary file beside `path`, then puts it in place in one step."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{path.stem}-", suffix=path.suffix, dir=path.parent)
+    os.close(handle)
+    try:
+        write(Path(name))
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(name, 0o666 & ~umask)  # mkstemp makes files that only their owner may read
+        os.replace(name, path)
+    finally:
+        Path(name).unlink(missing_ok=True)
+
+
+def seconds_or_numbers(times: np.ndarray) -> list[float]:
+    """Lead times as floats: seconds where they are timedelta64."""
+    times = np.asarray(times)
+    return (times / np.timedelta64(1, "s")).tolist() if times.dtype.kind == "m" else times.astype(float).tolist()
+
+
+def to_rows(scores: xr.Dataset) -> list[dict[str, Any]]:
+    """Tidy rows: model, metric, channel, unit, step, lead, score, low, high, spread."""
+    lead = seconds_or_numbers(scores["lead"].values)
+    rows = []
+    for model, metric, channel in np.ndindex(*scores["score"].shape[:3]):
+        dimensional = bool(scores["dimensional"].values[metric])
+        for i, value in enumerate(scores["score"].values[model, metric, channel]):
+            rows.append(
+                {
+                    "model": str(scores["model"].values[model]),
+                    "metric": str(scores["metric"].values[metric]),
+                    "channel": str(scores["channel"].values[channel]),
+                    "unit": str(scores["unit"].values[channel]) if dimensional else "",
+                    "step": int(scores["step"].values[i]),
+                    "lead": lead[i],
+                    "score": float(value),
+                    **{
+                        key: float(scores[f"score_{key}"].values[model, metric, channel, i])
+                        for key in ("low", "high", "spread")
+                    },
+                }
+            )
+    return rows
+
+
+def to_csv(scores: xr.Dataset) -> str:
+    """`to_rows` as CSV; floats with nine digits, empty where a value is not defined."""
+    rows, text = to_rows(scores), io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]) if rows else ["model"], lineterminator="\n")
+    writer.writeheader()
+    for row in rows:
+        for key in [key for key, value in row.items() if isinstance(value, float)]:
+            row[key] = "" if math.isnan(row[key]) else f"{row[key]:.9g}"
+        writer.writerow(row)
+    return text.getvalue()
+
+
+def to_plain(scores: xr.Dataset) -> dict[str, Any]:
+    """Nested dicts and lists that JSON can hold: models -> metrics -> channels -> score, low, high, spread along
+    lead."""
+    models = {}
+    for model in scores["model"].values:
+        one = scores.sel(model=model)
+        models[str(model)] = {
+            "metrics": {
+                str(metric): {
+                    str(channel): {
+                        key: _numbers(one[name].sel(metric=metric, channel=channel))
+                        for key, name in (
+                            ("score", "score"),
+                            ("low", "score_low"),
+                            ("high", "score_high"),
+                            ("spread", "score_spread"),
+                        )
+                    }
+                    for channel in scores["channel"].values
+                }
+                for metric in scores["metric"].values
+            },
+            "correlation_time": {
+                str(channel): {
+                    f"{threshold:g}": {
+                        key: _numbers(one[f"correlation_time{suffix}"].sel(channel=channel, threshold=threshold))
+                        for key, suffix in (("time", ""), ("low", "_low"), ("high", "_high"), ("capped", "_capped"))
+                    }
+                    for threshold in scores["threshold"].values
+                }
+                for channel in scores["channel"].values
+            },
+            "finite": _numbers(one["finite"]),
+        }
+    attrs = {key: value.item() if isinstance(value, np.generic) else value for key, value in scores.attrs.items()}
+    return {
+        "attributes": {key: value for key, value in attrs.items() if key != "spec"},
+        "steps": scores["step"].values.tolist(),
+        "leads": seconds_or_numbers(scores["lead"].values),
+        "units": dict(zip(scores["channel"].values.tolist(), scores["unit"].values.tolist())),
+        "models": models,
+    }
+
+
+def _numbers(array: xr.DataArray) -> Any:
+    """JSON has no NaN and no infinity: null and "Infinity" stand for them."""
+
+    def plain(value):
+        if isinstance(value, list):
+            return [plain(item) for item in value]
+        if isinstance(value, float) and not math.isfinite(value):
+            return None if math.isnan(value) else ("Infinity" if value > 0 else "-Infinity")
+        return value
+
+    return plain(array.values.tolist())

@@ -57,9 +57,9 @@ def open_dataset(path, format: str | None = None, **options) -> xr.Dataset:
 
     Raises DataError when the path is missing, is neither netCDF nor zarr, is damaged, or mixes grids.
     """
-    options.setdefault("chunks", {})
     ds = read_files(path, format, **options)
     source = source_of(ds)
+    ds = ds if options.get("chunks") else netcdf.in_chunks(ds)
     if "time" in ds.coords and ds["time"].ndim == 0:
         ds = ds.expand_dims("time")
     if "trajectory" not in ds.dims:

@@ -1,5 +1,6 @@
 """One split of labelled data as a `Dataset`: random access to windows, from the file or from memory."""
 
+import dataclasses
 import threading
 from collections.abc import Iterator, Sequence
 
@@ -7,7 +8,8 @@ import numpy as np
 import xarray as xr
 
 from physml.data import clock as ck
-from physml.data.labelled import Reader, source_of
+from physml.data.channels import source_of
+from physml.data.reader import Reader, stack
 from physml.errors import DataError
 from physml.fields import Spec, Window
 
@@ -76,28 +78,44 @@ class XarrayDataset:
         source, inside = self.locate(trajectory, frames)
         if self._arrays is None:
             return self.reader.read(source, inside)
-        values, forcing, static = self._arrays[source]
-        index = slice(inside.start, inside.stop, inside.step)
-        return self.reader.window(source, inside, values[index], forcing[index], static)
+        values, forcing = (array[source, inside.start : inside.stop : inside.step] for array in self._arrays)
+        return self.reader.window(source, inside, values, forcing)
 
     def read_batch(self, trajectories: np.ndarray, starts: np.ndarray, strides: np.ndarray, frames: int) -> Window:
-        """Windows of `frames` frames stacked along a batch axis."""
-        ranges = [range(s, s + (frames - 1) * d + 1, d) for s, d in zip(starts.tolist(), strides.tolist(), strict=True)]
-        windows = [self.read(t, r) for t, r in zip(trajectories.tolist(), ranges, strict=True)]
-        leaves = {
-            name: np.stack([getattr(window, name) for window in windows])
-            for name in ("frames", "times", "calendar", "parameters", "forcing", "static")
-        }
-        masks = None if windows[0].mask is None else np.stack([window.mask for window in windows])
-        return Window(**leaves, mask=masks, spec=self.spec)
+        """Windows of `frames` frames, `strides` apart, stacked along a batch axis. One gather when the split is in
+        memory.
+        """
+        if self._arrays is None:
+            spans = zip(trajectories.tolist(), starts.tolist(), strides.tolist(), strict=True)
+            return stack([self.read(t, range(s, s + (frames - 1) * d + 1, d)) for t, s, d in spans])
+        sources, run = np.divmod(trajectories, len(self.runs))
+        first = np.array([r.start for r in self.runs])[run] + starts
+        index = first[:, None] + strides[:, None] * np.arange(frames)
+        values, forcing = (array[sources[:, None], index] for array in self._arrays)
+        times, calendar = self.reader.clock_of(index)
+        static = np.stack([self.reader.static(i) for i in sources.tolist()])
+        mask = np.stack([self.reader.mask(i) for i in sources.tolist()]) if self.reader.masked else None
+        return Window(values, times, calendar, self.reader.parameters[sources], forcing, static, mask, self.spec)
 
     def preload(self, limit: int = MEMORY_LIMIT) -> bool:
         """Keeps the split in memory when it needs at most `limit` bytes; says whether it is in memory."""
         with self._lock:
             if self._arrays is None and self.nbytes <= limit:
-                whole = range(self.reader.frames)
-                self._arrays = [self.reader.raw(i, whole) for i in range(self.reader.trajectories)]
+                self._arrays = self._whole()
+                self.reader.keep_static()
         return self._arrays is not None
+
+    def _whole(self) -> tuple[np.ndarray, np.ndarray]:
+        """All frames and forcing `(trajectory, time, *space, channel)`, read in blocks of trajectories."""
+        total, frames = self.reader.trajectories, range(self.reader.frames)
+        block = max(1, int(CHUNK_BYTES * total // max(self.nbytes, 1)))
+        arrays: list[np.ndarray] = []
+        for start in range(0, total, block):
+            part = self.reader.arrays(range(start, min(start + block, total)), frames)
+            arrays = arrays or [np.empty((total, *p.shape[1:]), np.float32) for p in part]
+            for array, values in zip(arrays, part, strict=True):
+                array[start : start + block] = values
+        return arrays[0], arrays[1]
 
     def windows(self, chunk: int | None = None) -> Iterator[Window]:
         """All frames in order, for one streaming pass; `chunk` frames at a time (as many as fit in 64 MiB when None).
@@ -114,12 +132,12 @@ class XarrayDataset:
             for start in range(0, length, chunk):
                 begin = max(start - 1, 0)
                 window = self.read(trajectory, range(begin, min(start + chunk, length)))
-                source, inside = self.locate(trajectory, range(begin, begin + 1))
+                clock = self.reader.times.values
                 since = (
-                    self.reader.times.values[inside.start]
-                    - self.reader.times.values[self.locate(trajectory, range(1))[1].start]
+                    clock[self.locate(trajectory, range(begin, begin + 1))[1].start]
+                    - clock[self.locate(trajectory, range(1))[1].start]
                 )
-                yield Window(**{**_fields(window), "times": window.times + np.float32(since)})
+                yield dataclasses.replace(window, times=window.times + np.float32(since))
 
     def labels(self, trajectory: int, frames: range | None = None) -> np.ndarray:
         """Times of the frames as the file gives them: datetime64, cftime objects or numbers."""
@@ -162,8 +180,3 @@ class XarrayDataset:
         result = ds.transpose(*leading, ...)
         result.encoding["source"] = reader.source
         return result
-
-
-def _fields(window: Window) -> dict:
-    names = ("frames", "times", "calendar", "parameters", "forcing", "static", "mask", "spec")
-    return {name: getattr(window, name) for name in names}

@@ -5,8 +5,10 @@ executed: zarr arrays coded as pickles are refused.
 """
 
 import glob
+import math
 import os
 import struct
+import uuid
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,6 +21,7 @@ from physml.errors import DataError, suggest
 HDF5 = b"\x89HDF\r\n\x1a\n"
 ZARR_FILES = ("zarr.json", ".zgroup", ".zmetadata", ".zarray")
 NO_PICKLES = ("pickle",)
+CHUNK_BYTES = 8 * 2**20
 
 
 def detect(path: str, storage_options: dict | None = None) -> str:
@@ -71,9 +74,7 @@ def open_many(paths: Sequence[str], opener, **options) -> xr.Dataset:
 
     Files that hold different variables are merged. Raises DataError when grids or units differ, naming the two files.
     """
-    parts = [
-        (path, name_dimensions(opener(path, **{**options, "chunks": options.get("chunks") or {}}))) for path in paths
-    ]
+    parts = [(path, in_chunks(name_dimensions(opener(path, **options)))) for path in paths]
     _check_alike(parts)
     groups: dict[frozenset, list] = {}
     for path, ds in parts:
@@ -108,6 +109,29 @@ def expand(path, storage_options: dict | None = None) -> list[str]:
     if os.path.isdir(path) and not _is_zarr(path, None):
         return _expand_folder(path)
     return [path]
+
+
+def in_chunks(ds: xr.Dataset) -> xr.Dataset:
+    """Fields as dask arrays: in the chunks of the file, or, where it has none, in runs of frames of about 8 MiB."""
+    chunked = {}
+    for name, variable in ds.data_vars.items():
+        if variable.ndim and not variable.chunks:
+            own = variable.encoding.get("preferred_chunks") or _runs(ds, variable)
+            # A name of our own: dask would read the whole variable to make one from its content.
+            chunked[name] = variable.chunk(own, token=uuid.uuid4().hex)
+    result = ds.assign(chunked)
+    result.encoding = dict(ds.encoding)
+    return result
+
+
+def _runs(ds: xr.Dataset, variable: xr.DataArray) -> dict[str, int]:
+    dims = [d for d in variable.dims if ax.role(ds, d) in ("time", "trajectory")]
+    chunks = {d: 1 for d in dims}
+    room = max(1, CHUNK_BYTES * math.prod(variable.sizes[d] for d in dims) // max(variable.nbytes, 1))
+    for dim in reversed(dims):
+        chunks[dim] = int(min(room, variable.sizes[dim]))
+        room = max(1, room // chunks[dim])
+    return chunks
 
 
 def name_dimensions(ds: xr.Dataset) -> xr.Dataset:

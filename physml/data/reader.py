@@ -1,0 +1,273 @@
+"""Arrays out of a labelled dataset, in the order of a spec, with missing values checked."""
+
+import dataclasses
+
+import numpy as np
+import xarray as xr
+
+from physml.data import axes as ax
+from physml.data import clock as ck
+from physml.data.channels import Field, base_of, missing_variable, resolve, source_of, unit_of
+from physml.errors import DataError, SpecError
+from physml.fields import Channel, Spec, Window
+
+REMEMBERED = 256  # trajectories whose mask is kept
+
+
+class Reader:
+    """Reads windows of one dataset in the order of a spec. Stateless apart from remembered masks; safe in threads.
+
+    Attributes:
+        trajectories, frames: how many the dataset has.
+        times: the clock of the frames.
+        masked: whether fields are missing somewhere.
+        parameters: `(trajectory, parameter)` float32.
+    """
+
+    def __init__(self, ds: xr.Dataset, spec: Spec, mask: str | None = None):
+        self.ds, self.spec, self.source = ds, spec, source_of(ds)
+        groups = ("channels", "forcing", "static")
+        self.fields = {group: resolve(ds, getattr(spec, group), spec) for group in groups}
+        self.mask_field = [] if mask is None else resolve(ds, (Channel(mask),), spec)
+        every = [field for group in self.fields.values() for field in group]
+        self.index = {field.variable: self._space_index(field) for field in [*every, *self.mask_field]}
+        self.trajectory_dim = next((f.dims["trajectory"] for f in every if "trajectory" in f.dims), None)
+        self.time_dim = next((f.dims["time"] for f in every if "time" in f.dims), None)
+        self.trajectories = ds.sizes[self.trajectory_dim] if self.trajectory_dim else 1
+        self.times = ck.clock(ds, self.time_dim)
+        self.frames = len(self.times)
+        self._check_not_empty()
+        self.parameters = self._parameters()
+        self._static: np.ndarray | None = None
+        self._remembered: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+        self.masked = mask is not None or bool(self.missing(0).any())
+
+    def check_units(self) -> None:
+        """Raises SpecError where a unit of the dataset differs from the spec's."""
+        for group in ("channels", "forcing", "static", "parameters"):
+            for channel in getattr(self.spec, group):
+                unit = unit_of(self.ds, channel.name)
+                if unit and channel.unit and unit != channel.unit:
+                    raise SpecError(
+                        f"{self.source}: {channel.name!r} is in {unit!r}, but {channel.unit!r} was expected. "
+                        f"Convert it to {channel.unit!r} and set its `units` attribute."
+                    )
+
+    def read(self, trajectory: int, frames: range) -> Window:
+        """The window of these frames without a batch axis, float32."""
+        values, forcing = (array[0] for array in self.arrays(range(trajectory, trajectory + 1), frames))
+        return self.window(trajectory, frames, values, forcing)
+
+    def arrays(self, trajectories: range, frames: range) -> tuple[np.ndarray, np.ndarray]:
+        """Frames and forcing `(trajectory, time, *space, channel)`: missing values are checked, then 0."""
+        values = self._read("channels", trajectories, frames)
+        self._check_infinite(values, frames, self.spec.channels)
+        forcing = self._read("forcing", trajectories, frames)
+        self._check_infinite(forcing, frames, self.spec.forcing)
+        return self._fill(values, trajectories, frames), self._fill_forcing(forcing, frames)
+
+    def window(self, trajectory: int, frames: range, values: np.ndarray, forcing: np.ndarray) -> Window:
+        """A window without a batch axis around arrays that were read already."""
+        seconds, calendar = self.clock_of(slice(frames.start, frames.stop, frames.step))
+        static, mask = self.static(trajectory), self.mask(trajectory)
+        return Window(values, seconds, calendar, self.parameters[trajectory], forcing, static, mask, self.spec)
+
+    def clock_of(self, index) -> tuple[np.ndarray, np.ndarray]:
+        """(times since the first of them, calendar) of frames `index`, whose last axis is time; float32."""
+        since = self.times.values[index]
+        since = (since - since[..., :1]).astype(np.float32)
+        calendar = self.times.calendar
+        return since, np.zeros((*since.shape, 2), np.float32) if calendar is None else calendar[index]
+
+    def static(self, trajectory: int) -> np.ndarray:
+        """`(*space, static)`, NaN replaced by 0."""
+        if self._static is None and not any("trajectory" in field.dims for field in self.fields["static"]):
+            self.keep_static()
+        if self._static is not None:
+            return self._static[trajectory % len(self._static)]
+        return self._read_static(range(trajectory, trajectory + 1))[0]
+
+    def keep_static(self) -> None:
+        """Keeps the static fields in memory: of all trajectories, or the one that they share."""
+        if self._static is None:
+            shared = not any("trajectory" in field.dims for field in self.fields["static"])
+            self._static = self._read_static(range(1) if shared else range(self.trajectories))
+
+    def _read_static(self, trajectories: range) -> np.ndarray:
+        values = np.nan_to_num(self._read("static", trajectories, None), nan=0.0)
+        self._check_infinite(values[:, None], range(1), self.spec.static)
+        return values
+
+    def missing(self, trajectory: int) -> np.ndarray:
+        """Where the first frame of a trajectory is NaN, `(*space, channel)` bool."""
+        return self._pattern(trajectory)[0]
+
+    def mask(self, trajectory: int) -> np.ndarray | None:
+        """`(*space, channel)` float32, 1 where fields exist; None where all exist everywhere."""
+        return self._pattern(trajectory)[1] if self.masked else None
+
+    def _pattern(self, trajectory: int) -> tuple[np.ndarray, np.ndarray]:
+        """(missing, mask), remembered."""
+        key = trajectory if self.trajectory_dim else 0
+        if key not in self._remembered:
+            only = range(trajectory, trajectory + 1)
+            missing = np.isnan(self._read("channels", only, range(1))[0, 0])
+            self._check_somewhere(missing, trajectory)
+            mask = (~missing).astype(np.float32)
+            if self.mask_field:
+                exists = np.nan_to_num(self._gather(self.mask_field, 1, only, None)[0], nan=0.0) != 0
+                mask = mask * exists.astype(np.float32)
+            if len(self._remembered) >= REMEMBERED:
+                self._remembered.clear()
+            self._remembered[key] = missing, mask
+        return self._remembered[key]
+
+    # --- arrays (trajectory, time, *space, channel), without time where `frames` is None ---
+
+    def _read(self, group: str, trajectories: range, frames: range | None) -> np.ndarray:
+        return self._gather(self.fields[group], len(getattr(self.spec, group)), trajectories, frames)
+
+    def _gather(self, fields: list[Field], channels: int, trajectories: range, frames: range | None) -> np.ndarray:
+        time = () if frames is None else (len(frames),)
+        result = np.empty((len(trajectories), *time, *self.spec.grid.shape, channels), np.float32)
+        for field in fields:
+            values = self._values(field, trajectories, frames)
+            for i, position in enumerate(field.positions):
+                result[..., position] = values[i]
+        return result
+
+    def _values(self, field: Field, trajectories: range, frames: range | None) -> np.ndarray:
+        """`(entry, trajectory, time, *space)`, broadcastable along what the variable does not have."""
+        selection: dict[str, object] = dict(self.index[field.variable])
+        order = [field.dims[axis.name] for axis in self.spec.grid.axes]
+        new_axes = []
+        if "time" in field.dims:
+            selection[field.dims["time"]] = 0 if frames is None else slice(frames.start, frames.stop, frames.step)
+            order = order if frames is None else [field.dims["time"], *order]
+        elif frames is not None:
+            new_axes.append(2)
+        if "trajectory" in field.dims:
+            selection[field.dims["trajectory"]] = slice(trajectories.start, trajectories.stop)
+            order = [field.dims["trajectory"], *order]
+        else:
+            new_axes.append(1)
+        if field.flat:
+            selection[field.flat] = np.asarray(field.entries)
+            order = [field.flat, *order]
+        else:
+            new_axes.append(0)
+        values = self._load(field.variable, selection, order, trajectories, frames)
+        return np.expand_dims(values, sorted(new_axes))
+
+    def _load(self, name: str, selection: dict, order: list[str], trajectories: range, frames: range | None):
+        try:
+            picked = self.ds.variables[name].isel(selection)
+            with np.errstate(over="ignore"):  # a float64 beyond float32 becomes infinite, which is checked
+                return np.asarray(picked.transpose(*order).values).astype(np.float32)
+        except MemoryError:
+            raise
+        except Exception as error:  # every backend has its own exceptions for damaged chunks
+            where = f"trajectory {trajectories.start}" + ("" if frames is None else f", frame {frames.start}")
+            raise DataError(
+                f"{self.source}: variable {name!r} cannot be read from {where} on ({type(error).__name__}: {error}). "
+                "The file seems damaged: copy, download or generate it again."
+            ) from error
+
+    def _space_index(self, field: Field) -> dict[str, slice | np.ndarray]:
+        dims = [(field.dims[axis.name], axis) for axis in self.spec.grid.axes]
+        return {dim: ax.positions(self.ds, dim, axis, self.source) for dim, axis in dims}
+
+    def _parameters(self) -> np.ndarray:
+        result = np.empty((self.trajectories, len(self.spec.parameters)), np.float32)
+        for i, channel in enumerate(self.spec.parameters):
+            if base_of(self.ds, channel.name) != channel.name:
+                raise missing_variable(self.ds, channel.name)
+            variable = self.ds.variables[channel.name]
+            if variable.dims not in ((), (self.trajectory_dim,)) or variable.dtype.kind not in "iufb":
+                raise DataError(
+                    f"{self.source}: parameter {channel.name!r} has dimensions {variable.dims} and type "
+                    f"{variable.dtype}, "
+                    "but a parameter is one number, or one per trajectory. Use a field as static or forcing."
+                )
+            result[:, i] = np.asarray(variable.values, np.float32)
+            finite = np.isfinite(result[:, i])
+            if not finite.all():
+                at = int(np.argmin(finite))
+                raise DataError(f"{self.source}: parameter {channel.name!r} is not finite for trajectory {at}.")
+        return result
+
+    # --- missing values ---
+
+    def _fill(self, values: np.ndarray, trajectories: range, frames: range) -> np.ndarray:
+        missing = np.isnan(values)
+        if not missing.any() and not self.masked:
+            return values
+        for i, trajectory in enumerate(trajectories):
+            wrong = missing[i] != self.missing(trajectory)
+            if wrong.any():
+                raise self._moving_gap(missing[i], wrong, trajectory, frames)
+            if not self.masked and missing[i].any():
+                raise DataError(
+                    f"{self.source}: trajectory {trajectory} has NaN, but trajectory 0 has none. Give all "
+                    "trajectories a "
+                    "mask (the option `mask`), or fill them."
+                )
+        values[missing] = 0
+        return values
+
+    def _moving_gap(self, missing: np.ndarray, wrong: np.ndarray, trajectory: int, frames: range) -> DataError:
+        time, *place, channel = (int(i) for i in np.argwhere(wrong)[0])
+        axes = zip(self.spec.grid.axes, place, strict=True)
+        at = ", ".join(f"{axis.name}={axis.centers[i]:g}" for axis, i in axes)
+        what = "NaN" if missing[(time, *place, channel)] else "a value where the first frame has NaN"
+        return DataError(
+            f"{self.source}: variable {self.spec.names[channel]!r} has {what} at time index {frames[time]} "
+            f"({self.times.labels[frames[time]]}), trajectory {trajectory}, {at}. Missing values must stay at the same "
+            "places in every frame (land); fill or drop the others."
+        )
+
+    def _fill_forcing(self, values: np.ndarray, frames: range) -> np.ndarray:
+        missing = np.isnan(values)
+        moving = missing != missing[:, :1]
+        if moving.any():
+            _, time, *_, channel = (int(i) for i in np.argwhere(moving)[0])
+            raise DataError(
+                f"{self.source}: forcing {self.spec.forcing[channel].name!r} has NaN that change with time, first at "
+                "time "
+                f"index {frames[time]} ({self.times.labels[frames[time]]}). Fill them."
+            )
+        values[missing] = 0
+        return values
+
+    def _check_not_empty(self) -> None:
+        if not self.frames or not self.trajectories:
+            raise DataError(
+                f"{self.source} is empty: {self.trajectories} trajectories of {self.frames} frames. Check the "
+                "selection."
+            )
+
+    def _check_somewhere(self, missing: np.ndarray, trajectory: int) -> None:
+        everywhere = missing.all(axis=tuple(range(missing.ndim - 1)))
+        if missing.size and everywhere.any():
+            raise DataError(
+                f"{self.source}: variable {self.spec.names[int(np.argmax(everywhere))]!r} is NaN everywhere at time "
+                "index 0 "
+                f"({self.times.labels[0]}) of trajectory {trajectory}. Drop that frame, or check the file."
+            )
+
+    def _check_infinite(self, values: np.ndarray, frames: range, channels: tuple[Channel, ...]) -> None:
+        if np.isinf(values).any():
+            _, time, *_, channel = (int(i) for i in np.argwhere(np.isinf(values))[0])
+            raise DataError(
+                f"{self.source}: variable {channels[channel].name!r} is infinite at time index {frames[time]} "
+                f"({self.times.labels[frames[time]]}). Only finite numbers (in float32) can be used."
+            )
+
+
+def stack(windows: list[Window]) -> Window:
+    """Batches windows without a batch axis, on the host."""
+    leaves = {}
+    for field in dataclasses.fields(Window):
+        values = [getattr(window, field.name) for window in windows]
+        leaves[field.name] = values[0] if field.name == "spec" or values[0] is None else np.stack(values)
+    return Window(**leaves)

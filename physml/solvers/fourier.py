@@ -173,7 +173,7 @@ def check(solver: Any) -> None:
             f"points is {solver.points}, but a stride must divide solver_points = {solver.solver_points}. "
             f"Use {min(near, key=lambda n: abs(n - solver.points))} points, or downsampling='fourier'."
         )
-    if solver.initial_modes >= solver.solver_points / 3:
+    if solver.initial_modes >= solver.solver_points // 3:
         raise ConfigError(
             f"initial_modes is {solver.initial_modes}, but the 2/3 rule keeps only modes below "
             f"{solver.solver_points // 3} of {solver.solver_points} solver_points. Raise solver_points."

@@ -11,7 +11,7 @@ What exponax does differently from the usual conventions is handled here and now
   formula is dv/dx - du/dy, so `DecayingNavierStokes` needs no sign. Its forcing acts on the first axis and varies along
   the second, so `Kolmogorov` swaps the axes and the sign;
 - its forcing lacks the factor 2 pi / length, and its drag is added: dissipation needs a negative one;
-- its 2/3 rule keeps the modes below points / 3 - 1, one less than the usual rule.
+- its 2/3 rule keeps the modes up to points / 3 - 1, one less than the usual rule.
 """
 
 from dataclasses import dataclass

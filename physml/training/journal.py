@@ -1,0 +1,67 @@
+"""What a run writes down as it goes: metrics.jsonl, one JSON object per line, and a tracker."""
+
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+
+class Journal:
+    """Records of a run, in memory and in FOLDER/metrics.jsonl.
+
+    Beginning at `step` drops what an interrupted run wrote after it, so that every step is recorded once. A line holds
+    "kind" ("train" or "valid"), "step" and numbers; a number that is not finite is null.
+    """
+
+    def __init__(self, folder: str | Path, step: int, tracker: Any = None, write: bool = True):
+        self.path = Path(folder) / "metrics.jsonl"
+        self.records = _read(self.path, step)
+        self.tracker, self._file = (tracker, None) if write else (None, None)
+        if write:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            partial = self.path.with_suffix(".jsonl.partial")
+            partial.write_text("".join(json.dumps(record) + "\n" for record in self.records))
+            os.replace(partial, self.path)
+            self._file = self.path.open("a")
+
+    def add(self, kind: str, step: int, values: dict[str, float]) -> None:
+        record = {"kind": kind, "step": step, **{name: _plain(value) for name, value in values.items()}}
+        self.records.append(record)
+        if self._file:
+            self._file.write(json.dumps(record) + "\n")
+            self._file.flush()
+        if self.tracker:
+            self.tracker.log(step, {name: float(value) for name, value in values.items()})
+
+    def sync(self) -> None:
+        """Everything recorded is on disk. A checkpoint must not outlive its records."""
+        if self._file:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        if self._file:
+            self.sync()
+            self._file.close()
+        if self.tracker:
+            self.tracker.finish()
+
+
+def _read(path: Path, step: int) -> list[dict[str, Any]]:
+    if not step or not path.is_file():
+        return []
+    records = []
+    for line in path.read_text().splitlines():
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:
+            continue  # the line that a killed process was writing
+        if isinstance(record, dict) and record.get("step", step + 1) <= step:
+            records.append(record)
+    return records
+
+
+def _plain(value: Any) -> float | int | None:
+    value = value if isinstance(value, int) else float(value)
+    return value if math.isfinite(value) else None

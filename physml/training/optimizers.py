@@ -1,0 +1,203 @@
+"""Optax chains and learning-rate schedules from one frozen dataclass."""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from physml.errors import ConfigError, suggest
+
+SCHEDULES = ("constant", "cosine", "one_cycle", "step")
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """Which optimizer, how fast, and how the rate changes.
+
+    Attributes:
+        name: one of `OPTIMIZERS`.
+        learning_rate: peak rate.
+        schedule: "constant"; "cosine" from the peak to `final` times the peak; "step" multiplies by `factor` after
+            every `every` steps; "one_cycle" rises from 1/25 of the peak during the first 30 % and then falls to 1e-4
+            of where it began (Smith & Topin 2017, arXiv:1708.07120).
+        warmup: steps of linear rise from zero before the schedule; below 1 a fraction of all steps.
+        final: rate at the end relative to the peak, for "cosine".
+        every: steps between drops, for "step"; below 1 a fraction of all steps.
+        factor: of each drop, for "step".
+        weight_decay: decoupled from the gradient (adamw, lion, sgd), or added to it as an L2 penalty (adam).
+        decay: which parameters decay: "all", or "matrices" (not biases, scales and other vectors).
+        clip: largest global norm of the gradient; 0 does not clip.
+        beta1, beta2: decay of the moments (adam, adamw, lion); `beta1` is the momentum of sgd.
+        epsilon: added to the root of the second moment (adam, adamw).
+    """
+
+    name: Literal["adam", "adamw", "lion", "sgd"] = "adamw"
+    learning_rate: float = 1e-3
+    schedule: Literal["constant", "cosine", "one_cycle", "step"] = "cosine"
+    warmup: float = 0.0
+    final: float = 0.0
+    every: float = 0.0
+    factor: float = 0.5
+    weight_decay: float = 0.0
+    decay: Literal["all", "matrices"] = "all"
+    clip: float = 0.0
+    beta1: float = 0.9
+    beta2: float = 0.999
+    epsilon: float = 1e-8
+
+    def __post_init__(self):
+        for value, valid, what in (
+            (self.name, OPTIMIZERS, "optimizer"), (self.schedule, SCHEDULES, "schedule"),
+            (self.decay, ("all", "matrices"), "decay"),
+        ):  # fmt: skip
+            if value not in valid:
+                raise ConfigError(f"There is no {what} {value!r}." + suggest(value, valid))
+        for name in ("learning_rate", "warmup", "final", "every", "weight_decay", "clip"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise ConfigError(f"{name} is {getattr(self, name)}, but it must be 0 or more.")
+        if self.learning_rate == 0:
+            raise ConfigError("learning_rate is 0: nothing would be learned.")
+        if (self.schedule == "step") != (self.every > 0):
+            raise ConfigError(
+                f"schedule is {self.schedule!r} and every={self.every}: `every` goes with schedule='step', always."
+            )
+        if self.schedule == "one_cycle" and self.warmup:
+            raise ConfigError("schedule='one_cycle' has its own rise: leave `warmup` at 0.")
+
+    def rate(self, steps: int) -> optax.Schedule:
+        """Learning rate by update number, for a run of `steps` updates."""
+        warmup = _count(self.warmup, steps)
+        rest = max(steps - warmup, 1)
+        peak = self.learning_rate
+        if self.schedule == "constant":
+            schedule = optax.constant_schedule(peak)
+        elif self.schedule == "cosine":
+            schedule = optax.cosine_decay_schedule(peak, rest, alpha=self.final)
+        elif self.schedule == "one_cycle":
+            return optax.cosine_onecycle_schedule(max(steps, 2), peak)
+        else:
+            schedule = optax.exponential_decay(peak, max(_count(self.every, steps), 1), self.factor, staircase=True)
+        if not warmup:
+            return schedule
+        # From one step above zero: the first update would otherwise be lost.
+        rise = optax.linear_schedule(peak / warmup, peak, max(warmup - 1, 1))
+        return optax.join_schedules([rise, schedule], [warmup])
+
+    def build(self, steps: int) -> optax.GradientTransformation:
+        """The transformation for a run of `steps` updates: clip, then the optimizer with its schedule and decay."""
+        chain = [optax.clip_by_global_norm(self.clip)] if self.clip else []
+        mask = _matrices if self.decay == "matrices" else None
+        return optax.chain(*chain, OPTIMIZERS[self.name](self, self.rate(steps), mask))
+
+
+def _count(value: float, steps: int) -> int:
+    """Steps from a count, or from a fraction of all steps below 1."""
+    return round(value * steps) if value < 1 else round(value)
+
+
+def _matrices(params):
+    return jax.tree.map(lambda leaf: jnp.ndim(leaf) > 1, params)
+
+
+def _adam(config: OptimizerConfig, rate, mask):
+    penalty = [optax.add_decayed_weights(config.weight_decay, mask)] if config.weight_decay else []
+    return optax.chain(*penalty, optax.adam(rate, config.beta1, config.beta2, config.epsilon))
+
+
+def _adamw(config: OptimizerConfig, rate, mask):
+    return optax.adamw(rate, config.beta1, config.beta2, config.epsilon, weight_decay=config.weight_decay, mask=mask)
+
+
+def _lion(config: OptimizerConfig, rate, mask):
+    return optax.lion(rate, config.beta1, config.beta2, weight_decay=config.weight_decay, mask=mask)
+
+
+def _sgd(config: OptimizerConfig, rate, mask):
+    momentum = [optax.trace(config.beta1)] if config.beta1 else []
+    decay = [optax.add_decayed_weights(config.weight_decay, mask)] if config.weight_decay else []
+    return optax.chain(*momentum, *decay, optax.scale_by_learning_rate(rate))
+
+
+OPTIMIZERS = {"adam": _adam, "adamw": _adamw, "lion": _lion, "sgd": _sgd}
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """How long, how much at once, and what is written when.
+
+    Counts of steps are optimizer updates. Intervals take effect at the first dispatch that ends at or after them.
+
+    Attributes:
+        steps: updates in all; `epochs`, where it is not 0, is used instead.
+        epochs: passes over the training windows; rounded up to whole updates.
+        batch: windows per update, over all devices and processes.
+        accumulate: parts in which each batch is computed one after the other, to save memory.
+        updates_per_call: updates in one compiled call; the host is needed between calls only.
+        optimizer: see `OptimizerConfig`.
+        average: decay of the moving average of the parameters, which is then what is validated and returned; 0: none.
+            The decay of update t is at most (1 + t) / (10 + t), so that the first random weights are soon forgotten.
+        precision: number format inside the model; parameters, losses and the optimizer stay in float32.
+        nonfinite: "stop" at the first NaN or infinite loss or gradient, or "skip" and count such updates.
+        skip_limit: updates in a row that may be skipped before training stops anyway.
+        log_every: updates between records in metrics.jsonl.
+        validate_every: updates between validations; 0: only at the end.
+        validate_windows: windows of the validation split to use, evenly spread; 0: all.
+        checkpoint_every: updates between checkpoints; 0: only at the end.
+        keep: newest checkpoints to keep, besides the best one.
+        monitor: logged number that says which checkpoint is best.
+        monitor_mode: whether small ("min") or large ("max") is good.
+        select: whether the best or the last weights are returned.
+        patience: validations without a new best after which training stops; 0: never.
+        threads: reading threads of the loader.
+    """
+
+    steps: int = 1000
+    epochs: float = 0.0
+    batch: int = 16
+    accumulate: int = 1
+    updates_per_call: int = 1
+    optimizer: OptimizerConfig = OptimizerConfig()
+    average: float = 0.0
+    precision: Literal["float32", "bfloat16"] = "float32"
+    nonfinite: Literal["stop", "skip"] = "stop"
+    skip_limit: int = 100
+    log_every: int = 10
+    validate_every: int = 0
+    validate_windows: int = 256
+    checkpoint_every: int = 500
+    keep: int = 2
+    monitor: str = "valid/loss"
+    monitor_mode: Literal["min", "max"] = "min"
+    select: Literal["best", "last"] = "best"
+    patience: int = 0
+    threads: int = 4
+
+    def __post_init__(self):
+        for name, least in (
+            ("steps", 1), ("epochs", 0), ("batch", 1), ("accumulate", 1), ("updates_per_call", 1), ("skip_limit", 1),
+            ("log_every", 1), ("validate_every", 0), ("validate_windows", 0), ("checkpoint_every", 0), ("keep", 1),
+            ("patience", 0), ("threads", 0),
+        ):  # fmt: skip
+            if not getattr(self, name) >= least:
+                raise ConfigError(f"training.{name} is {getattr(self, name)}, but it must be at least {least}.")
+        for field in dataclasses.fields(self):
+            valid = getattr(field.type, "__args__", None)
+            value = getattr(self, field.name)
+            if valid and value not in valid:
+                raise ConfigError(f"training.{field.name} is {value!r}." + suggest(value, valid))
+        if not 0 <= self.average < 1:
+            raise ConfigError(f"training.average is {self.average}, but a decay lies in [0, 1), e.g. 0.999.")
+        if self.batch % self.accumulate:
+            raise ConfigError(
+                f"training.batch={self.batch} does not divide into accumulate={self.accumulate} equal parts. "
+                f"Use a batch of {(self.batch // self.accumulate + 1) * self.accumulate}."
+            )
+        if self.patience and not self.validate_every:
+            raise ConfigError("training.patience counts validations: set training.validate_every too.")
+
+    def total_steps(self, windows: int) -> int:
+        """Updates of the whole run over `windows` training windows."""
+        return max(1, -int(-self.epochs * windows // self.batch)) if self.epochs else self.steps

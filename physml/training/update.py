@@ -1,0 +1,174 @@
+"""The pure update: loss, gradient, optimizer, moving average; several updates in one compiled call."""
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from physml.errors import ConfigError
+from physml.fields import Window
+from physml.training.optimizers import TrainingConfig
+
+
+@dataclass(frozen=True)
+class Parts:
+    """A stepper without its numbers. The numbers are plain nested dicts, which jit handles several times faster."""
+
+    graphdef: Any
+    params: Any  # nnx.State of the same structure; its values are placeholders
+    rest: Any
+
+    def merge(self, params: dict, rest: dict, dtype: Any = None):
+        """The stepper; its model computes in `dtype` if given."""
+        if dtype is not None:
+            params, rest = ({**tree, "model": _cast(tree.get("model", {}), dtype)} for tree in (params, rest))
+            params, rest = ({k: v for k, v in tree.items() if k != "model" or v} for tree in (params, rest))
+        stepper = nnx.merge(self.graphdef, _fill(self.params, params), _fill(self.rest, rest))
+        if dtype is not None:
+            stepper.model = _InPrecision(stepper.model, dtype)
+        return stepper
+
+
+def split(stepper) -> tuple[Parts, dict, dict]:
+    """(parts, parameters, everything else). Raises ConfigError when there is nothing to train."""
+    graphdef, params, rest = nnx.split(stepper, nnx.Param, ...)
+    if not sum(leaf.size for leaf in jax.tree.leaves(params)):
+        raise ConfigError(
+            f"{type(stepper).__name__} has no trainable parameters. Give it a network, or score it without training."
+        )
+    statistics = nnx.state(stepper, nnx.BatchStat)
+    if jax.tree.leaves(statistics):
+        raise ConfigError(
+            "The model keeps running batch statistics, which a pure update cannot change. "
+            "Use a normalization without them (group, layer or instance)."
+        )
+    plain = _text_keys(nnx.to_pure_dict(params)), _text_keys(nnx.to_pure_dict(rest))
+    return Parts(graphdef, *jax.tree.map(lambda leaf: 0, (params, rest))), *plain
+
+
+def initial_state(params: dict, transform: optax.GradientTransformation, config: TrainingConfig) -> dict:
+    """What the update carries. Every array is a copy: the update consumes its input, the caller's stepper must stay."""
+    params = jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), params)
+    return {
+        "params": params,
+        "average": jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), params) if config.average else None,
+        "optimizer": transform.init(params),
+        "step": jnp.zeros((), jnp.int32),
+        "skipped": jnp.zeros((), jnp.int32),
+        "alive": jnp.ones((), bool),
+    }
+
+
+def build_update(
+    objective, parts: Parts, config: TrainingConfig, steps: int, sharding=None
+) -> tuple[optax.GradientTransformation, Callable]:
+    """The optimizer of a run of `steps` updates, and `update(state, rest, key, windows) -> (state, metrics)`.
+
+    `update` is jitted, donates `state`, and leaves its results in `sharding` (where XLA likes, if None).
+
+    `windows` is a tuple of batches, one per update. Metrics have one row per update: loss, gradient (global norm),
+    good (whether both were finite), skipped (total so far), learning_rate and the objective's own.
+    An update whose loss or gradient is not finite changes nothing; with nonfinite="stop" nothing changes after it.
+    """
+    compute = jnp.bfloat16 if config.precision == "bfloat16" else None
+    transform, rate = config.optimizer.build(steps), config.optimizer.rate(steps)
+
+    def loss(params, rest, window, key):
+        return objective(parts.merge(params, rest, compute), window, key)
+
+    gradient = functools.partial(_gradient, jax.value_and_grad(loss, has_aux=True), config.accumulate)
+
+    def one(state, window, rest, key):
+        key = jax.random.fold_in(key, state["step"])
+        (value, aux), gradients = gradient(state["params"], rest, window, key)
+        norm = optax.global_norm(gradients)
+        good = jnp.isfinite(value) & jnp.isfinite(norm)
+        accept = good & state["alive"]
+        changes, optimizer = transform.update(gradients, state["optimizer"], state["params"])
+        new = {"params": optax.apply_updates(state["params"], changes), "optimizer": optimizer}
+        new["average"] = _averaged(state["average"], new["params"], state["step"], config.average)
+        old = {name: state[name] for name in new}
+        new = jax.tree.map(lambda a, b: jnp.where(accept, a, b), new, old)
+        new["step"] = state["step"] + 1
+        new["skipped"] = state["skipped"] + jnp.where(good, 0, 1)
+        new["alive"] = accept if config.nonfinite == "stop" else state["alive"]
+        metrics = {"loss": value, "gradient": norm, "good": good, "skipped": new["skipped"]}
+        metrics["learning_rate"] = jnp.asarray(rate(state["step"] - state["skipped"]), jnp.float32)
+        return new, {**metrics, **aux}
+
+    def update(state, rest, key, windows):
+        body = functools.partial(one, rest=rest, key=key)
+        if len(windows) == 1:
+            state, metrics = body(state, windows[0])
+            return state, jax.tree.map(lambda leaf: leaf[None], metrics)
+        return jax.lax.scan(body, state, jax.tree.map(lambda *leaves: jnp.stack(leaves), *windows))
+
+    return transform, jax.jit(update, donate_argnums=0, out_shardings=sharding)
+
+
+def build_loss(objective, parts: Parts, config: TrainingConfig) -> Callable:
+    """`loss(params, rest, window, key) -> (loss, aux)`, jitted, in the precision of training."""
+    compute = jnp.bfloat16 if config.precision == "bfloat16" else None
+    return jax.jit(lambda params, rest, window, key: objective(parts.merge(params, rest, compute), window, key))
+
+
+class _InPrecision(nnx.Module):
+    """A model that computes in another number format; its callers see their own."""
+
+    def __init__(self, model, dtype):
+        self.model = model
+        self.dtype = dtype
+
+    def __call__(self, fields, scalars):
+        return self.model(fields.astype(self.dtype), scalars.astype(self.dtype)).astype(fields.dtype)
+
+
+def _gradient(value_and_grad, parts: int, params, rest, window: Window, key):
+    """Mean loss and gradient over `parts` equal shares of the batch, one after the other."""
+    if parts == 1:
+        return value_and_grad(params, rest, window, key)
+
+    # Sample i goes to share i % parts, so that every device holds a piece of every share and nothing moves.
+    def deal(leaf):
+        return jnp.moveaxis(leaf.reshape(leaf.shape[0] // parts, parts, *leaf.shape[1:]), 1, 0)
+
+    def body(total, share):
+        number, piece = share
+        result = value_and_grad(params, rest, piece, jax.random.fold_in(key, number))
+        return jax.tree.map(jnp.add, total, result), None
+
+    shares = jax.tree.map(deal, window)
+    shape = jax.eval_shape(value_and_grad, params, rest, jax.tree.map(lambda leaf: leaf[0], shares), key)
+    zero = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shape)
+    total, _ = jax.lax.scan(body, zero, (jnp.arange(parts), shares))
+    return jax.tree.map(lambda leaf: leaf / parts, total)
+
+
+def _averaged(average, params, step, decay: float):
+    if average is None:
+        return None
+    weight = jnp.minimum(decay, (1.0 + step) / (10.0 + step))
+    return jax.tree.map(lambda a, p: a + (1 - weight).astype(a.dtype) * (p - a), average, params)
+
+
+def _cast(tree, dtype):
+    def cast(leaf):
+        return leaf.astype(dtype) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
+
+    return jax.tree.map(cast, tree)
+
+
+def _text_keys(tree):
+    """nnx.List numbers its entries; saved trees want text keys."""
+    return {str(key): _text_keys(value) for key, value in tree.items()} if isinstance(tree, dict) else tree
+
+
+def _fill(template, values: dict):
+    state = jax.tree.map(lambda leaf: leaf, template)
+    nnx.replace_by_pure_dict(state, values)
+    return state

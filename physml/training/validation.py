@@ -1,0 +1,72 @@
+"""The objective's loss over a split, with the same windows at every call."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+from physml.data.sampling import Samples
+from physml.errors import DataError
+from physml.fields import Spec, stack
+from physml.parallel.mesh import Layout
+
+
+def count_windows(dataset: Any, frames: int, what: str) -> int:
+    """Windows of `frames` frames in a split. Raises DataError with the numbers when there is none."""
+    count = len(Samples(tuple(dataset.lengths), frames))
+    if not count:
+        lengths = sorted(set(dataset.lengths))
+        raise DataError(
+            f"The {what} split has no window of {frames} frames: its {len(dataset.lengths)} trajectories have "
+            f"{f'{lengths[0]} to {lengths[-1]}' if lengths else 'no'} frames. "
+            "Use longer trajectories, fewer rollout steps or less history."
+        )
+    return count
+
+
+class Validation:
+    """Mean loss over evenly spread windows of a split (`limit` of them, 0: all), batch by batch.
+
+    Every window counts once, also where they do not fill the last batch. All processes call it together.
+    """
+
+    def __init__(self, dataset: Any, frames: int, batch: int, limit: int, loss: Callable, layout: Layout, key: Any):
+        count = count_windows(dataset, frames, "validation")
+        chosen = min(limit, count) if limit else count
+        self.numbers = [i * count // chosen for i in range(chosen)]
+        self.dataset, self.samples, self.batch = dataset, Samples(tuple(dataset.lengths), frames), batch
+        self.loss, self.layout, self.key = loss, layout, key
+
+    def __call__(self, params: dict, rest: dict) -> dict[str, float]:
+        """{"valid/loss": ..., "valid/loss/CHANNEL": ...}."""
+        results, sizes = [], []
+        for first in range(0, len(self.numbers), self.batch):
+            numbers = self.numbers[first : first + self.batch]
+            sizes.append(len(numbers))
+            results.append(self.loss(params, rest, self.layout.place(self._read(numbers)), self.key))
+        losses, extras = zip(*jax.device_get(results), strict=True)
+        values = {"valid/loss": float(np.average(losses, weights=sizes))}
+        if "channel" not in extras[0]:
+            return values
+        channels = np.average([extra["channel"] for extra in extras], axis=0, weights=sizes)
+        return {**values, **channel_values("valid/loss", channels, self.dataset.spec)}
+
+    def _read(self, numbers: list[int]):
+        """This process's share of a batch, repeated where it does not divide over the devices."""
+        devices = self.layout.mesh.shape["data"]
+        numbers = numbers * (math.lcm(len(numbers), devices) // len(numbers))
+        share = len(numbers) // jax.process_count()
+        mine = numbers[jax.process_index() * share :][:share]
+        places = [self.samples[number] for number in mine]
+        frames = self.samples.frames
+        return stack([self.dataset.read(p.trajectory, range(p.start, p.start + frames)) for p in places])
+
+
+def channel_values(prefix: str, errors: Any, spec: Spec) -> dict[str, float]:
+    """{"PREFIX/CHANNEL": error} of an objective's per-channel errors, where there are several."""
+    errors = np.atleast_1d(errors)
+    if len(errors) != len(spec.channels) or len(errors) == 1:
+        return {}
+    return {f"{prefix}/{name}": float(error) for name, error in zip(spec.names, errors, strict=True)}

@@ -5,13 +5,13 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 from physml.convert.apply import Rule, as_pairs, fill, pointwise, rule
 from physml.convert.families import (
     Family,
     Tensors,
     arguments,
+    construct,
     inputs_of,
     outputs_of,
     pick,
@@ -54,8 +54,7 @@ def config_of(config: Mapping[str, Any]) -> tuple[ClassicFNOConfig, Signature]:
 
 def build(config: Mapping[str, Any], tensors: Tensors) -> ClassicFNO:
     """The model with upstream weights. See `Family.build`."""
-    built, signature = config_of(config)
-    model = built.build(signature, nnx.Rngs(0))
+    model = construct(config_of, config)
     fill(model, tensors, rules(model))
     return model
 
@@ -102,7 +101,7 @@ def replay(model: ClassicFNO, config: Mapping[str, Any], io: Tensors) -> dict[st
 
 
 def losses(prediction, label) -> dict[str, Any]:
-    """The four scores of CFDBench over the whole batch, each `(1,)`; nmse is relative to the mean square of the label."""
+    """The four scores of CFDBench over the whole batch, each `(1,)`; nmse is relative to the label's mean square."""
     square, absolute = jnp.mean((prediction - label) ** 2), jnp.mean(jnp.abs(prediction - label))
     scores = {"mse": square, "rmse": jnp.sqrt(square), "mae": absolute, "nmse": square / jnp.mean(label**2)}
     return {name: value[None] for name, value in scores.items()}

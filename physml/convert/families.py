@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 from flax import nnx
 
-from physml.errors import ConversionError
-from physml.fields import Axis, Grid
+from physml.errors import ConfigError, ConversionError
+from physml.fields import Axis, Grid, Signature
 
 Tensors = Mapping[str, np.ndarray]
 
@@ -18,10 +18,10 @@ class Family:
     """One source of foreign models.
 
     Attributes:
-        build: `(config, tensors) -> model` with these weights. `config` has the constructor's arguments under "kwargs", or is
-            these arguments. Raises ConversionError when anything is left over or missing.
-        replay: `(model, config, io) -> outputs`: feeds recorded inputs (names and layout of the source) to the model and
-            returns the tensors that were recorded from the source, under the same names.
+        build: `(config, tensors) -> model` with these weights. `config` has the constructor's arguments under "kwargs",
+            or is these arguments. Raises ConversionError when anything is left over or missing.
+        replay: `(model, config, io) -> outputs`: feeds recorded inputs (names and layout of the source) to the model
+            and returns the tensors that were recorded from the source, under the same names.
     """
 
     build: Callable[[dict[str, Any], Tensors], nnx.Module]
@@ -34,6 +34,17 @@ def arguments(config: Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(kwargs, Mapping):
         raise ConversionError(f"The config's kwargs are {kwargs!r}, but constructor arguments by name were expected.")
     return dict(kwargs)
+
+
+def construct(describe: Callable[[Mapping[str, Any]], tuple[Any, Signature]], config: Mapping[str, Any]) -> nnx.Module:
+    """The untrained model of a source's config. Raises ConversionError where that config cannot work."""
+    try:
+        built, signature = describe(config)
+        return built.build(signature, nnx.Rngs(0))
+    except (ConfigError, TypeError, ValueError) as error:
+        if isinstance(error, ConversionError):
+            raise
+        raise ConversionError(f"The config describes no model that can be built: {error}") from error
 
 
 def take(kwargs: dict[str, Any], name: str, default: Any = ...) -> Any:

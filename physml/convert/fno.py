@@ -12,6 +12,7 @@ from physml.convert.families import (
     Family,
     Tensors,
     arguments,
+    construct,
     inputs_of,
     outputs_of,
     pick,
@@ -23,7 +24,8 @@ from physml.errors import ConversionError
 from physml.fields import Signature
 from physml.models.fno import FNO, FNOConfig
 
-# Arguments without a counterpart here, and the values under which they change nothing (dropout is off when a model is used).
+# Arguments without a counterpart here, and the values under which they change nothing (dropout is off when a model is
+# used).
 NEUTRAL = {
     "complex_data": (False,), "resolution_scaling_factor": (None, 1, 1.0), "fno_block_precision": ("full",),
     "max_n_modes": (None,), "fixed_rank_modes": (False, None), "separable": (False,), "data_channels": (None,),
@@ -101,8 +103,7 @@ def _skip(name: str, kind: str | None) -> str:
 
 def build(config: Mapping[str, Any], tensors: Tensors) -> FNO:
     """The model with upstream weights. See `Family.build`."""
-    built, signature = config_of(config)
-    model = built.build(signature, nnx.Rngs(0))
+    model = construct(config_of, config)
     fill(model, tensors, rules(model))
     return model
 

@@ -233,8 +233,8 @@ class _Unpickler(pickle.Unpickler):
         if module.split(".")[0] in HARMLESS:
             return type(name, (Opaque,), {})
         raise ConversionError(
-            f"{self.path} asks for {module}.{name}, which no weights need: the file may be hostile. Nothing of it was run. Save "
-            "only the state dict (torch.save(model.state_dict(), path)) or use a .safetensors file."
+            f"{self.path} asks for {module}.{name}, which no weights need: the file may be hostile. Nothing of it was "
+            "run. Save only the state dict (torch.save(model.state_dict(), path)) or use a .safetensors file."
         )
 
     def persistent_load(self, identity: Any) -> Storage:
@@ -311,7 +311,8 @@ def _read_legacy(path: Path, data: bytes) -> Any:
     stream, storages = io.BytesIO(data), {}
     if not data or _unpickle(stream, path, {}) != LEGACY_MAGIC:
         raise ConversionError(
-            f"{path} is neither a .safetensors file nor one that torch.save wrote. Export the weights again, best as .safetensors."
+            f"{path} is neither a .safetensors file nor one that torch.save wrote. Export the weights again, best as "
+            ".safetensors."
         )
     _unpickle(stream, path, {})  # protocol version
     system = _unpickle(stream, path, {})

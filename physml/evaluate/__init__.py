@@ -13,7 +13,7 @@ from physml.data import XarrayDataset
 from physml.errors import ConfigError
 from physml.evaluate.forecasts import evaluate_forecasts
 from physml.evaluate.rollouts import evaluate_stepper, plan_starts, sample_dataset
-from physml.evaluate.scores import load_scores, save_scores, to_csv, to_plain, to_rows
+from physml.metrics.table import load_scores, save_scores, to_csv, to_plain, to_rows
 
 
 def evaluate(

@@ -15,7 +15,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from physml.contracts import Dataset, Stepper
 from physml.errors import ConfigError, DataError
-from physml.evaluate.scores import Setting, assemble, lead_times, write_netcdf
+from physml.evaluate.scores import Setting, assemble, lead_times
 from physml.evaluate.statistics import (
     Tally,
     blocks_of_starts,
@@ -28,6 +28,7 @@ from physml.evaluate.statistics import (
 )
 from physml.fields import Spec, Window, stack
 from physml.metrics import METRICS, THRESHOLDS, Measure
+from physml.metrics.table import write_netcdf
 from physml.rollout import rollout
 
 CLIMATOLOGY = "climatology"  # a floor of this name also serves as the climatology of skill and ACC

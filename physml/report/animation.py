@@ -1,0 +1,122 @@
+"""A rollout as an animated GIF, drawn by Pillow: no window system and no ffmpeg."""
+
+import io
+
+import matplotlib
+import numpy as np
+import xarray as xr
+from matplotlib.colors import Normalize
+from PIL import Image, ImageDraw, ImageFont
+
+from physml.report.figures import COLORS, LAND, color_scale, format_lead, time_scale
+
+PANEL = 250  # pixels of the longer side of a panel
+MARGIN, TITLE = 10, 24
+
+
+def animation(sample: xr.Dataset, channel: str, *, frames: int = 60, milliseconds: int = 120) -> bytes:
+    """Truth, forecast and difference side by side, as the bytes of a GIF with at most `frames` frames.
+
+    One space axis: curves of truth and forecast. Three: the middle slice. None: the empty bytes.
+    """
+    truth, forecast = sample[f"{channel}_truth"], sample[f"{channel}_forecast"]
+    if truth.ndim == 1:
+        return b""
+    if truth.ndim == 4:
+        middle = {truth.dims[1]: truth.sizes[truth.dims[1]] // 2}
+        truth, forecast = truth.isel(middle), forecast.isel(middle)
+    chosen = np.unique(np.linspace(0, truth.sizes["lead"] - 1, min(frames, truth.sizes["lead"])).round().astype(int))
+    lead, unit = time_scale(truth["lead"].values)
+    draw = _curves if truth.ndim == 2 else _maps
+    pictures = draw(truth, forecast, chosen, [format_lead(lead[i], unit) for i in chosen], channel)
+    buffer = io.BytesIO()
+    # One palette for all frames: otherwise colors flicker.
+    palette = _common_palette(pictures)
+    pictures = [picture.quantize(palette=palette, dither=Image.Dither.NONE) for picture in pictures]
+    durations = [milliseconds] * (len(pictures) - 1) + [1200]
+    pictures[0].save(
+        buffer, "GIF", save_all=True, append_images=pictures[1:], duration=durations, loop=0, optimize=False
+    )
+    return buffer.getvalue()
+
+
+def _common_palette(pictures: list[Image.Image]) -> Image.Image:
+    few = [pictures[i] for i in np.unique(np.linspace(0, len(pictures) - 1, 5).astype(int))]
+    sheet = Image.new("RGB", (few[0].width, few[0].height * len(few)))
+    for i, picture in enumerate(few):
+        sheet.paste(picture, (0, i * picture.height))
+    return sheet.quantize(200, method=Image.Quantize.MEDIANCUT)
+
+
+def _maps(truth, forecast, chosen, labels, channel) -> list[Image.Image]:
+    a, b = truth.values[chosen], forecast.values[chosen]
+    a, b = (_upright(values, truth) for values in (a, b))
+    error = b - a
+    norm, colors, _ = color_scale(a)
+    wide, _, _ = color_scale(error, symmetric=True)
+    size = _panel_size(a.shape[2], a.shape[1])
+    scales = ((norm, colors), (norm, colors), (wide, "RdBu_r"))
+    sheets = []
+    for *fields, label in zip(a, b, error, labels):
+        panels = [_picture(values, *scale, size) for values, scale in zip(fields, scales)]
+        sheets.append(_sheet(panels, ("truth", "forecast", "difference"), f"{channel}, lead {label}"))
+    return sheets
+
+
+def _upright(values: np.ndarray, like: xr.DataArray) -> np.ndarray:
+    """Rows from top to bottom, as pictures have them: the largest coordinate first."""
+    dim = like.dims[1]
+    ascending = dim not in like.coords or float(like[dim][-1]) >= float(like[dim][0])
+    return values[:, ::-1] if ascending else values
+
+
+def _panel_size(columns: int, rows: int) -> tuple[int, int]:
+    """Pixels: whole cells where the grid is coarse, so that they stay equal."""
+    scale = PANEL / max(columns, rows)
+    scale = max(1, int(scale)) if scale >= 1 else scale
+    return max(int(columns * scale), 60), max(int(rows * scale), 60)
+
+
+def _picture(values: np.ndarray, norm: Normalize, colors: str, size: tuple[int, int]) -> Image.Image:
+    shades = matplotlib.colormaps[colors](norm(np.nan_to_num(values, nan=norm.vmin)), bytes=True)[..., :3]
+    land = tuple(int(LAND[i : i + 2], 16) for i in (1, 3, 5))
+    shades = np.where(np.isfinite(values)[..., None], shades, np.array(land, np.uint8))
+    return Image.fromarray(np.ascontiguousarray(shades.astype(np.uint8))).resize(size, Image.Resampling.NEAREST)
+
+
+def _sheet(panels: list[Image.Image], titles, heading: str) -> Image.Image:
+    width = sum(panel.width for panel in panels) + MARGIN * (len(panels) + 1)
+    sheet = Image.new("RGB", (width, panels[0].height + 2 * TITLE + MARGIN), "white")
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(13)
+    draw.text((MARGIN, 5), heading, fill="black", font=ImageFont.load_default(14))
+    x = MARGIN
+    for panel, title in zip(panels, titles):
+        draw.text((x, TITLE + 4), title, fill="#444444", font=font)
+        sheet.paste(panel, (x, 2 * TITLE))
+        x += panel.width + MARGIN
+    return sheet
+
+
+def _curves(truth, forecast, chosen, labels, channel) -> list[Image.Image]:
+    a, b = truth.values[chosen], forecast.values[chosen]
+    norm, _, _ = color_scale(a)
+    low, high = norm.vmin, norm.vmax
+    width, height = 560, 260
+    x = MARGIN + np.arange(a.shape[1]) / max(a.shape[1] - 1, 1) * (width - 2 * MARGIN)
+    pictures = []
+    for one, two, label in zip(a, b, labels):
+        sheet = Image.new("RGB", (width, height + 2 * TITLE), "white")
+        draw = ImageDraw.Draw(sheet)
+        draw.text(
+            (MARGIN, 5),
+            f"{channel}, lead {label}: truth (black), forecast (blue)",
+            fill="black",
+            font=ImageFont.load_default(14),
+        )
+        for values, color in ((one, "black"), (two, COLORS[0])):
+            y = TITLE + (1 - np.clip((values - low) / (high - low), -0.05, 1.05)) * height
+            points = [(float(i), float(j)) for i, j in zip(x, y) if np.isfinite(j)]
+            if len(points) > 1:
+                draw.line(points, fill=color, width=2)
+        pictures.append(sheet)
+    return pictures

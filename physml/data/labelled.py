@@ -81,6 +81,7 @@ def to_window(ds: xr.Dataset, spec: Spec, mask: str | None = None) -> Window:
     """
     reader = Reader(ds, spec, mask)
     reader.check_units()
+    reader.check_step()
     runs = ck.segments(reader.times, spec.time_step)
     if len(runs) > 1:
         raise DataError(
@@ -115,7 +116,7 @@ def from_frames(
     """
     frames = np.asarray(frames)
     expected = (*spec.grid.shape, len(spec.channels))
-    if frames.ndim != 3 + spec.grid.ndim - 0 or frames.shape[2:] != expected:
+    if frames.ndim != 3 + spec.grid.ndim or frames.shape[2:] != expected:
         raise SpecError(
             f"frames have shape {frames.shape}, but (batch, {dim}, {', '.join(map(str, expected))}) was expected."
         )

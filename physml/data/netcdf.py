@@ -9,6 +9,7 @@ import math
 import os
 import struct
 import uuid
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -61,12 +62,10 @@ def open_zarr(path: str, *, chunks=None, group: str | None = None, decode_times:
     if not _is_url(path) and os.path.isfile(path):
         target, storage_options = zarr.storage.ZipStore(path, mode="r"), None
     _open(path, lambda: _refuse_pickles(path, target, group, storage_options))
-    return _open(
-        path,
-        lambda: xr.open_zarr(
-            target, group=group, chunks=chunks, decode_times=decode_times, storage_options=storage_options
-        ).assign_attrs(),
-    )
+    options = {"group": group, "chunks": chunks, "decode_times": decode_times, "storage_options": storage_options}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Failed to open Zarr store with consolidated")
+        return _open(path, lambda: xr.open_zarr(target, **options))
 
 
 def open_many(paths: Sequence[str], opener, **options) -> xr.Dataset:

@@ -53,6 +53,17 @@ class Reader:
                         f"Convert it to {channel.unit!r} and set its `units` attribute."
                     )
 
+    def check_step(self) -> None:
+        """Raises SpecError when frames are not `spec.time_step` apart."""
+        if self.frames < 2:
+            return
+        own = ck.time_step(self.times, self.source)
+        if abs(own - self.spec.time_step) > 0.01 * self.spec.time_step:
+            raise SpecError(
+                f"{self.source}: frames are {own:g} {self.times.unit} apart, but {self.spec.time_step:g} "
+                f"{self.spec.time_unit} was expected. Take every n-th frame, or data with that time step."
+            )
+
     def read(self, trajectory: int, frames: range) -> Window:
         """The window of these frames without a batch axis, float32."""
         values, forcing = (array[0] for array in self.arrays(range(trajectory, trajectory + 1), frames))

@@ -38,7 +38,7 @@ class Normalizer(nnx.Module):
 
     `normalize` and `denormalize` act on frames `(..., channel)`, `increment` turns a normalized increment into a
     physical one (increments have a scale of their own: at small time steps they are much smaller than the fields).
-    `forcing`, `static` and `parameters` are `Scaling`s of the conditioning groups.
+    `forcing`, `static` and `parameters` are `Scaling`s of the conditioning groups, None where the spec has none.
     """
 
     def __init__(self, spec: Spec, center, scale, increment_scale, forcing=None, static=None, parameters=None):
@@ -47,7 +47,8 @@ class Normalizer(nnx.Module):
         sizes = {"forcing": len(spec.forcing), "static": len(spec.static), "parameters": len(spec.parameters)}
         given = {"forcing": forcing, "static": static, "parameters": parameters}
         for name, size in sizes.items():
-            setattr(self, name, Scaling(*(given[name] or (np.zeros(size), np.ones(size)))))
+            # No empty arrays: checkpoints cannot hold them.
+            setattr(self, name, Scaling(*(given[name] or (np.zeros(size), np.ones(size)))) if size else None)
         for name, array in (("center", center), ("scale", scale), ("increment_scale", increment_scale)):
             if np.shape(array) != (len(spec.channels),):
                 raise SpecError(

@@ -119,7 +119,8 @@ def check_fits(config: DirectConfig, spec: Spec, model, normalizer: Normalizer) 
         raise ConfigError(f"{type(config).__name__} needs a {missing}, but got None.")
     groups = {"frames": spec.channels, "forcing": spec.forcing, "static": spec.static, "parameters": spec.parameters}
     for name, channels in groups.items():
-        size = getattr(normalizer, name).scale.shape[-1]
+        scaling = getattr(normalizer, name)
+        size = 0 if scaling is None else scaling.scale.shape[-1]
         if size != len(channels):
             raise SpecError(
                 f"The normalizer holds {size} numbers for {name}, but the data has {[c.name for c in channels]}. "

@@ -272,6 +272,5 @@ def _time_coordinates(times: ck.Clock, spec: Spec, valid, count: int, first: int
 def _trajectory_coordinate(like: xr.Dataset, batch: int) -> dict[str, xr.Variable]:
     for dim in like.dims:
         if ax.role(like, dim) == "trajectory" and like.sizes[dim] == batch and dim in like.variables:
-            return {"trajectory": like.variables[dim].to_base_variable().rename({}) if dim == "trajectory" else
-                    xr.Variable(("trajectory",), like.variables[dim].values, like.variables[dim].attrs)}  # fmt: skip
+            return {"trajectory": xr.Variable(("trajectory",), like.variables[dim].values, like.variables[dim].attrs)}
     return {}

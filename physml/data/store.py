@@ -3,6 +3,7 @@
 import contextlib
 import os
 import shutil
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,6 +85,7 @@ def write_zarr(path: Path, labels: Labels, slices: Slices) -> None:
     """A zarr (format 3) folder. Holds one slice in memory at a time."""
     import dask.array
     import xarray as xr
+    import zarr
 
     shutil.rmtree(path, ignore_errors=True)
     data = {
@@ -100,6 +102,10 @@ def write_zarr(path: Path, labels: Labels, slices: Slices) -> None:
         for name, array in arrays.items():
             part = xr.Dataset({name: (labels.variables[name][0], array)})
             part.to_zarr(path, region={"trajectory": slice(first, first + len(array))}, consolidated=False)
+    with warnings.catch_warnings():
+        # Not in the specification of format 3 yet, but readers warn without it.
+        warnings.simplefilter("ignore", UserWarning)
+        zarr.consolidate_metadata(path)
 
 
 def _builtin(value: Any) -> Any:

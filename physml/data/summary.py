@@ -94,9 +94,9 @@ def _axis(ds: xr.Dataset, dim: str) -> dict:
 
 def _time(ds: xr.Dataset) -> dict | None:
     dim = ax.time_dim(ds)
-    if dim is None:
-        return None
     times = ck.clock(ds, dim)
+    if dim is None and times.calendar is None:
+        return None
     if not len(times):
         return {"frames": 0}
     result = {

@@ -333,6 +333,16 @@ def test_forecasts_carry_labels_units_and_lead_time(make):
         from_frames(window.frames[..., :1], spec, ds)
 
 
+def test_labels_of_trajectories_come_back(make):
+    ds = make.waves()[["u"]].assign_coords(trajectory=[10, 20, 30, 40]).rename(trajectory="member")
+    spec = spec_of(ds)
+    forecast = from_frames(to_window(ds, spec).frames[:, :2], spec, ds)
+    assert_array_equal(forecast.trajectory, [10, 20, 30, 40])
+    assert forecast.u.dims == ("trajectory", "lead", "x", "y")
+    assert_allclose(forecast.lead, [0.25, 0.5])
+    assert_allclose(forecast.time, ds.time[-1] + forecast.lead)
+
+
 def test_a_written_forecast_reads_back_as_a_window(make, tmp_path):
     ds = make.weather()
     spec = spec_of(ds)

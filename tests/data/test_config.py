@@ -1,0 +1,220 @@
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import xarray as xr
+from numpy.testing import assert_allclose, assert_array_equal
+
+from physml.data import DataConfig, XarrayDataset, spec_of, statistics
+from physml.errors import ConfigError, DataError, SpecError
+from physml.normalize import Normalizer
+
+
+@pytest.fixture
+def weather(make, tmp_path):
+    """The path of 40 days from 20 February 2001, and its content."""
+    ds = make.weather(days=40)
+    ds.to_netcdf(tmp_path / "weather.nc")
+    return str(tmp_path / "weather.nc"), ds
+
+
+@pytest.fixture
+def waves(make, tmp_path):
+    ds = make.waves(trajectories=10)
+    ds.to_netcdf(tmp_path / "waves.nc")
+    return str(tmp_path / "waves.nc"), ds
+
+
+def first_values(dataset):
+    return [dataset.read(i, range(1)).frames[0].flat[0] for i in range(len(dataset.lengths))]
+
+
+@pytest.mark.parametrize(
+    ("train", "valid", "frames"),
+    [
+        (("2001-02", "2001-02"), ("2001-03-01", "2001-03-05"), (9, 5)),
+        (("2001-02",), ("2001-03",), (9, 31)),
+        ((0, 30), (30, 40), (30, 10)),
+        ((0.0, 0.5), (0.5, 0.75), (20, 10)),
+        (("2001-02-20T00", "2001-02-21T00"), ("2001-03-31", "2001-03-31"), (2, 1)),
+    ],
+)
+def test_splits_by_time(weather, train, valid, frames):
+    path, ds = weather
+    splits = DataConfig(path, train=train, valid=valid, test=()).open()
+    assert list(splits) == ["train", "valid"]
+    assert (splits["train"].lengths, splits["valid"].lengths) == ((frames[0],), (frames[1],))
+    assert splits["train"].spec is splits["valid"].spec
+    assert_array_equal(splits["train"].read(0, range(frames[0])).frames[..., 0], ds.slp[: frames[0]])
+    end = splits["train"].labels(0)[-1]
+    assert splits["valid"].labels(0)[0] > end  # no frame in both
+
+
+def test_splits_by_trajectory(waves, tmp_path):
+    path, ds = waves
+    config = DataConfig(path, variables=("u",), parameters=("viscosity",))
+    splits = config.open()
+    assert [len(s.lengths) for s in splits.values()] == [8, 1, 1]
+    assert_array_equal(first_values(splits["valid"]), ds.u[8:9, 0, 0, 0])
+    numbered = dataclasses.replace(config, train=(2, 5), valid=(5, 7), test=()).open()
+    assert_array_equal(first_values(numbered["train"]), ds.u[2:5, 0, 0, 0])
+    assert_allclose(numbered["train"].read(0, range(1)).parameters, ds.viscosity[2:3])
+    (tmp_path / "a.txt").write_text("7\n1\n")
+    (tmp_path / "b.json").write_text(json.dumps([3]))
+    np.save(tmp_path / "c.npy", np.array([0, 9]))
+    train, valid, test = ((str(tmp_path / name),) for name in ("a.txt", "b.json", "c.npy"))
+    listed = dataclasses.replace(config, train=train, valid=valid, test=test).open()
+    assert_array_equal(first_values(listed["train"]), ds.u[[7, 1], 0, 0, 0])
+    assert_array_equal(first_values(listed["test"]), ds.u[[0, 9], 0, 0, 0])
+
+
+def test_shuffled_splits_are_disjoint_complete_and_repeatable(waves):
+    path, _ = waves
+    config = DataConfig(path, variables=("u",), split_seed=3, train=(0.0, 0.6), valid=(0.6, 0.8), test=(0.8, 1.0))
+
+    def labels():
+        return [s.ds.trajectory.values.tolist() for s in config.open().values()]
+
+    assert sorted(sum(labels(), [])) == list(range(10))
+    assert labels() == labels()
+    assert labels()[0] != list(range(6))
+
+
+def test_splits_by_file(make, tmp_path):
+    for name, seed in (("a", 1), ("b", 2)):
+        (make.waves() * seed).assign_coords(make.waves().coords).to_netcdf(tmp_path / f"{name}.nc")
+    fine = make.waves(x=16, y=12)
+    fine.to_netcdf(tmp_path / "fine.nc")
+    config = DataConfig(
+        variables=("u",), train=(f"{tmp_path}/a.nc",), valid=(f"{tmp_path}/b.nc",), test=(f"{tmp_path}/fine.nc",)
+    )
+    splits = config.open()
+    assert splits["valid"].spec is splits["train"].spec
+    assert splits["test"].spec.grid.shape == (16, 12)  # zero-shot: its own grid, the same channels
+    fine.assign(u=fine.u.assign_attrs(units="m s-1")).to_netcdf(tmp_path / "units.nc")
+    make.waves().assign(u=make.waves().u.assign_attrs(units="km h-1")).to_netcdf(tmp_path / "km.nc")
+    with pytest.raises(SpecError, match="'u' is in 'km h-1' in split 'train', but in 'm s-1' in split 'test'"):
+        dataclasses.replace(config, train=(f"{tmp_path}/km.nc",), test=(f"{tmp_path}/units.nc",)).open()
+
+
+def test_train_statistics_see_only_train_frames(weather):
+    path, ds = weather
+    splits = DataConfig(path, variables=("slp",), train=(0, 20), valid=(20, 30), test=(30, 40)).open()
+    facts = statistics(splits["train"])["slp"]
+    area = np.cos(np.deg2rad(ds.latitude))
+    assert facts["mean"] == pytest.approx(float(ds.slp[:20].weighted(area).mean()), rel=1e-6)
+    assert facts["max"] == float(ds.slp[:20].max())
+    assert facts["unit"] == "Pa"
+
+
+def test_region_levels_and_strides(make, tmp_path):
+    ds = make.weather(days=8, lat=6, lon=8)
+    deep = xr.concat([ds.slp, ds.slp + 1, ds.slp + 2], xr.DataArray([1000, 850, 500], dims="level", name="level"))
+    xr.Dataset({"z": deep}).to_netcdf(tmp_path / "z.nc")
+    config = DataConfig(str(tmp_path / "z.nc"), train=(0.0, 1.0), valid=(), test=(), split_by="time")
+
+    def train(**options):
+        return dataclasses.replace(config, **options).open()["train"]
+
+    levels = train(levels=(500, 1000), flatten=("level",))
+    assert levels.spec.names == ("z_500", "z_1000")
+    assert_array_equal(levels.read(0, range(8)).frames[..., 0], ds.slp + 2)
+    box = train(levels=(850,), region={"latitude": (50, 38), "longitude": (-15, 0)}, flatten=("level",))
+    inside = ds.slp.sel(latitude=slice(38, 50), longitude=slice(-15, 0))
+    assert_array_equal(box.read(0, range(8)).frames[..., 0], inside + 1)
+    sparse = train(time_stride=2, space_stride=2, levels=(850,), flatten=("level",))
+    assert sparse.spec.time_step == 2 * 86400
+    assert_array_equal(sparse.read(0, range(4)).frames[..., 0], ds.slp[::2, ::2, ::2] + 1)
+    mean = train(coarsen=2, levels=(850,), flatten=("level",))
+    assert_allclose(mean.read(0, range(8)).frames[..., 0], ds.slp.coarsen(latitude=2, longitude=2).mean() + 1)
+    with pytest.raises(DataError, match="no level 700. It has 1000, 850, 500"):
+        train(levels=(700,))
+    with pytest.raises(DataError, match="no point of 'latitude' lies in 60..70; it spans 30..50"):
+        train(region={"latitude": (60, 70)})
+    with pytest.raises(DataError, match="no axis 'lattitude'. Did you mean 'latitude'"):
+        train(region={"lattitude": (60, 70)})
+
+
+def test_regions_cross_the_seam_of_a_file(tmp_path):
+    values = np.arange(2 * 36, dtype="f4").reshape(2, 36)
+    globe = xr.Dataset({"u": (("time", "lon"), values)}, {"lon": np.arange(0, 360, 10.0), "time": [0.0, 1.0]})
+    globe.to_netcdf(tmp_path / "globe.nc")
+    config = DataConfig(
+        str(tmp_path / "globe.nc"), region={"longitude": (-30, 20)}, train=(0.0, 1.0), valid=(), test=()
+    )
+    dataset = config.open()["train"]
+    assert dataset.spec.grid.axes[0].centers == (-30.0, -20.0, -10.0, 0.0, 10.0, 20.0)
+    assert_array_equal(dataset.read(0, range(2)).frames[..., 0], values[:, [33, 34, 35, 0, 1, 2]])
+    assert not dataset.spec.grid.axes[0].periodic
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"train": (0, 50)}, ConfigError, "does not lie in the 40 frames"),
+        ({"train": (0.5, 0.2)}, ConfigError, "fractions"),
+        ({"train": ("2002", "2003")}, DataError, "holds no frame .*2001-02-20.*40 frames"),
+        ({"train": ("last week", "today")}, ConfigError, "cannot be read as times"),
+        ({"train": (2001, 2001)}, ConfigError, r"look like years.*Quote them: \('2001'"),
+        ({"train": (0, 30), "valid": (20, 40)}, ConfigError, "'train' and 'valid' overlap"),
+        ({"train": (), "valid": (), "test": ()}, ConfigError, "No split"),
+        ({"path": ""}, ConfigError, "data.path is empty"),
+        ({"split_by": "trajectory", "train": ("none.txt",)}, DataError, "no index file none.txt"),
+        ({"variables": ("pressure",)}, DataError, "no variable 'pressure'"),
+        ({"coarsen": 9}, ConfigError, "coarsen=9"),
+        ({"format": "grib"}, ConfigError, "no data format 'grib'"),
+    ],
+)
+def test_configs_that_cannot_work_say_why(weather, change, error, message):
+    config = DataConfig(weather[0], train=(0, 20), valid=(20, 30), test=())
+    with pytest.raises(error, match=message):
+        dataclasses.replace(config, **change).open()
+
+
+def test_bad_index_files(waves, tmp_path):
+    path, _ = waves
+    for text, message in (
+        ("1 12", "lists trajectory 12, but the data have 10"),
+        ("one", "not a list of whole numbers"),
+    ):
+        (tmp_path / "list.txt").write_text(text)
+        with pytest.raises(DataError, match=message):
+            DataConfig(path, variables=("u",), train=(str(tmp_path / "list.txt"),), valid=(), test=()).open()
+    np.save(tmp_path / "list.npy", np.array([{"a": 1}], object), allow_pickle=True)
+    with pytest.raises(DataError, match="not a list of whole numbers"):
+        DataConfig(path, variables=("u",), train=(str(tmp_path / "list.npy"),), valid=(), test=()).open()
+
+
+def test_configs_survive_plain_containers():
+    coding = pytest.importorskip("physml.coding")
+    config = DataConfig("a.nc", train=("2001", "2007"), valid=(0, 3), test=(0.5, 1.0), region={"x": (0.0, 1.0)})
+    assert coding.from_dict(DataConfig, json.loads(json.dumps(coding.to_dict(config)))) == config
+    assert hash(config)
+
+
+@pytest.mark.parametrize("chunk", [None, 2, 3, 7, 100])
+@pytest.mark.parametrize("kind", ["zscore", "rms"])
+def test_streamed_normalization_equals_the_whole(make, chunk, kind):
+    ds = make.waves(frames=20, trajectories=3)
+    ds = ds.assign(u=ds.u * 3 + 100 + 5 * ds.time)
+    dataset = XarrayDataset(ds, spec_of(ds, ("u",), forcing=("wind",), static=("a",), parameters=("viscosity",)))
+    fitted = Normalizer.fit(dataset.windows(chunk), kind)
+    center, scale = (ds.u.mean(), ds.u.std()) if kind == "zscore" else (0.0, np.sqrt((ds.u**2).mean()))
+    assert_allclose(fitted.frames.center[...], [float(center)], rtol=1e-6, atol=1e-6)
+    assert_allclose(fitted.frames.scale[...], [float(scale)], rtol=1e-6)
+    assert_allclose(fitted.increments[...], [float(np.sqrt((ds.u.diff("time") ** 2).mean()))], rtol=1e-6)
+    wind = ds.wind.std() if kind == "zscore" else np.sqrt((ds.wind**2).mean())
+    assert_allclose(fitted.forcing.scale[...], [float(wind)], rtol=1e-6)
+    whole = Normalizer.fit(dataset.windows(10**6), kind)
+    assert_allclose(fitted.parameters.scale[...], whole.parameters.scale[...], rtol=1e-6)
+
+
+def test_statistics_skip_masked_places(make):
+    ds = make.weather().where(lambda d: d.latitude < 50)[["slp"]]
+    facts = statistics(XarrayDataset(ds, spec_of(ds)), chunk=5)["slp"]
+    assert facts["missing"] == pytest.approx(0.2)
+    assert facts["min"] == float(ds.slp.min())
+    assert facts["max"] == float(ds.slp.max())
+    assert facts["increment_rms"] == pytest.approx(1000.0)
+    assert facts["mean"] == pytest.approx(float(ds.slp.weighted(np.cos(np.deg2rad(ds.latitude))).mean()), rel=1e-6)

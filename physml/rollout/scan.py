@@ -1,0 +1,72 @@
+"""Many steps of any stepper in one `lax.scan`."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+
+from physml.errors import ConfigError, SpecError
+from physml.fields import Window
+
+REMAT = ("none", "step", "sqrt")
+
+
+def rollout(stepper, window: Window, steps: int, key=None, *, remat: bool | str = "none"):
+    """Predicts `steps` frames after the first `stepper.history` frames of `window`.
+
+    Returns what `stepper.decode` returns with axes `(batch, lead, ...)`. Pure, jittable and differentiable.
+
+    Args:
+        key: typed PRNG key of a stochastic stepper; step i sees `fold_in(key, i)`.
+        remat: what the gradient keeps of the forward pass: "none" keeps everything, "step" (or True) the state of every
+            step, "sqrt" about 2 sqrt(steps) states at the price of computing them once more.
+
+    Raises SpecError when the window has fewer frames than the history, or forcing that ends before the rollout does.
+    """
+    check_window(stepper, window, steps)
+
+    def body(state, step):
+        step_key = None if key is None else jax.random.fold_in(key, step)
+        state = stepper.advance(state, window.context(step, stepper.history, step_key))
+        return state, stepper.decode(state)
+
+    state = stepper.encode(window.frames[:, : stepper.history], window.context(0, stepper.history, key))
+    frames = _scan(body, state, steps, "step" if remat is True else remat or "none")
+    return jax.tree.map(lambda a: jnp.moveaxis(a, 0, 1), frames)
+
+
+def check_window(stepper, window: Window, steps: int | None) -> None:
+    """Raises SpecError when a window cannot start a rollout of `steps` (None: forcing comes from elsewhere)."""
+    history = stepper.history
+    if window.frames.shape[1] < history:
+        raise SpecError(
+            f"The stepper needs {history} frames of history, but the window holds {window.frames.shape[1]}. "
+            f"Give the last {history} frames before the first one to be predicted."
+        )
+    if steps is not None and window.spec.forcing and window.forcing.shape[1] < history + steps:
+        raise SpecError(
+            f"Forcing {[c.name for c in window.spec.forcing]} is given for {window.forcing.shape[1]} frames, but "
+            f"{history + steps} are needed: {history} of history and {steps} steps. Give more, or take fewer steps."
+        )
+
+
+def _scan(body, state, steps: int, remat: str):
+    if remat not in REMAT:
+        raise ConfigError(f"remat is {remat!r}, but one of {', '.join(REMAT)} was expected.")
+    if remat != "none":
+        body = jax.checkpoint(body)
+    if remat != "sqrt" or steps < 4:
+        return jax.lax.scan(body, state, jnp.arange(steps))[1]
+    inner = math.isqrt(steps)
+    outer = steps // inner
+
+    @jax.checkpoint
+    def block(state, first):
+        return jax.lax.scan(body, state, first + jnp.arange(inner))
+
+    state, frames = jax.lax.scan(block, state, jnp.arange(outer) * inner)
+    frames = jax.tree.map(lambda a: a.reshape(outer * inner, *a.shape[2:]), frames)
+    if outer * inner == steps:
+        return frames
+    _, rest = jax.lax.scan(body, state, jnp.arange(outer * inner, steps))
+    return jax.tree.map(lambda a, b: jnp.concatenate([a, b]), frames, rest)

@@ -1,0 +1,324 @@
+"""Rollouts against steppers whose every frame is known; chunks against one scan; the ledger and its watchdog."""
+
+import dataclasses
+import importlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from numpy.testing import assert_allclose, assert_array_equal
+
+from physml.errors import ConfigError, DivergedError, SpecError
+from physml.normalize import Normalizer
+from physml.rollout import (
+    Bounds,
+    Watchdog,
+    ensemble,
+    ensemble_devices,
+    rollout,
+    rollout_chunks,
+    stack_members,
+)  # fmt: skip
+from physml.steppers import ResidualConfig
+
+chunks = importlib.import_module("physml.rollout.chunks")
+
+
+class Shift(nnx.Module):
+    """Advection by one cell of a periodic axis per step: exact, and it conserves everything."""
+
+    def __init__(self, spec, factor=1.0, noise=0.0, break_at=None):
+        self.spec, self.history, self.noise, self.break_at = spec, 1, noise, break_at
+        self.factor = nnx.Param(jnp.float32(factor))
+
+    def encode(self, frames, context):
+        return frames[:, -1]
+
+    def advance(self, state, context):
+        state = self.factor[...] * jnp.roll(state, 1, axis=1)
+        if self.noise:
+            state = state + self.noise * jax.random.normal(context.key, state.shape)
+        if self.break_at is not None:
+            sample, step, place, value = self.break_at
+            now = jnp.isclose(context.time, step * self.spec.time_step)[sample]
+            state = jnp.where(now, state.at[(sample, *place)].set(value), state)
+        return state
+
+    def decode(self, state):
+        return state
+
+
+class Clock(nnx.Module):
+    """Shows what a step is told: time, lead, calendar, forcing, parameters, static."""
+
+    def __init__(self, spec, history):
+        self.spec, self.history = spec, history
+
+    def encode(self, frames, context):
+        return frames[:, 0] if self.history else jnp.zeros((context.time.shape[0], *self.spec.grid.shape, 2))
+
+    def advance(self, state, context):
+        told = context.time + 100 * context.lead + context.calendar.sum(-1) + context.parameters.sum(-1)
+        return (
+            told[:, None, None, None]
+            + context.forcing.sum(-1, keepdims=True)
+            + context.static.sum(-1, keepdims=True)
+            + 0 * state
+        )
+
+    def decode(self, state):
+        return state
+
+
+def jitted(stepper, window, steps, key=None, **options):
+    graph, state = nnx.split(stepper)
+    return jax.jit(lambda s, w: rollout(nnx.merge(graph, s), w, steps, key, **options))(state, window)
+
+
+def together(pieces):
+    return np.concatenate([piece.frames for piece in pieces], axis=1)
+
+
+def conditioned(tiny, total=40):
+    spec = tiny.spec(forcing=("sun",), static=("land",), parameters=("viscosity",), time_step=0.1)
+    random = np.random.default_rng(0)
+    return spec, tiny.window(
+        spec,
+        times=(np.arange(total, dtype=np.float32) * np.float32(0.1))[None].repeat(3, 0),
+        calendar=random.random((3, total, 2)).astype(np.float32),
+        forcing=random.random((3, total, 8, 6, 1)).astype(np.float32),
+        static=random.random((3, 8, 6, 1)).astype(np.float32),
+        parameters=random.random((3, 1)).astype(np.float32),
+    )
+
+
+def test_advection_is_exact(spec, window):
+    frames = rollout(Shift(spec), window, 20)
+    for step in range(20):
+        assert_array_equal(frames[:, step], np.roll(window.frames[:, 0], step + 1, axis=1))
+
+
+@pytest.mark.parametrize(("remat", "steps"), [("step", 3), (True, 3), ("sqrt", 2), ("sqrt", 9), ("sqrt", 11)])
+def test_remat_changes_neither_values_nor_gradients(tiny, spec, window, steps, remat):
+    stepper = ResidualConfig().build(spec, tiny.model(2, 2), Normalizer.identity(spec))
+    graph, state = nnx.split(stepper)
+
+    def loss(state, remat):
+        return (rollout(nnx.merge(graph, state), window, steps, remat=remat) ** 2).mean()
+
+    plain, other = (jax.jit(jax.value_and_grad(loss), static_argnums=1)(state, r) for r in ("none", remat))
+    assert_allclose(other[0], plain[0], rtol=1e-6)
+    jax.tree.map(
+        lambda a, b: assert_allclose(a, b, rtol=1e-5, atol=1e-5), other[1], plain[1]
+    )  # float32 sums of 1728 terms
+
+
+def test_sqrt_remat_needs_less_memory(tiny):
+    spec = tiny.spec((32, 32))
+    window = tiny.window(spec, batch=1)
+    graph, state = nnx.split(ResidualConfig().build(spec, tiny.model(2, 2, 32), Normalizer.identity(spec)))
+
+    def loss(state, remat):
+        return (rollout(nnx.merge(graph, state), window, 400, remat=remat)[:, -1] ** 2).mean()
+
+    def temporaries(remat):
+        compiled = jax.jit(jax.grad(loss), static_argnums=1).lower(state, remat).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    none, step, sqrt = (temporaries(remat) for remat in ("none", "step", "sqrt"))
+    states = 400 * 32 * 32 * 2 * 4  # the frames themselves and their cotangents are there in any case
+    assert none > 3 * step
+    assert step - sqrt > 0.8 * states
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 7, 50])
+def test_chunks_are_one_scan_bit_for_bit(tiny, spec, window, chunk):
+    stepper = ResidualConfig(history=2).build(spec, tiny.model(4, 2), Normalizer(spec, [0, 0], [1, 2], [0.1, 0.2]))
+    pieces = list(rollout_chunks(stepper, window, 21, chunk))
+    assert [piece.start for piece in pieces] == list(range(0, 21, chunk))
+    assert_array_equal(together(pieces), jitted(stepper, window, 21))
+
+
+def test_chunks_of_a_stochastic_stepper_are_one_scan(spec, window):
+    key = jax.random.key(3)
+    frames = jitted(Shift(spec, noise=0.1), window, 10, key)
+    assert_array_equal(together(rollout_chunks(Shift(spec, noise=0.1), window, 10, 4, key)), frames)
+    assert np.abs(frames - jitted(Shift(spec, noise=0.1), window, 10, jax.random.key(4))).max() > 0.1
+
+
+@pytest.mark.parametrize("history", [0, 1, 3])
+def test_chunks_see_the_same_clock_and_forcing(tiny, history):
+    spec, window = conditioned(tiny)
+    frames = jitted(Clock(spec, history), window, 30)
+    assert_array_equal(together(rollout_chunks(Clock(spec, history), window, 30, 7)), frames)
+    asked = []
+
+    def forcing(first, last):
+        asked.append((first, last))
+        return window.forcing[:, history + first : history + last]
+
+    short = dataclasses.replace(window, forcing=window.forcing[:, :1])
+    pieces = rollout_chunks(Clock(spec, history), short, 30, 7, forcing=forcing)
+    assert_array_equal(together(pieces), frames)
+    assert asked[-1] == (28, 30)
+
+
+def test_chunks_go_on_past_the_given_times(tiny, spec, window):
+    clock = dataclasses.replace(spec, time_step=0.25)
+    window = dataclasses.replace(window, spec=clock, times=window.times * np.float32(0.25))
+    frames = together(rollout_chunks(Clock(clock, 1), window, 12, 5))
+    assert_allclose(frames[0, :, 0, 0, 0], 0.25 * np.arange(1, 13) + 25, rtol=1e-6)
+    assert_array_equal(frames, jitted(Clock(clock, 1), window, 12))
+
+
+def test_any_length_needs_one_trace_and_leaves_the_input_alone(spec, window):
+    stepper, before = Shift(spec, factor=0.999), window.frames.copy()
+    list(rollout_chunks(stepper, window, 8, 4))
+    traces = chunks._advance._cache_size()
+    for steps in (5, 8, 11, 30):
+        list(rollout_chunks(stepper, window, steps, 4))
+    list(rollout_chunks(Shift(spec, factor=0.5), window, 9, 4))  # other numbers, same program
+    assert chunks._advance._cache_size() == traces
+    on_device = jax.tree.map(jnp.asarray, window)
+    list(rollout_chunks(stepper, on_device, 8, 4))
+    assert_array_equal(window.frames, before)
+    assert_array_equal(on_device.frames, before)
+
+
+def test_the_next_chunk_is_started_before_the_last_one_is_handed_out(spec, window, monkeypatch):
+    started, real = [], chunks._advance
+    monkeypatch.setattr(chunks, "_advance", lambda *a, **k: (started.append(1), real(*a, **k))[1])
+    pieces = rollout_chunks(Shift(spec), window, 12, 4)
+    next(pieces)
+    assert len(started) == 2
+
+
+def test_the_ledger_of_a_conserving_stepper_is_flat(tiny):
+    spec = tiny.spec((16, 12), ("u",))
+    window = tiny.window(spec)
+    window = dataclasses.replace(window, frames=window.frames + 1000)
+    for piece in rollout_chunks(Shift(spec), window, 50, 20):
+        start = np.asarray(window.frames[:, 0], np.float64)
+        for name, value, tolerance in (
+            ("mean", start.mean((1, 2)), 1e-6 * 1000),
+            ("variance", start.var((1, 2)), 1e-5),
+            ("energy", (start**2).mean((1, 2)), 2e-6 * 1e6),
+            ("minimum", start.min((1, 2)), 0),
+            ("maximum", start.max((1, 2)), 0),
+        ):
+            kept = np.asarray(getattr(piece.ledger, name))
+            assert kept.shape == (3, piece.frames.shape[1], 1)
+            assert_allclose(kept, np.broadcast_to(value[:, None], kept.shape), rtol=1e-6, atol=tolerance)
+            assert np.ptp(kept, axis=1).max() <= tolerance
+        assert np.asarray(piece.ledger.finite).all()
+        assert_allclose(piece.initial.mean, start.mean((1, 2)), rtol=1e-6)
+
+
+def test_the_ledger_weighs_cells_and_leaves_out_masked_ones(tiny):
+    spec = tiny.spec((4, 3), ("u",))
+    axis = dataclasses.replace(spec.grid.axes[0], weights=(0.4, 0.8, 1.2, 1.6))
+    spec = spec.on(dataclasses.replace(spec.grid, axes=(axis, spec.grid.axes[1])))
+    frames = np.arange(12, dtype=np.float32).reshape(1, 1, 4, 3, 1)
+    mask = np.ones((1, 4, 3, 1), np.float32)
+    mask[0, 3, 2] = 0
+    from physml.rollout.ledger import measure
+
+    weights = np.array([0.4, 0.8, 1.2, 1.6])[:, None] * mask[0, ..., 0]
+    kept = measure(jnp.asarray(frames[:, 0]), spec, jnp.asarray(mask))
+    values = frames[0, 0, ..., 0]
+    mean = (weights * values).sum() / weights.sum()
+    assert_allclose(kept.mean, [[mean]], rtol=1e-6)
+    assert_allclose(kept.variance, [[(weights * (values - mean) ** 2).sum() / weights.sum()]], rtol=1e-6)
+    assert float(kept.maximum[0, 0]) == 10  # cell 11 is masked
+
+
+def watch(stepper, window, steps=12, chunk=5, limit=100.0, **options):
+    dog = None
+    for piece in rollout_chunks(stepper, window, steps, chunk):
+        dog = dog or Watchdog(stepper.spec, Bounds.of(stepper, piece.initial, limit), **options)
+        dog.read(piece.start, piece.frames, piece.ledger)
+    return dog
+
+
+def test_the_watchdog_names_step_variable_and_place(spec, window):
+    dog = watch(Shift(spec, break_at=(1, 7, (3, 2, 1), np.nan)), window)
+    event = dog.events[1]
+    assert (event.sample, event.step, event.channel, event.place) == (1, 7, "v", (3, 2))
+    assert list(dog.events) == [1]
+    assert_array_equal(dog.good, [12, 6, 12])
+    assert not dog.everything_failed
+    for part in ("step 7", "trajectory 1", "'v' is nan", "(3, 2)", "x=0.375", "y=0.333333", "6 steps before are good"):
+        assert part in event.message, event.message
+    with pytest.raises(DivergedError, match="step 7"):
+        dog.raise_first(list(dog.events.values()))
+
+
+def test_the_watchdog_sees_values_far_out_of_range(spec, window):
+    assert not watch(Shift(spec, factor=1.01), window).events
+    event = watch(Shift(spec, break_at=(2, 3, (5, 1, 0), 1e6)), window).events[2]
+    assert (event.step, event.channel, event.place, event.value) == (3, "u", (5, 1), 1e6)
+    assert "outside" in event.message
+    assert not watch(Shift(spec, break_at=(2, 3, (5, 1, 0), 1e6)), window, limit=None).events
+    growing = watch(Shift(spec, factor=10.0), window)
+    assert growing.everything_failed
+    assert {event.step for event in growing.events.values()} <= {2, 3}
+
+
+def test_the_training_range_widens_what_is_allowed(tiny, spec, window):
+    small = dataclasses.replace(window, frames=window.frames * np.float32(1e-3))
+    stepper = Shift(spec, break_at=(0, 2, (0, 0, 0), 5.0))
+    assert watch(stepper, small).events  # 5 is far outside the initial state's range ...
+    stepper.normalizer = Normalizer(spec, [2.0, 2.0], [1.0, 1.0], [1.0, 1.0])
+    assert not watch(stepper, small).events  # ... but well inside the training data
+    still = dataclasses.replace(window, frames=window.frames * 0)
+    assert not watch(Shift(spec, break_at=(0, 2, (0, 0, 0), 5.0)), still).events  # nothing is known of the scale
+    with pytest.raises(ConfigError, match="limit is -1"):
+        watch(stepper, small, limit=-1)
+
+
+def test_ensembles_are_their_members(spec, window):
+    stepper, keys = Shift(spec, noise=0.1), jax.random.split(jax.random.key(0), 3)
+    frames = ensemble(stepper, window, 4, keys)
+    assert frames.shape == (3, 3, 4, 8, 6, 2)
+    for i in range(3):
+        assert_array_equal(frames[i], jitted(stepper, window, 4, keys[i]))
+    parameters = stack_members([Shift(spec, factor=f) for f in (0.5, 1.0, 2.0)])
+    frames = ensemble(parameters, window, 2, stacked=True)
+    assert_allclose(frames[:, :, 1], [f**2 * np.roll(window.frames[:, 0], 2, 1) for f in (0.5, 1, 2)], rtol=1e-6)
+
+
+@pytest.mark.parametrize("count", [1, 4, 6])
+def test_devices_share_the_members(tiny, spec, window, count):
+    assert jax.local_device_count() == 4
+    keys = jax.random.split(jax.random.key(0), count)
+    spread = ensemble_devices(Shift(spec, noise=0.1), window, 4, keys)
+    assert spread.shape == (count, 3, 4, 8, 6, 2)
+    assert_allclose(spread, ensemble(Shift(spec, noise=0.1), window, 4, keys), rtol=1e-6, atol=1e-6)
+    steppers = [Shift(spec, factor=1 + 0.1 * i) for i in range(count)]
+    stacked = stack_members(steppers)
+    spread = ensemble_devices(stacked, window, 4, stacked=True)
+    assert_allclose(spread, ensemble(stacked, window, 4, stacked=True), rtol=1e-6)
+    assert_allclose(spread[-1], jitted(steppers[-1], window, 4), rtol=1e-6)
+
+
+def test_what_cannot_be_rolled_out_is_said(tiny, spec, window):
+    stepper = ResidualConfig(history=5).build(spec, tiny.model(10, 2), Normalizer.identity(spec))
+    with pytest.raises(SpecError, match="needs 5 frames of history, but the window holds 4"):
+        rollout(stepper, window, 2)
+    with pytest.raises(SpecError, match="needs 5 frames"):
+        rollout_chunks(stepper, window, 2, 1)
+    forced, forced_window = conditioned(tiny, total=6)
+    with pytest.raises(SpecError, match=r"\['sun'\] is given for 6 frames, but 11 are needed"):
+        rollout(Clock(forced, 1), forced_window, 10)
+    with pytest.raises(ConfigError, match="remat is 'all'"):
+        rollout(Shift(spec), window, 2, remat="all")
+    with pytest.raises(ConfigError, match="at least 1"):
+        rollout_chunks(Shift(spec), window, 0, 1)
+    with pytest.raises(ConfigError, match="counts are none"):
+        ensemble(Shift(spec), window, 2)
+    with pytest.raises(ConfigError, match=r"counts are \[2, 3\]"):
+        ensemble(stack_members([Shift(spec)] * 2), window, 2, jax.random.split(jax.random.key(0), 3), stacked=True)
+    with pytest.raises(ConfigError, match="built differently"):
+        stack_members([Shift(spec), Shift(spec, noise=1.0)])

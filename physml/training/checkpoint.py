@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
@@ -53,13 +54,15 @@ class Checkpoints:
     def save(self, step: int, arrays: Any, data: dict[str, Any], score: float | None = None) -> None:
         """Starts to write a checkpoint and returns as soon as the arrays may be overwritten. All processes call it."""
         self._orbax.wait()
+        arrays = _filled(arrays)
+        data = {"format": FORMAT, "step": step, "fingerprints": fingerprints(arrays), **data}
         self._orbax.save_checkpointables_async(
             step,
-            {"state": _filled(arrays)},
+            {"state": arrays},
             force=True,
             overwrite=True,
             metrics=None if score is None else {"score": score},
-            custom_metadata={"format": FORMAT, "step": step, **data},
+            custom_metadata=data,
         )
 
     def wait(self) -> None:
@@ -101,16 +104,43 @@ class Checkpoints:
     def _read(self, step: int, target: Any) -> tuple[Any, dict[str, Any]]:
         saved = self._orbax.checkpointables_metadata(step)
         data = saved.custom_metadata or {}
-        if data.get("format") != FORMAT:
+        if "format" not in data:
+            raise ValueError("its metadata cannot be read")
+        if data["format"] != FORMAT:
             raise CheckpointError(
-                f"{self.folder / str(step)} has format {data.get('format')!r}, but this version reads {FORMAT}. "
+                f"{self.folder / str(step)} has format {data['format']}, but this version reads {FORMAT}. "
                 "Use the version of physml that wrote it."
             )
+        if saved.metadata.get("state") is None:  # what Orbax gives when it cannot read the description of the arrays
+            raise ValueError("the names and shapes of its arrays cannot be read")
         filled = _filled(target)
         check_fits(_flat(saved.metadata["state"]), _flat(filled), self.folder / str(step))
         wanted = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), filled)
         loaded = dict(_named(self._orbax.load_checkpointables(step, {"state": wanted})["state"]))
+        read, written = fingerprints(loaded), data.pop("fingerprints")
+        changed = [name for name in loaded if read[name] != written.get(name)]
+        if changed:
+            raise ValueError(f"{changed[0]} is not what was saved")
         return jax.tree_util.tree_map_with_path(lambda path, leaf: loaded.get(_name(path), leaf), target), data
+
+
+def fingerprints(tree: Any) -> dict[str, int]:
+    """A number per array that changes with any change of its bits; the same under every layout."""
+    named = _named(tree)
+    numbers = jax.device_get([_fingerprint(leaf) for _, leaf in named])
+    return {name: int(number) for (name, _), number in zip(named, numbers, strict=True)}
+
+
+@jax.jit
+def _fingerprint(leaf):
+    # Files carry no checksum of the arrays. Odd weights modulo 2^32: no change of a single word can cancel.
+    if leaf.dtype == bool:
+        words = leaf.astype(jnp.uint32)
+    else:
+        unsigned = {1: jnp.uint8, 2: jnp.uint16}.get(leaf.dtype.itemsize, jnp.uint32)
+        words = jax.lax.bitcast_convert_type(leaf, unsigned).astype(jnp.uint32)
+    words = words.reshape(-1)
+    return jnp.sum(words * (2 * jnp.arange(words.size, dtype=jnp.uint32) + 1), dtype=jnp.uint32)
 
 
 def check_fits(saved: dict[str, tuple], expected: dict[str, tuple], where: Any) -> None:

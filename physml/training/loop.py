@@ -266,9 +266,9 @@ class _Run:
 
 
 class _Clock:
-    """How fast training goes and which part of the time it waits for data, measured over a second or more.
+    """How fast training goes and which part of the time it waits for data, over a second or more.
 
-    `rate` (samples per second) and `wait` (fraction) are None until the first measurement, which leaves compilation out.
+    `rate` (samples per second) and `wait` (fraction) are None until the first measurement; it leaves out compilation.
     """
 
     def __init__(self, batch: int):

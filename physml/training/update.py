@@ -86,7 +86,7 @@ def build_update(
     def one(state, window, rest, key):
         key = jax.random.fold_in(key, state["step"])
         (value, aux), gradients = gradient(state["params"], rest, window, key)
-        norm = optax.global_norm(gradients)
+        norm = optax.tree.norm(gradients)
         good = jnp.isfinite(value) & jnp.isfinite(norm)
         accept = good & state["alive"]
         changes, optimizer = transform.update(gradients, state["optimizer"], state["params"])

@@ -1,0 +1,158 @@
+"""A run that is stopped and resumed is, bit for bit, the run that was not."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import problem
+import pytest
+from orbax.checkpoint import v1 as ocp
+from worker import Trap
+
+from physml.errors import CheckpointError, Interrupted
+from physml.parallel.mesh import Layout
+from physml.training import fit
+
+TIMING = ("samples_per_second", "data_wait")
+PLAIN = {}
+SCANNED = {"updates_per_call": 3, "accumulate": 2, "steps": 20}
+
+
+def train(folder, fields=None, progress=None, layout=None, **options):
+    return fit(
+        problem.build_stepper(), problem.datasets(), problem.OBJECTIVE, problem.config(**(fields or {})),
+        layout or Layout(), folder, progress=progress, **options,
+    )  # fmt: skip
+
+
+def records(folder):
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key not in TIMING} for line in lines]
+
+
+def final_state(folder):
+    newest = max(int(path.name) for path in (folder / "checkpoints").iterdir() if path.name.isdigit())
+    return jax.tree.map(np.asarray, ocp.load_checkpointables(folder / "checkpoints" / str(newest), {"state": None}))
+
+
+def assert_identical(folder, reference):
+    ours, theirs = final_state(folder), final_state(reference)
+    assert jax.tree.structure(ours) == jax.tree.structure(theirs)
+    assert {"params", "average", "optimizer", "key", "rest", "step"} <= set(ours["state"])
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        np.testing.assert_array_equal(a, b, strict=True)
+    assert records(folder) == records(reference)
+
+
+@pytest.fixture(scope="module", params=[PLAIN, SCANNED], ids=["one by one", "scanned and accumulated"])
+def uninterrupted(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    return folder, request.param, train(folder, request.param)
+
+
+@pytest.mark.parametrize("steps", [(1,), (2, 3, 15), (8,)])
+def test_resume_at_several_steps(tmp_path, uninterrupted, steps):
+    reference, fields, expected = uninterrupted
+    for step in steps:
+        with pytest.raises(Interrupted, match=r"Training stopped after step \d+ of \d+ on SIGTERM.*saved in"):
+            train(tmp_path, fields, Trap(signal.SIGTERM, step))
+    result = train(tmp_path, fields)
+    assert_identical(tmp_path, reference)
+    assert result.best == expected.best
+    for a, b in zip(*(jax.tree.leaves(r.stepper) for r in (result, expected)), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize(("name", "step"), [("SIGTERM", 11), ("SIGKILL", 13), ("SIGINT", 4)])
+def test_a_killed_process_resumes(tmp_path, uninterrupted, name, step):
+    reference, fields, _ = uninterrupted
+    if name == "SIGINT" and fields:
+        pytest.skip("one interrupt from the keyboard is enough")
+    command = [sys.executable, str(Path(__file__).parent / "worker.py"), tmp_path, name, str(step), json.dumps(fields)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    if name == "SIGKILL":
+        assert done.returncode == -signal.SIGKILL
+        # a half-written line, as a killed process may leave
+        with (tmp_path / "metrics.jsonl").open("a") as file:
+            file.write('{"kind": "train", "st')
+    else:
+        assert done.returncode == 75, done.stderr
+        assert name in done.stdout
+    train(tmp_path, fields)
+    assert_identical(tmp_path, reference)
+
+
+def test_second_signal_is_not_held_back(tmp_path):
+    class Impatient(Trap):
+        def update(self, done, total, **values):
+            if done == 2:
+                os.kill(os.getpid(), signal.SIGINT)
+                os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path, progress=Impatient(signal.SIGINT, 2))
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_checkpoints_move_between_layouts(tmp_path, uninterrupted):
+    reference, fields, expected = uninterrupted
+    with pytest.raises(Interrupted):
+        train(tmp_path, fields, Trap(signal.SIGTERM, 9), layout=Layout(data=1))
+    result = train(tmp_path, fields, layout=Layout(data=4))
+    losses = [
+        [record["loss"] for record in run if record["kind"] == "train"] for run in (result.history, expected.history)
+    ]
+    np.testing.assert_allclose(*losses, rtol=1e-5)
+
+
+def test_a_finished_run_is_not_trained_again(tmp_path, uninterrupted):
+    reference, fields, expected = uninterrupted
+    before = records(reference)
+    again = train(reference, fields)
+    assert records(reference) == before
+    assert again.step == expected.step
+    for a, b in zip(*(jax.tree.leaves(r.stepper) for r in (again, expected)), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_never_refuses_an_existing_run(uninterrupted):
+    reference, fields, expected = uninterrupted
+    with pytest.raises(CheckpointError, match=f"up to step {expected.step}.*auto"):
+        train(reference, fields, resume="never")
+
+
+def test_another_seed_is_refused(uninterrupted):
+    reference, fields, _ = uninterrupted
+    with pytest.raises(CheckpointError, match="seed 0.*seed 5"):
+        train(reference, fields, seed=5)
+
+
+def test_resume_from_a_path(tmp_path):
+    first, other = tmp_path / "first", tmp_path / "other"
+    with pytest.raises(Interrupted):
+        train(first, {"keep": 5}, Trap(signal.SIGTERM, 12))
+    train(other, resume=str(first))
+    train(first)
+    assert final_state(other).keys() == final_state(first).keys()
+    for a, b in zip(*(jax.tree.leaves(final_state(f)) for f in (other, first)), strict=True):
+        np.testing.assert_array_equal(a, b)
+    with pytest.raises(CheckpointError, match="cannot continue"):
+        train(other, resume=str(first))
+    with pytest.raises(CheckpointError, match="holds no checkpoints"):
+        train(tmp_path / "new", resume=str(tmp_path / "nowhere"))
+    with pytest.raises(CheckpointError, match="no complete checkpoint 17"):
+        train(tmp_path / "new", resume=str(first / "checkpoints" / "17"))
+
+
+def test_rewinding_a_run_drops_what_came_later(tmp_path):
+    train(tmp_path, {"keep": 9})
+    before, state = records(tmp_path), final_state(tmp_path)
+    train(tmp_path, {"keep": 9}, resume=str(tmp_path / "checkpoints" / "10"))
+    assert records(tmp_path) == before
+    for a, b in zip(jax.tree.leaves(final_state(tmp_path)), jax.tree.leaves(state), strict=True):
+        np.testing.assert_array_equal(a, b)

@@ -11,11 +11,12 @@ from numpy.testing import assert_array_equal
 
 from physml.errors import CheckpointError
 from physml.parallel.mesh import Layout
-from physml.training.checkpoint import Checkpoints, check_fits
+from physml.training.checkpoint import Checkpoints, check_fits, fingerprints
 
 
 def tree(value=0.0, dtype=jnp.float32):
     params = {
+        "noise": jnp.asarray(np.random.default_rng(0).standard_normal((60, 50)), jnp.float32),  # does not compress
         "layers": {"0": jnp.full((4, 3), value, dtype), "1": jnp.full(3, value, jnp.float32)},
         "none": jnp.zeros(0),
     }
@@ -111,7 +112,15 @@ def damage_tree(folder):
     (folder / "state" / "_METADATA").write_text("")
 
 
-DAMAGES = [damage_truncate, damage_remove_arrays, damage_metadata, damage_tree]
+def damage_one_bit(folder):
+    """Of an array that is large enough to be stored by itself."""
+    path = max(files(folder / "state"), key=lambda path: path.stat().st_size)
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 0x10
+    path.write_bytes(content)
+
+
+DAMAGES = [damage_truncate, damage_remove_arrays, damage_metadata, damage_tree, damage_one_bit]
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
@@ -125,6 +134,19 @@ def test_a_damaged_newest_checkpoint_is_passed_over(saved, damage, caplog):
         checkpoints.wait()
         assert_array_equal(checkpoints.restore(placed())[0]["params"]["layers"]["1"], 30)
     assert any("damaged" in record.message and "/3" in record.message for record in caplog.records)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8", "bool", "uint32"])
+def test_fingerprints_see_every_bit_and_no_layout(dtype):
+    random = np.random.default_rng(2)
+    array = jnp.asarray(random.integers(0, 2, (8, 6))).astype(dtype)
+    before = fingerprints({"a": array})
+    for index in np.ndindex(8, 6):
+        changed = array.at[index].set((1 - array[index].astype("int32")).astype(dtype))
+        assert fingerprints({"a": changed}) != before
+    split = jax.device_put(array, Layout(data=4).window_sharding())
+    assert fingerprints({"a": split}) == before
+    assert fingerprints({"a": array[::-1]}) != before
 
 
 def test_nothing_but_damage_is_an_error(saved):

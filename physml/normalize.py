@@ -39,11 +39,15 @@ class Normalizer(nnx.Module):
     `normalize` and `denormalize` act on frames `(..., channel)`, `increment` turns a normalized increment into a
     physical one (increments have a scale of their own: at small time steps they are much smaller than the fields).
     `forcing`, `static` and `parameters` are `Scaling`s of the conditioning groups, None where the spec has none.
+    `masked` tells whether the data had cells without a field (land): forecasts then accept NaN there.
     """
 
-    def __init__(self, spec: Spec, center, scale, increment_scale, forcing=None, static=None, parameters=None):
+    def __init__(
+        self, spec: Spec, center, scale, increment_scale, forcing=None, static=None, parameters=None, masked=False
+    ):
         self.frames = Scaling(center, scale)
         self.increments = Statistic(jnp.asarray(increment_scale, jnp.float32))
+        self.masked = Statistic(jnp.asarray(masked, bool))
         sizes = {"forcing": len(spec.forcing), "static": len(spec.static), "parameters": len(spec.parameters)}
         given = {"forcing": forcing, "static": static, "parameters": parameters}
         for name, size in sizes.items():
@@ -69,10 +73,10 @@ class Normalizer(nnx.Module):
         return increment / self.increments[...]
 
     @classmethod
-    def identity(cls, spec: Spec) -> "Normalizer":
+    def identity(cls, spec: Spec, masked: bool = False) -> "Normalizer":
         """Leaves every number as it is."""
         n = len(spec.channels)
-        return cls(spec, np.zeros(n), np.ones(n), np.ones(n))
+        return cls(spec, np.zeros(n), np.ones(n), np.ones(n), masked=masked)
 
     @classmethod
     def fit(cls, windows: Iterable[Window], kind: str = "zscore") -> "Normalizer":
@@ -87,11 +91,12 @@ class Normalizer(nnx.Module):
         if kind not in KINDS:
             raise ConfigError(f"normalization is {kind!r}, but it must be one of {KINDS}.")
         moments: dict[str, Moments] = {}
-        spec = None
+        spec, masked = None, False
         for window in windows:
             spec = window.spec
             if kind == "identity":
-                return cls.identity(spec)
+                return cls.identity(spec, window.mask is not None)
+            masked = masked or window.mask is not None
             _accumulate(moments, window)
         if spec is None:
             raise DataError("There is no data to fit the normalization to: the training split is empty.")
@@ -103,7 +108,8 @@ class Normalizer(nnx.Module):
             names = [c.name for c in getattr(spec, name)]
             return moments[name].center_scale(kind, names, constant_ok=True) if names else None
 
-        return cls(spec, center, scale, increment, group("forcing"), group("static"), group("parameters"))
+        groups = (group("forcing"), group("static"), group("parameters"))
+        return cls(spec, center, scale, increment, *groups, masked=masked)
 
 
 class Moments:

@@ -1,5 +1,6 @@
 """Where a channel lives in a dataset: a variable, or one entry of it (channel `z_850` is variable `z` at level 850)."""
 
+import re
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,6 +10,15 @@ from physml.data import axes as ax
 from physml.errors import DataError, SpecError, suggest
 from physml.fields import Channel, Spec
 
+UNIT_SPELLINGS = {
+    "1": "",
+    "dimensionless": "",
+    **dict.fromkeys(("kelvin", "kelvins", "degk", "deg_k"), "K"),
+    **dict.fromkeys(("celsius", "degree_celsius", "degrees_celsius", "deg_c", "degree_c", "degrees_c"), "degC"),
+    **dict.fromkeys(("pascal", "pascals"), "Pa"),
+    **dict.fromkeys(("hectopascal", "hectopascals", "millibar", "millibars", "mbar", "mb"), "hPa"),
+    **dict.fromkeys(("meter", "meters", "metre", "metres"), "m"),
+}
 NEVER_FLAT = ("trajectory", "time", "latitude", "longitude", "x", "y", "z")
 
 
@@ -70,10 +80,20 @@ def entry_labels(ds: xr.Dataset, dim: str) -> list[str]:
 
 
 def unit_of(ds: xr.Dataset, channel: str) -> str:
-    """The `units` attribute behind a channel; the dimensionless "1" is the empty unit."""
+    """The unit behind a channel in one spelling, so that "m s**-1", "m/s" and "m s-1" compare equal; "1" is empty."""
     base = base_of(ds, channel)
-    unit = "" if base is None else str(ds.variables[base].attrs.get("units", ""))
-    return "" if unit == "1" else unit
+    return "" if base is None else one_spelling(str(ds.variables[base].attrs.get("units", "")))
+
+
+def one_spelling(unit: str) -> str:
+    """CF spelling of simple units; what is not understood stays as it is. Nothing is converted."""
+    unit = " ".join(unit.split())
+    if (known := UNIT_SPELLINGS.get(unit.lower())) is not None:
+        return known
+    unit = unit.replace("**", "").replace("^", "")
+    if match := re.fullmatch(r"([A-Za-z]+)\s*/\s*([A-Za-z]+)(\d?)", unit):
+        return f"{match[1]} {match[2]}-{match[3] or 1}"
+    return unit
 
 
 def time_of(ds: xr.Dataset, variable: str | None) -> str | None:

@@ -68,10 +68,9 @@ def of_labels(labels: np.ndarray, units: str = "") -> Clock:
     """A clock from a one-dimensional array of times."""
     labels = np.asarray(labels)
     if labels.dtype.kind == "M":
-        values = (labels - labels[:1]) / np.timedelta64(1, "ns") * 1e-9
-        return Clock(labels, values.astype(np.float64), "s", _calendar_of_datetime64(labels))
+        return Clock(labels, (labels - labels[:1]) / np.timedelta64(1, "s"), "s", _calendar_of_datetime64(labels))
     if labels.dtype.kind == "m":
-        return Clock(labels, (labels - labels[:1]) / np.timedelta64(1, "ns") * 1e-9, "s", None)
+        return Clock(labels, (labels - labels[:1]) / np.timedelta64(1, "s"), "s", None)
     if labels.dtype.kind == "O":
         values = np.array([(t - labels[0]).total_seconds() for t in labels], np.float64)
         return Clock(labels, values, "s", _calendar_of_cftime(labels))
@@ -156,7 +155,7 @@ def after(times: Clock, count: int, step: float, first: int = 1) -> np.ndarray:
     if times.calendar is not None and (months := _whole_months(times, step)):
         return np.array([_add_months(last, int(months * i)) for i in index], times.labels.dtype)
     if kind == "M" or kind == "m":
-        return (last + np.round(index * step * 1e9).astype("timedelta64[ns]")).astype(times.labels.dtype)
+        return (last + np.round(index * step * 1e6).astype("timedelta64[us]")).astype(times.labels.dtype)
     if kind == "O":
         import datetime
 

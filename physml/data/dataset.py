@@ -104,6 +104,8 @@ class XarrayDataset:
             arrays = arrays or [np.empty((total, *p.shape[1:]), np.float32) for p in part]
             for array, values in zip(arrays, part, strict=True):
                 array[start : start + block] = values
+        for array in arrays:
+            array.flags.writeable = False  # windows are views of it
         return arrays[0], arrays[1]
 
     def windows(self, chunk: int | None = None) -> Iterator[Window]:

@@ -245,6 +245,29 @@ def test_wrong_names_grids_units_and_steps_are_typed_errors(make):
         spec_of(xr.Dataset(coords={"x": [1.0]}))
 
 
+def test_spellings_of_a_unit_are_one_unit(make):
+    ds = make.weather()
+    ds.t2m.attrs["units"] = "m s**-1"
+    spec = spec_of(ds)
+    assert spec.channels[1].unit == "m s-1"
+    for spelling in ("m/s", "m s-1", "m s^-1", "m  s**-1"):
+        ds.t2m.attrs["units"] = spelling
+        to_window(ds, spec)
+    ds.t2m.attrs["units"] = "km s-1"
+    with pytest.raises(SpecError, match="'t2m' is in 'km s-1'"):
+        to_window(ds, spec)
+
+
+def test_years_far_from_now(make):
+    ds = make.weather(days=3).assign_coords(time=np.array(["1200-02-27", "1200-02-28", "1200-02-29"], "datetime64[s]"))
+    spec = spec_of(ds)
+    window = to_window(ds, spec)
+    assert_allclose(window.times[0], [0, 86400, 172800])
+    assert_allclose(window.calendar[0, 2, 0], 59 / 366, rtol=1e-6)
+    forecast = from_frames(window.frames[:, :1], spec, ds)
+    assert forecast.time.values[0] == np.datetime64("1200-03-01")
+
+
 def test_calendar_fractions(make):
     ds = make.weather(days=4, start="2003-12-30", hours=18)
     window = to_window(ds, spec_of(ds))

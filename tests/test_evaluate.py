@@ -1,0 +1,415 @@
+"""Evaluation: aligned by valid time, blind to the future, averaged over starts, floors beside the model."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import xarray as xr
+from flax import nnx
+from numpy.testing import assert_allclose
+
+from physml.data import XarrayDataset, from_frames, spec_of
+from physml.errors import ConfigError, DataError, SpecError
+from physml.evaluate import evaluate, evaluate_stepper, load_scores, plan_starts, save_scores, to_rows
+from physml.evaluate.statistics import blocks_of_starts
+from physml.fields import Window
+from physml.metrics import METRICS, Measure
+from physml.steppers.floors import ClimatologyConfig, ExtrapolationConfig, PersistenceConfig
+
+
+class Trajectories:
+    """A `contracts.Dataset` in memory: noisy waves, or (`still`) trajectories whose frames are all equal."""
+
+    def __init__(self, spec, tiny, lengths=(9, 12, 9), still=False):
+        self.spec, self.lengths = spec, lengths
+        frames = tiny.window(spec, batch=len(lengths), frames=max(lengths)).frames
+        noise = np.random.default_rng(0).standard_normal(frames.shape).astype(np.float32)
+        self.frames = np.repeat(frames[:, :1], max(lengths), axis=1) if still else frames + 0.1 * noise
+
+    def read(self, trajectory, frames):
+        assert 0 <= frames[0] <= frames[-1] < self.lengths[trajectory], "read outside the trajectory"
+        window = Window.of(self.frames[trajectory : trajectory + 1, frames.start : frames.stop], self.spec)
+        return jax.tree.map(lambda a: a[0], window)
+
+
+class Blowup(nnx.Module):
+    """Adds `rate` to the last frame; becomes NaN after `until` steps."""
+
+    def __init__(self, spec, rate=0.5, until=99, history=1):
+        self.spec, self.history, self.until = spec, history, until
+        self.rate = nnx.Param(jnp.asarray(rate))
+
+    def encode(self, frames, context):
+        return frames[:, -1], jnp.zeros((), jnp.int32)
+
+    def advance(self, state, context):
+        frame, count = state
+        frame = frame + self.rate[...]
+        return jnp.where(count < self.until, frame, jnp.nan), count + 1
+
+    def decode(self, state):
+        return state[0]
+
+
+@pytest.fixture
+def dataset(spec, tiny):
+    return Trajectories(spec, tiny)
+
+
+@pytest.fixture
+def labelled():
+    """One year of daily data on a small latitude-longitude grid, latitude descending."""
+    time = np.arange("2001-01-01", "2002-01-01", dtype="datetime64[D]").astype("datetime64[ns]")
+    values = np.random.default_rng(0).standard_normal((365, 5, 6)).astype(np.float32) + 10
+    return xr.Dataset(
+        {"slp": (("time", "latitude", "longitude"), values, {"units": "Pa"})},
+        {
+            "time": time,
+            "latitude": ("latitude", np.linspace(50.0, 40.0, 5), {"units": "degrees_north"}),
+            "longitude": ("longitude", np.arange(6.0), {"units": "degrees_east"}),
+        },
+    )
+
+
+def forecast_of(ds, starts, leads, shift=0.0):
+    """A forecast in the layout of `physml.forecast`: the truth plus `shift`."""
+    spec = spec_of(ds)
+    index = np.asarray(starts)[:, None] + np.arange(1, leads + 1)
+    frames = ds["slp"].values[index][:, :, ::-1][..., None] + np.float32(shift)  # the spec has latitude ascending
+    return from_frames(frames, spec, ds, times=ds["time"].values[index])
+
+
+# --- steppers ------------------------------------------------------------------------------------------------------
+
+
+def test_scores_equal_a_plain_loop(dataset):
+    scores = evaluate_stepper(PersistenceConfig().fit(dataset), dataset, 4, batch=5, name="persistence")
+    measure = Measure.of(dataset.spec)
+    for name in ("rmse", "mae", "vrmse", "nrmse_pooled", "correlation"):
+        for lead in (1, 4):
+            pairs = [
+                (dataset.frames[t, f - 1], dataset.frames[t, f + lead - 1])
+                for t, length in enumerate(dataset.lengths)
+                for f in range(1, length - lead + 1)
+            ]
+            prediction, truth = (np.stack(side)[:, None] for side in zip(*pairs))
+            expected = METRICS[name](prediction, truth, measure)[0]
+            got = scores["score"].sel(model="persistence", metric=name, lead=float(lead))
+            assert_allclose(got, expected, rtol=1e-5)
+            assert scores["pairs"].sel(lead=float(lead)) == len(pairs)
+
+
+def test_batch_size_does_not_matter_and_last_batch_is_not_traced_again(dataset):
+    traces, few = [], ("rmse", "vrmse", "log_spectral_error")
+
+    class Counted(Blowup):
+        def decode(self, state):
+            traces.append(1)
+            return super().decode(state)
+
+    whole = evaluate_stepper(Counted(dataset.spec), dataset, 3, batch=64, metrics=few)
+    once = len(traces)
+    parts = evaluate_stepper(
+        Counted(dataset.spec), dataset, 3, batch=8, metrics=few
+    )  # 27 starts: three full batches and a part
+    assert len(traces) == 2 * once
+    for name in ("score", "score_low", "score_spread", "energy", "spectrum", "correlation_time"):
+        assert_allclose(parts[name], whole[name], rtol=2e-5, atol=1e-6)
+
+
+def test_constant_drift_is_measured_exactly(spec, tiny):
+    still = Trajectories(spec, tiny, still=True)
+    scores = evaluate_stepper(Blowup(spec, rate=0.5), still, 3, starts=2, metrics=("bias", "mae", "rmse"))
+    for name in ("bias", "mae", "rmse"):
+        assert_allclose(scores["score"].sel(model="model", metric=name, channel="u"), [0.5, 1.0, 1.5], rtol=1e-5)
+    mean = scores["mean"].sel(channel="u")
+    assert_allclose(mean.sel(source="model") - mean.sel(source="truth"), [0.5, 1.0, 1.5], rtol=1e-4)
+    energy = scores["energy"].sel(source="truth", channel="u")
+    assert_allclose(energy, 0.5 * (still.frames[..., 0] ** 2).mean(), rtol=1e-5)
+    assert_allclose(scores["spectrum"].sel(source="truth", channel="u").sum("wavenumber"), energy[0], rtol=1e-5)
+
+
+def test_the_future_cannot_leak_into_a_rollout(spec, tiny):
+    seen = []
+
+    class Nosy(Blowup):
+        def encode(self, frames, context):
+            seen.append(frames.shape[1])
+            return super().encode(frames, context)
+
+    data = Trajectories(spec, tiny)
+    evaluate_stepper(Nosy(spec, history=2), data, 3, starts=1, metrics=("rmse",))
+    assert set(seen) == {2}
+    before = evaluate_stepper(Nosy(spec), data, 3, starts=1, metrics=("rmse",))["mean"]
+    data.frames[:, 1:] += 100  # everything after the first start's input
+    after = evaluate_stepper(Nosy(spec), data, 3, starts=1, metrics=("rmse",))["mean"]
+    assert_allclose(after.sel(source="model"), before.sel(source="model"), rtol=1e-6)
+    assert (after.sel(source="truth") > before.sel(source="truth") + 90).all()
+
+
+def test_models_of_different_history_share_starts_and_clock(dataset):
+    floors = {"persistence": PersistenceConfig().fit(dataset)}
+    scores = evaluate_stepper(ExtrapolationConfig().fit(dataset), dataset, 2, floors=floors, metrics=("rmse",))
+    alone = evaluate_stepper(
+        floors["persistence"],
+        dataset,
+        2,
+        starts=plan_starts(dataset.lengths, 2, 2, None),
+        name="persistence",
+        metrics=("rmse",),
+    )
+    assert_allclose(
+        scores["score"].sel(model="persistence"), alone["score"].sel(model="persistence"), rtol=1e-6, atol=1e-7
+    )
+    assert scores.attrs["history"] == 2
+    assert scores.attrs["floors"] == "persistence"
+
+
+def test_diverged_rollouts_are_counted_and_not_forgiven(dataset):
+    scores = evaluate_stepper(Blowup(dataset.spec, until=2), dataset, 4, starts=2, metrics=("rmse",))
+    assert_allclose(scores["finite"].sel(model="model"), [1, 1, 0, 0])
+    rmse = scores["score"].sel(model="model", metric="rmse", channel="u")
+    assert np.isfinite(rmse[:2]).all()
+    assert np.isnan(rmse[2:]).all()
+    time = scores["correlation_time"].sel(model="model", channel="u", threshold=0.8)
+    assert time <= 3
+    assert not scores["correlation_time_capped"].sel(model="model", channel="u", threshold=0.8)
+
+
+def test_climatology_floor_gives_skill_and_acc(dataset):
+    climatology = ClimatologyConfig().fit(dataset)
+    floors = {"persistence": PersistenceConfig().fit(dataset), "climatology": climatology}
+    scores = evaluate_stepper(Blowup(dataset.spec, rate=0.0), dataset, 3, floors=floors, metrics=("rmse", "skill"))
+    assert_allclose(scores["score"].sel(model="climatology", metric="skill"), 0, atol=1e-6)
+    square = scores["score"].sel(metric="rmse") ** 2
+    expected = 1 - square.sel(model="persistence") / square.sel(model="climatology")
+    assert_allclose(scores["score"].sel(model="persistence", metric="skill"), expected, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ConfigError, match="climatology"):
+        evaluate_stepper(floors["persistence"], dataset, 3, metrics=("acc",))
+
+
+def test_persistence_and_climatology_on_real_reanalysis(shared_data):
+    path = shared_data / "reanalysis" / "ncep_slp_natl_daily_2001-2010.nc"
+    if not path.is_file():
+        pytest.skip(f"no file {path}")
+    with xr.open_dataset(path) as ds:
+        spec = spec_of(ds)
+        train = XarrayDataset(ds.sel(time=slice("2001", "2007")).load(), spec)
+        test = XarrayDataset(ds.sel(time=slice("2009", "2010")).load(), spec)
+    floors = {"climatology": ClimatologyConfig().fit(train)}
+    scores = evaluate_stepper(
+        PersistenceConfig().fit(train), test, 7, floors=floors, metrics=("rmse",), name="persistence", batch=128
+    )
+    rmse = scores["score"].sel(metric="rmse", channel="slp") / 100
+    persistence = [6.149, 9.062, 10.334, 11.138, 11.666, 12.064, 12.385]
+    climatology = [9.737, 9.732, 9.730, 9.728, 9.728, 9.728, 9.730]
+    assert_allclose(rmse.sel(model="persistence"), persistence, atol=6e-4)
+    assert_allclose(rmse.sel(model="climatology"), climatology, atol=6e-4)
+    inside = scores["score_low"] < scores["score"]
+    assert bool((inside & (scores["score"] < scores["score_high"])).all())
+    assert rmse["lead"].values[0] == np.timedelta64(1, "D")
+
+
+def test_starts_are_planned_inside_the_data():
+    assert plan_starts((5, 3), 1, 2, None) == [(0, 1), (0, 2), (0, 3), (0, 4), (1, 1), (1, 2)]
+    assert plan_starts((10, 3), 1, 4, 3) == [(0, 1), (0, 4), (0, 6)]
+    assert plan_starts((10,), 2, 4, 1) == [(0, 2)]
+    assert plan_starts((1, 1), 0, 1, None) == [(0, 0), (1, 0)]  # operator learning: no history
+    with pytest.raises(DataError, match="Lower the leads to at most 4"):
+        plan_starts((5,), 1, 6, 2)
+    with pytest.raises(ConfigError, match=r"outside the data.*1\.\.4"):
+        plan_starts((5,), 1, 2, [(0, 5)])
+    with pytest.raises(ConfigError, match="at least one frame"):
+        plan_starts((5,), 1, 0, None)
+
+
+def test_dependent_starts_share_a_group():
+    groups, what = blocks_of_starts([(0, f) for f in range(1, 21)], 5)
+    assert what == "block of 5 frames"
+    assert groups.tolist() == [i // 5 for i in range(20)]
+    groups, what = blocks_of_starts([(t, f) for t in range(8) for f in (1, 2)], 5)
+    assert what == "trajectory"
+    assert groups.tolist() == [i // 2 for i in range(16)]
+
+
+def test_sample_and_per_start_scores(dataset, tmp_path):
+    scores = evaluate_stepper(
+        Blowup(dataset.spec), dataset, 3, starts=2, sample=tmp_path / "sample.nc", per_start=True, metrics=("rmse",)
+    )
+    assert scores["score_per_start"].dims == ("model", "metric", "channel", "lead", "start")
+    assert scores.sizes["start"] == 6
+    each = scores["score_per_start"].sel(model="model", metric="rmse")
+    assert_allclose(np.sqrt((each**2).mean("start")), scores["score"].sel(model="model", metric="rmse"), rtol=1e-5)
+    assert_allclose(each.std("start", ddof=1), scores["score_spread"].sel(model="model", metric="rmse"), rtol=1e-4)
+    with xr.open_dataset(tmp_path / "sample.nc") as sample:
+        assert sample["u_truth"].dims == ("lead", "x", "y")
+        assert_allclose(sample["u_truth"], dataset.frames[0, 1:4, ..., 0])
+        assert_allclose(sample["v_forecast"][2], dataset.frames[0, 0, ..., 1] + 1.5, rtol=1e-5)
+
+
+def test_wrong_options_are_refused(dataset, tiny):
+    model = Blowup(dataset.spec)
+    with pytest.raises(ConfigError, match="Did you mean 'rmse'"):
+        evaluate_stepper(model, dataset, 2, metrics=("rmsee",))
+    with pytest.raises(ConfigError, match="names must differ"):
+        evaluate_stepper(model, dataset, 2, floors={"model": model})
+    with pytest.raises(SpecError, match="grid"):
+        evaluate_stepper(Blowup(tiny.spec((4, 4))), dataset, 2)
+    with pytest.raises(ConfigError, match="leads count from 1 to 2"):
+        evaluate_stepper(model, dataset, 2, spectrum_leads=(3,))
+    with pytest.raises(ConfigError, match="say how far"):
+        evaluate(model, dataset)
+    dataset.frames[1, 4, 0, 0, 1] = np.nan
+    with pytest.raises(DataError, match="channel 'v' of trajectory 1, frame 4"):
+        evaluate_stepper(model, dataset, 2)
+
+
+def test_stochastic_rollouts_follow_their_key(dataset):
+    class Noisy(Blowup):
+        def advance(self, state, context):
+            noise = jax.random.normal(context.key, state[0].shape)
+            return state[0] + noise, state[1]
+
+    model = Noisy(dataset.spec)
+    one, again = (
+        evaluate_stepper(model, dataset, 2, starts=2, metrics=("rmse",), key=jax.random.key(1)) for _ in range(2)
+    )
+    other = evaluate_stepper(model, dataset, 2, starts=2, metrics=("rmse",), key=jax.random.key(2))
+    assert_allclose(one["score"], again["score"])
+    assert abs(one["score"] - other["score"]).max() > 1e-3
+
+
+# --- labelled forecasts --------------------------------------------------------------------------------------------
+
+
+def test_forecasts_are_aligned_by_valid_time(labelled):
+    perfect = evaluate(forecast_of(labelled, [3, 50, 200], 4), labelled, metrics=("rmse",))
+    assert_allclose(perfect["score"].sel(metric="rmse"), 0, atol=1e-6)
+    shifted = evaluate(forecast_of(labelled, [3, 50, 200], 4, shift=2.0), labelled, metrics=("bias",))
+    assert_allclose(shifted["score"].sel(metric="bias"), 2, rtol=1e-5)
+    late = forecast_of(labelled, [3, 50, 200], 4).assign_coords(time=lambda d: d["time"] + np.timedelta64(1, "D"))
+    assert (evaluate(late, labelled, metrics=("rmse",))["score"].sel(metric="rmse") > 0.5).all()
+
+
+def test_forecasts_equal_the_rollout_of_the_same_stepper(labelled):
+    spec = spec_of(labelled)
+    data = XarrayDataset(labelled, spec)
+    starts = [10, 40, 70]
+    by_rollout = evaluate_stepper(
+        PersistenceConfig().fit(data),
+        data,
+        3,
+        starts=[(0, s + 1) for s in starts],
+        name="persistence",
+        metrics=("rmse", "correlation"),
+    )
+    frames = np.repeat(labelled["slp"].values[starts][:, None, ::-1, :, None], 3, axis=1)
+    index = np.asarray(starts)[:, None] + np.arange(1, 4)
+    forecast = from_frames(frames, spec, labelled, times=labelled["time"].values[index])
+    by_labels = evaluate({"persistence": forecast}, labelled, metrics=("rmse", "correlation"))
+    assert_allclose(by_labels["score"], by_rollout["score"], rtol=1e-5, atol=1e-6)
+    beside = evaluate(
+        forecast_of(labelled, starts, 3), labelled, floors=("persistence",), metrics=("rmse", "correlation")
+    )
+    got = beside["score"].sel(model="persistence")
+    assert_allclose(got, by_rollout["score"].sel(model="persistence"), rtol=1e-5, atol=1e-6)
+
+
+def test_overlap_of_inputs_and_targets_is_refused(labelled):
+    forecast = forecast_of(labelled, [3], 4)
+    initial = forecast.assign_coords(lead=forecast["lead"] - np.timedelta64(1, "D"))
+    with pytest.raises(SpecError, match=r"isel\(lead=slice"):
+        evaluate(initial, labelled)
+    with pytest.raises(SpecError, match="overlap"):
+        evaluate(forecast, labelled, inputs=labelled.isel(time=slice(0, 6)))
+    evaluate(forecast, labelled, inputs=labelled.isel(time=slice(0, 4)), metrics=("rmse",))
+    plain = forecast.isel(trajectory=0).swap_dims(lead="time").drop_vars("lead")
+    with pytest.raises(SpecError, match="inputs="):
+        evaluate(plain, labelled)
+    scores = evaluate(plain, labelled, inputs=labelled.isel(time=slice(0, 4)), metrics=("rmse",))
+    assert_allclose(scores["score"].sel(metric="rmse"), 0, atol=1e-6)
+
+
+def test_missing_truth_units_and_grid_are_refused(labelled):
+    forecast = forecast_of(labelled, [362], 2)
+    with pytest.raises(DataError, match=r"no frame at 2001-12-30.*covers"):
+        evaluate(forecast, labelled.isel(time=slice(0, 363)))
+    other = forecast.assign(slp=forecast["slp"].assign_attrs(units="hPa"))
+    with pytest.raises(SpecError, match=r"'hPa'.*'Pa'"):
+        evaluate(other, labelled)
+    with pytest.raises(SpecError, match="longitude"):
+        evaluate(forecast.isel(longitude=slice(0, 4)), labelled)
+    with pytest.raises(DataError, match="none of the predicted variables"):
+        evaluate(forecast.rename(slp="pressure"), labelled)
+
+
+def test_diverged_forecast_is_scored_as_such(labelled):
+    forecast = forecast_of(labelled, [3, 9], 3)
+    forecast["slp"][1, 2] = np.nan
+    scores = evaluate(forecast, labelled, metrics=("rmse",))
+    assert_allclose(scores["finite"].sel(model="model"), [1, 1, 0.5])
+    assert np.isnan(scores["score"].sel(metric="rmse")[..., 2]).all()
+    assert np.isfinite(scores["score"].sel(metric="rmse")[..., :2]).all()
+
+
+def test_labelled_climatology_gives_skill(labelled):
+    days = xr.DataArray(np.arange(1, 367), dims="dayofyear", name="dayofyear")
+    normal = (10.0 + days / 100).expand_dims(latitude=labelled["latitude"], longitude=labelled["longitude"])
+    climatology = normal.to_dataset(name="slp").assign_coords(dayofyear=days).astype("float32")
+    climatology["slp"].attrs["units"] = "Pa"
+    forecast = forecast_of(labelled, [3, 200], 2, shift=0.5)
+    scores = evaluate(forecast, labelled, climatology=climatology, floors=("climatology",), metrics=("skill", "rmse"))
+    valid = labelled["slp"].values[[[4, 5], [201, 202]]]
+    anomaly = valid - (10 + (np.array([[5, 6], [202, 203]])[:, :, None, None]) / 100)
+    weights = np.cos(np.deg2rad(labelled["latitude"].values))[:, None] * np.ones(6)
+    square = (anomaly**2).mean(0)
+    expected = np.sqrt([np.average(square[lead], weights=weights) for lead in range(2)])
+    assert_allclose(scores["score"].sel(model="climatology", metric="rmse", channel="slp"), expected, rtol=1e-5)
+    assert_allclose(
+        scores["score"].sel(model="model", metric="skill", channel="slp"), 1 - 0.25 / expected**2, rtol=1e-4
+    )
+
+
+# --- files ---------------------------------------------------------------------------------------------------------
+
+
+def test_scores_survive_files(dataset, tmp_path):
+    scores = evaluate_stepper(Blowup(dataset.spec, until=2), dataset, 3, starts=2, metrics=("rmse", "bias"))
+    save_scores(scores, tmp_path)
+    xr.testing.assert_identical(load_scores(tmp_path).drop_attrs(), scores.drop_attrs())
+    plain = json.loads((tmp_path / "scores.json").read_text(), parse_constant=lambda c: pytest.fail(f"{c} is no JSON"))
+    rmse = plain["models"]["model"]["metrics"]["rmse"]["u"]["score"]
+    assert_allclose(rmse[:2], scores["score"].sel(model="model", metric="rmse", channel="u")[:2])
+    assert rmse[2] is None
+    lines = (tmp_path / "metrics.csv").read_text().splitlines()
+    assert lines[0] == "model,metric,channel,unit,step,lead,score,low,high,spread"
+    assert len(lines) == 1 + scores["score"].size == 1 + len(to_rows(scores))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["metrics.csv", "scores.json", "scores.nc"]
+
+
+def test_damaged_scores_are_refused(tmp_path):
+    with pytest.raises(DataError, match="physml evaluate"):
+        load_scores(tmp_path)
+    (tmp_path / "scores.nc").write_bytes(b"not netcdf")
+    with pytest.raises(DataError, match="damaged"):
+        load_scores(tmp_path)
+    xr.Dataset({"x": 1}).to_netcdf(tmp_path / "other.nc")
+    with pytest.raises(DataError, match="holds no scores"):
+        load_scores(tmp_path / "other.nc")
+
+
+def test_failed_write_leaves_the_old_file(dataset, tmp_path, monkeypatch):
+    scores = evaluate_stepper(Blowup(dataset.spec), dataset, 2, starts=1, metrics=("rmse",))
+    save_scores(scores, tmp_path)
+    before = (tmp_path / "scores.nc").read_bytes()
+
+    def fail(*_, **__):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(xr.Dataset, "to_netcdf", fail)
+    with pytest.raises(OSError, match="disk full"):
+        save_scores(scores, tmp_path)
+    assert (tmp_path / "scores.nc").read_bytes() == before
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["metrics.csv", "scores.json", "scores.nc"]

@@ -230,10 +230,13 @@ class Reader:
         time, *place, channel = (int(i) for i in np.argwhere(wrong)[0])
         axes = zip(self.spec.grid.axes, place, strict=True)
         at = ", ".join(f"{axis.name}={axis.centers[i]:g}" for axis, i in axes)
-        what = "NaN" if missing[(time, *place, channel)] else "a value where the first frame has NaN"
+        # The frame with the gap is named: the first one when its gap is filled later.
+        gap, other = (frames[time], 0) if missing[(time, *place, channel)] else (0, frames[time])
         return DataError(
-            f"{self.source}: variable {self.spec.names[channel]!r} has {what} at time index {frames[time]} "
-            f"({self.times.labels[frames[time]]}), trajectory {trajectory}, {at}. Missing values must stay at the same "
+            f"{self.source}: variable {self.spec.names[channel]!r} has NaN at time index {gap} "
+            f"({self.times.labels[gap]}), "
+            f"trajectory {trajectory}, {at}, but a value there at time index {other}. Missing values must stay at the "
+            "same "
             "places in every frame (land); fill or drop the others."
         )
 

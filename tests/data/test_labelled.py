@@ -197,6 +197,13 @@ def test_nan_that_moves_is_an_error_naming_variable_and_frame(make, frame):
         dataset.read(0, range(frame, frame + 1))  # alone in its window: compared with the first frame
 
 
+def test_a_gap_in_the_first_frame_alone_names_the_first_frame(make):
+    ds = make.weather()
+    ds.slp[0, 1, 1] = np.nan
+    with pytest.raises(DataError, match=r"'slp' has NaN at time index 0 \(2001-02-20.*value there at time index 1"):
+        to_window(ds, spec_of(ds))
+
+
 def test_a_first_frame_of_nan_and_infinity_are_errors(make):
     ds = make.weather()
     broken = ds.copy(deep=True)

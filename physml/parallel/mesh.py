@@ -69,11 +69,24 @@ class Layout:
     def place(self, window: Window) -> Window:
         """This process's share of a batch becomes a global window, split along its batch axis."""
         sharding = self.window_sharding()
+        if jax.process_count() == 1:
+            return jax.device_put(window, sharding)  # one call for all arrays: several times cheaper
         return jax.tree.map(lambda a: jax.make_array_from_process_local_data(sharding, np.asarray(a)), window)
 
     def replicate(self, tree):
-        """The same numbers on every device."""
-        return jax.device_put(tree, self.replicated())
+        """The same numbers on every device. With several processes each must hold the same numbers already."""
+        sharding = self.replicated()
+        if jax.process_count() == 1:
+            return jax.device_put(tree, sharding)
+        return jax.tree.map(lambda leaf: _replicate(leaf, sharding), tree)
+
+
+def _replicate(leaf, sharding: NamedSharding):
+    """Through the host, because one process cannot move an array onto devices of another."""
+    if isinstance(leaf, jax.Array) and jax.numpy.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        data = jax.device_put(np.asarray(jax.random.key_data(leaf)), sharding)
+        return jax.random.wrap_key_data(data, impl=jax.random.key_impl(leaf))
+    return jax.device_put(np.asarray(leaf), sharding)
 
 
 @functools.lru_cache(maxsize=8)
@@ -83,19 +96,33 @@ def _mesh(sizes: tuple[int, int, int]) -> Mesh:
 
 
 def start_distributed() -> None:
-    """Joins a multi-process run when PHYSML_COORDINATOR (host:port), PHYSML_PROCESSES and PHYSML_PROCESS are set, or when
-    a cluster that jax knows (Slurm, Cloud TPU, ...) is asked for with PHYSML_DISTRIBUTED=auto. Call it before any array is made.
+    """Joins a multi-process run; call it before any array is made. Does nothing when no such run is asked for.
+
+    PHYSML_COORDINATOR (host:port of process 0), PHYSML_PROCESSES and PHYSML_PROCESS describe the run; where a cluster
+    that jax knows (Slurm, Cloud TPU, ...) describes it, PHYSML_DISTRIBUTED=auto is enough. PHYSML_TIMEOUT is how many
+    seconds to wait for the others (300). Raises ConfigError when the description is incomplete or nobody answers.
     """
     coordinator = os.environ.get("PHYSML_COORDINATOR")
+    if jax.distributed.is_initialized():
+        return
     if coordinator:
-        missing = [name for name in ("PHYSML_PROCESSES", "PHYSML_PROCESS") if name not in os.environ]
-        if missing:
-            raise ConfigError(f"PHYSML_COORDINATOR is set, but {missing} are not: give the process count and number too.")
-        jax.distributed.initialize(
-            coordinator,
-            int(os.environ["PHYSML_PROCESSES"]),
-            int(os.environ["PHYSML_PROCESS"]),
-            initialization_timeout=int(os.environ.get("PHYSML_TIMEOUT", "300")),
-        )
+        count, number = _whole("PHYSML_PROCESSES"), _whole("PHYSML_PROCESS")
+        if not 0 <= number < count:
+            raise ConfigError(f"PHYSML_PROCESS is {number}, but processes are numbered 0 to {count - 1}.")
+        timeout = _whole("PHYSML_TIMEOUT", "300")
+        try:
+            jax.distributed.initialize(coordinator, count, number, initialization_timeout=timeout)
+        except (RuntimeError, ValueError) as error:
+            raise ConfigError(
+                f"Process {number} of {count} could not join at {coordinator} within {timeout} s: {error} "
+                "Start all processes, and let PHYSML_COORDINATOR be an address of process 0 that the others reach."
+            ) from error
     elif os.environ.get("PHYSML_DISTRIBUTED") == "auto":
         jax.distributed.initialize()
+
+
+def _whole(name: str, default: str | None = None) -> int:
+    text = os.environ.get(name, default)
+    if text is None or not text.isdecimal():
+        raise ConfigError(f"PHYSML_COORDINATOR is set, so {name} must be a whole number, but it is {text!r}.")
+    return int(text)

@@ -88,12 +88,14 @@ def fit(
         score = _scorer(stepper, datasets, objective, parts, config, layout, seed, validate)
         with Checkpoints(run.folder / "checkpoints", config.keep, config.monitor_mode) as run.checkpoints:
             step = run.resume(resume)
-            journal = Journal(run.folder, step, tracker, write=jax.process_index() == 0)
+            first = jax.process_index() == 0  # it alone writes logs
+            shown = progress if progress and first else Silent()
+            journal = Journal(run.folder, step, tracker, write=first)
             try:
-                if tracker and jax.process_index() == 0:
+                if tracker and first:
                     tracker.start({"training": dataclasses.asdict(config), "objective": repr(objective), "seed": seed})
                 loader = _load(dataset, frames, config, seed, step)
-                step = _loop(run, step, update, loader, score, journal, progress or Silent(), dataset.spec)
+                step = _loop(run, step, update, loader, score, journal, shown, dataset.spec)
             finally:
                 journal.close()
             weights = run.selected_weights()

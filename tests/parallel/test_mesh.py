@@ -1,7 +1,10 @@
 """The layout: where arrays live."""
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
+from jax.sharding import PartitionSpec
 
 from physml.errors import ConfigError
 from physml.parallel.mesh import Layout
@@ -13,15 +16,81 @@ def test_every_session_has_four_devices():
 
 @pytest.mark.parametrize(
     ("layout", "devices", "sizes"),
-    [(Layout(), 4, (1, 4, 1)), (Layout(data=2), 4, (1, 2, 1)), (Layout(data=-1, space=2), 4, (1, 2, 2))],
-)
+    [
+        (Layout(), 4, (1, 4, 1)), (Layout(data=2), 4, (1, 2, 1)), (Layout(data=-1, space=2), 4, (1, 2, 2)),
+        (Layout(member=2), 8, (2, 4, 1)), (Layout(data=1), 1, (1, 1, 1)),
+    ],
+)  # fmt: skip
 def test_sizes_fill_the_devices(layout, devices, sizes):
     assert layout.sizes(devices) == sizes
 
 
 @pytest.mark.parametrize(
-    "layout", [Layout(data=8), Layout(data=-1, space=3), Layout(data=-1, space=-1), Layout(data=0)]
-)
-def test_sizes_that_do_not_fit_are_refused(layout):
-    with pytest.raises(ConfigError):
+    ("layout", "message"),
+    [
+        (Layout(data=8), "needs 8 devices, but there are 4"), (Layout(space=3), "multiple of 3 devices"),
+        (Layout(data=-1, space=-1), "at most one is -1"), (Layout(data=0), "positive"),
+        (Layout(member=-2), "positive"),
+    ],
+)  # fmt: skip
+def test_sizes_that_do_not_fit_are_refused(layout, message):
+    with pytest.raises(ConfigError, match=message):
         layout.sizes(4)
+
+
+def test_windows_are_split_along_the_batch(tiny):
+    window = tiny.window(tiny.spec(static=("land",), parameters=("nu",)), batch=8)
+    placed = Layout(data=4).place(window)
+    assert placed.spec == window.spec
+    assert placed.mask is None
+    for ours, theirs in zip(jax.tree.leaves(window), jax.tree.leaves(placed), strict=True):
+        assert theirs.sharding.spec == PartitionSpec("data")
+        np.testing.assert_array_equal(ours, theirs)
+    shards = sorted(placed.frames.addressable_shards, key=lambda shard: shard.index[0].start)
+    assert [shard.data.shape[0] for shard in shards] == [2, 2, 2, 2]
+    np.testing.assert_array_equal(shards[1].data, window.frames[2:4])
+
+
+def test_parameters_are_on_every_device():
+    tree = Layout(data=4).replicate({"a": jnp.arange(3.0), "key": jax.random.key(1)})
+    assert all(leaf.is_fully_replicated and len(leaf.devices()) == 4 for leaf in jax.tree.leaves(tree))
+
+
+def test_axes_that_are_not_split_keep_copies(tiny):
+    placed = Layout(data=2, space=2).place(tiny.window(tiny.spec(), batch=4))
+    assert len(placed.frames.addressable_shards) == 4
+    assert {shard.data.shape[0] for shard in placed.frames.addressable_shards} == {2}
+
+
+@pytest.mark.parametrize(("batch", "nearest"), [(6, "4 or 8"), (3, "Use 4")])
+def test_a_batch_that_does_not_divide_names_its_neighbors(batch, nearest):
+    layout = Layout(data=4)
+    layout.check_batch(8)
+    with pytest.raises(ConfigError, match=nearest):
+        layout.check_batch(batch)
+
+
+def test_training_moves_gradients_not_activations(tiny):
+    """The compiled update of a pointwise network over four devices reduces gradients and gathers nothing."""
+    from physml.normalize import Normalizer
+    from physml.objectives import OneStep
+    from physml.steppers import ResidualConfig
+    from physml.training import OptimizerConfig, TrainingConfig
+    from physml.training.update import build_update, initial_state, split
+
+    spec = tiny.spec()
+    stepper = ResidualConfig().build(spec, tiny.model(2, 2), Normalizer.identity(spec))
+    for fields in ({}, {"accumulate": 2}, {"updates_per_call": 2}):
+        layout = Layout(data=4)
+        config = TrainingConfig(batch=8, optimizer=OptimizerConfig(), **fields)
+        parts, params, rest = split(stepper)
+        with layout.use():
+            transform, update = build_update(OneStep(), parts, config, 10, layout.replicated())
+            state = layout.replicate(initial_state(params, transform, config))
+            windows = (layout.place(tiny.window(spec, batch=8)),) * config.updates_per_call
+            key = layout.replicate(jax.random.key(0))
+            program = update.lower(state, layout.replicate(rest), key, windows).compile().as_text()
+        assert "all-reduce" in program
+        assert "all-gather" not in program
+        assert "all-to-all" not in program
+        assert "collective-permute" not in program

@@ -1,6 +1,7 @@
 """A training in a process of its own: python worker.py FOLDER SIGNAL STEP CONFIG-JSON.
 
-Sends itself SIGNAL as soon as STEP is reported; exits with the documented code when it is interrupted.
+Sends itself SIGNAL as soon as STEP is reported; exits with the documented code when it is interrupted. Joins a
+multi-process run when the environment describes one.
 """
 
 import json
@@ -16,7 +17,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).parent))
 import problem  # noqa: E402
 
 from physml.errors import Interrupted  # noqa: E402
-from physml.parallel.mesh import Layout  # noqa: E402
+from physml.parallel.mesh import Layout, start_distributed  # noqa: E402
 from physml.training import fit  # noqa: E402
 
 
@@ -35,6 +36,7 @@ class Trap:
 
 if __name__ == "__main__":
     folder, name, step, fields = sys.argv[1:]
+    start_distributed()
     trap = Trap(getattr(signal, name), int(step))
     try:
         fit(

@@ -80,7 +80,7 @@ def _plane(grid: Grid) -> tuple[tuple[int, ...], list[float], str]:
     if latitude is None or "longitude" not in names.values():
         units = {grid.axes[i].unit for i in axes}
         unit = units.pop() if len(units) == 1 else ""
-        return axes, [grid.axes[i].length for i in axes], f"rad {unit}-1" if unit else "rad"
+        return axes, [grid.axes[i].length for i in axes], f"rad {unit}-1" if unit else ""
     if abs(latitude.centers[-1] - latitude.centers[0]) > 90:
         zonal = next(i for i in names if names[i] == "longitude")
         return (zonal,), [2 * np.pi], "waves around the circle"

@@ -87,26 +87,22 @@ def seconds_or_numbers(times: np.ndarray) -> list[float]:
 
 def to_rows(scores: xr.Dataset) -> list[dict[str, Any]]:
     """Tidy rows: model, metric, channel, unit, step, lead, score, low, high, spread."""
-    lead = seconds_or_numbers(scores["lead"].values)
+    leads, steps = seconds_or_numbers(scores["lead"].values), scores["step"].values.tolist()
+    names = {"score": "score", "low": "score_low", "high": "score_high", "spread": "score_spread"}
+    values = {key: scores[name].values.astype(float) for key, name in names.items()}
+    dimensional, units = scores["dimensional"].values, scores["unit"].values
+    labels = [[str(label) for label in scores[dim].values] for dim in ("model", "metric", "channel")]
     rows = []
     for model, metric, channel in np.ndindex(*scores["score"].shape[:3]):
-        dimensional = bool(scores["dimensional"].values[metric])
-        for i, value in enumerate(scores["score"].values[model, metric, channel]):
-            rows.append(
-                {
-                    "model": str(scores["model"].values[model]),
-                    "metric": str(scores["metric"].values[metric]),
-                    "channel": str(scores["channel"].values[channel]),
-                    "unit": str(scores["unit"].values[channel]) if dimensional else "",
-                    "step": int(scores["step"].values[i]),
-                    "lead": lead[i],
-                    "score": float(value),
-                    **{
-                        key: float(scores[f"score_{key}"].values[model, metric, channel, i])
-                        for key in ("low", "high", "spread")
-                    },
-                }
-            )
+        head = {
+            "model": labels[0][model],
+            "metric": labels[1][metric],
+            "channel": labels[2][channel],
+            "unit": str(units[channel]) if dimensional[metric] else "",
+        }
+        columns = {key: array[model, metric, channel].tolist() for key, array in values.items()}
+        for i, (step, lead) in enumerate(zip(steps, leads)):
+            rows.append({**head, "step": step, "lead": lead, **{key: column[i] for key, column in columns.items()}})
     return rows
 
 

@@ -8,9 +8,9 @@ import xarray as xr
 from matplotlib.colors import Normalize
 from PIL import Image, ImageDraw, ImageFont
 
-from physml.report.figures import COLORS, LAND, color_scale, format_lead, time_scale
+from physml.report.figures import COLORS, LAND, as_map, color_scale, format_lead, panel_aspect, time_scale
 
-PANEL = 250  # pixels of the longer side of a panel
+PANEL = 300  # pixels of the longer side of a panel
 MARGIN, TITLE = 10, 24
 
 
@@ -22,16 +22,14 @@ def animation(sample: xr.Dataset, channel: str, *, frames: int = 60, millisecond
     truth, forecast = sample[f"{channel}_truth"], sample[f"{channel}_forecast"]
     if truth.ndim == 1:
         return b""
-    if truth.ndim == 4:
-        middle = {truth.dims[1]: truth.sizes[truth.dims[1]] // 2}
-        truth, forecast = truth.isel(middle), forecast.isel(middle)
+    if truth.ndim > 2:
+        truth, forecast = as_map(truth), as_map(forecast)
     chosen = np.unique(np.linspace(0, truth.sizes["lead"] - 1, min(frames, truth.sizes["lead"])).round().astype(int))
     lead, unit = time_scale(truth["lead"].values)
     draw = _curves if truth.ndim == 2 else _maps
     pictures = draw(truth, forecast, chosen, [format_lead(lead[i], unit) for i in chosen], channel)
     buffer = io.BytesIO()
-    # One palette for all frames: otherwise colors flicker.
-    palette = _common_palette(pictures)
+    palette = _palette(tuple({color_scale(truth.values[chosen])[1]: 0, "RdBu_r": 0}))
     pictures = [picture.quantize(palette=palette, dither=Image.Dither.NONE) for picture in pictures]
     durations = [milliseconds] * (len(pictures) - 1) + [1200]
     pictures[0].save(
@@ -40,12 +38,19 @@ def animation(sample: xr.Dataset, channel: str, *, frames: int = 60, millisecond
     return buffer.getvalue()
 
 
-def _common_palette(pictures: list[Image.Image]) -> Image.Image:
-    few = [pictures[i] for i in np.unique(np.linspace(0, len(pictures) - 1, 5).astype(int))]
-    sheet = Image.new("RGB", (few[0].width, few[0].height * len(few)))
-    for i, picture in enumerate(few):
-        sheet.paste(picture, (0, i * picture.height))
-    return sheet.quantize(200, method=Image.Quantize.MEDIANCUT)
+def _palette(maps: tuple[str, ...]) -> Image.Image:
+    """One palette for all frames, so that colors do not flicker: the colormaps in use, grays for text, land and
+    lines."""
+    shades = [matplotlib.colormaps[name](np.linspace(0, 1, 232 // len(maps)), bytes=True)[:, :3] for name in maps]
+    grays = np.repeat(np.linspace(0, 255, 16).round().astype(np.uint8)[:, None], 3, axis=1)
+    flat = np.concatenate([*shades, grays, [_rgb(LAND), _rgb(COLORS[0])]]).astype(np.uint8)
+    palette = Image.new("P", (1, 1))
+    palette.putpalette(np.resize(flat, (256, 3)).tobytes())
+    return palette
+
+
+def _rgb(color: str) -> tuple[int, ...]:
+    return tuple(int(color[i : i + 2], 16) for i in (1, 3, 5))
 
 
 def _maps(truth, forecast, chosen, labels, channel) -> list[Image.Image]:
@@ -54,7 +59,8 @@ def _maps(truth, forecast, chosen, labels, channel) -> list[Image.Image]:
     error = b - a
     norm, colors, _ = color_scale(a)
     wide, _, _ = color_scale(error, symmetric=True)
-    size = _panel_size(a.shape[2], a.shape[1])
+    ratio = panel_aspect(truth)
+    size = (PANEL, max(round(PANEL / ratio), 60)) if ratio >= 1 else (max(round(PANEL * ratio), 60), PANEL)
     scales = ((norm, colors), (norm, colors), (wide, "RdBu_r"))
     sheets = []
     for *fields, label in zip(a, b, error, labels):
@@ -70,17 +76,9 @@ def _upright(values: np.ndarray, like: xr.DataArray) -> np.ndarray:
     return values[:, ::-1] if ascending else values
 
 
-def _panel_size(columns: int, rows: int) -> tuple[int, int]:
-    """Pixels: whole cells where the grid is coarse, so that they stay equal."""
-    scale = PANEL / max(columns, rows)
-    scale = max(1, int(scale)) if scale >= 1 else scale
-    return max(int(columns * scale), 60), max(int(rows * scale), 60)
-
-
 def _picture(values: np.ndarray, norm: Normalize, colors: str, size: tuple[int, int]) -> Image.Image:
     shades = matplotlib.colormaps[colors](norm(np.nan_to_num(values, nan=norm.vmin)), bytes=True)[..., :3]
-    land = tuple(int(LAND[i : i + 2], 16) for i in (1, 3, 5))
-    shades = np.where(np.isfinite(values)[..., None], shades, np.array(land, np.uint8))
+    shades = np.where(np.isfinite(values)[..., None], shades, np.array(_rgb(LAND), np.uint8))
     return Image.fromarray(np.ascontiguousarray(shades.astype(np.uint8))).resize(size, Image.Resampling.NEAREST)
 
 

@@ -217,7 +217,7 @@ def spectra(entries: Sequence[Entry], channel: str) -> Figure:
     wave = first["wavenumber"].attrs.get("units", "")
     field = _unit(entries[0].run, channel)
     figure.supxlabel(f"wavenumber ({wave})" if wave else "wavenumber", fontsize=10)
-    figure.supylabel(f"energy (({field})²)" if field else "energy", fontsize=10)
+    figure.supylabel(_squared(field), fontsize=10)
     figure.legend(
         *panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=4, frameon=False, fontsize=9
     )
@@ -228,7 +228,7 @@ def _limit_spectrum(axes, truth: np.ndarray) -> None:
     """Up to twelve decades: rounding noise and a spectrum that vanished do not squeeze the rest."""
     positive = truth[np.isfinite(truth) & (truth > 0)]
     if positive.size:
-        axes.set_ylim(max(positive.min() * 0.1, positive.max() * 1e-12), positive.max() * 30)
+        axes.set_ylim(max(positive.min() * 0.1, positive.max() * 1e-12), positive.max() * 8)
 
 
 def drift(entries: Sequence[Entry], channel: str) -> Figure:
@@ -241,7 +241,7 @@ def drift(entries: Sequence[Entry], channel: str) -> Figure:
     field = _unit(first.run, channel)
     names = (
         ("mean", f"area mean ({field})" if field else "area mean"),
-        ("energy", f"energy (({field})²)" if field else "energy"),
+        ("energy", _squared(field)),
     )
     for axes, (name, label) in zip(panels, names):
         truth = first.run.scores[name].sel(source="truth", channel=channel)
@@ -250,7 +250,9 @@ def drift(entries: Sequence[Entry], channel: str) -> Figure:
             lead_of = time_scale(entry.run.scores["lead"].values, _time_unit(entry.run))[0]
             axes.plot(lead_of, entry.of(name).sel(channel=channel), label=entry.label, **style[entry.label])
         axes.set(xlabel=lead_label(unit), ylabel=label)
-        _limit_drift(axes, truth.values, [e.of(name).sel(channel=channel).values for e in entries])
+        energy = first.run.scores["energy"].sel(source="truth", channel=channel).values
+        size = float(np.sqrt(2 * np.nanmax(energy)) if name == "mean" else np.nanmax(energy))
+        _limit_drift(axes, truth.values, [e.of(name).sel(channel=channel).values for e in entries], size)
         axes.ticklabel_format(axis="y", useOffset=True, scilimits=(-4, 5))
         axes.grid(True, color="#dddddd", linewidth=0.6)
     for entry in entries:
@@ -264,9 +266,8 @@ def drift(entries: Sequence[Entry], channel: str) -> Figure:
     return figure
 
 
-def _limit_drift(axes, truth: np.ndarray, others: list[np.ndarray]) -> None:
-    """Shows small drifts as small: the axis spans at least 2 % of the truth's size; a blow-up leaves the panel."""
-    size = np.nanmax(np.abs(truth))
+def _limit_drift(axes, truth: np.ndarray, others: list[np.ndarray], size: float) -> None:
+    """Shows small drifts as small: the axis spans at least 2 % of `size`; a blow-up leaves the panel."""
     values = np.concatenate([truth, *others])
     values = values[np.isfinite(values) & (np.abs(values) < 20 * size)] if size > 0 else values[np.isfinite(values)]
     if values.size:
@@ -303,15 +304,14 @@ def field_panels(sample: xr.Dataset, channel: str, leads: Sequence[int] | None =
         return _point_panels(truth, forecast, channel)
     if len(space) == 1:
         return _space_time_panels(truth, forecast, channel)
-    if len(space) == 3:
-        truth, forecast = (array.isel({space[0]: array.sizes[space[0]] // 2}) for array in (truth, forecast))
+    truth, forecast = as_map(truth), as_map(forecast)
     leads = list(leads) if leads is not None else panel_leads(truth.sizes["lead"])
     times, unit = time_scale(truth["lead"].values)
     chosen, predicted = truth.values[leads], forecast.values[leads]
     norm, map_name, extend = color_scale(chosen)
     error = predicted - chosen
     wide, _, beyond = color_scale(error, symmetric=True)
-    ratio = _aspect(truth)
+    ratio = panel_aspect(truth)
     height = float(np.clip(2.6 / ratio, 1.5, 4.0))
     figure = new_figure(10.2, height * len(leads) + 0.9)
     panels = figure.subplots(len(leads), 3, squeeze=False, sharex=True, sharey=True)
@@ -320,14 +320,26 @@ def field_panels(sample: xr.Dataset, channel: str, leads: Sequence[int] | None =
         for column, values in enumerate((chosen[row], predicted[row], error[row])):
             scale, colors = (wide, "RdBu_r") if column == 2 else (norm, map_name)
             images.append(_map_panel(panels[row, column], truth, values, scale, colors))
-        panels[row, 0].set_ylabel(f"{format_lead(times[i], unit)}\n{_axis_label(truth, truth.dims[1])}", fontsize=9)
+        lead = f"lead {format_lead(times[i], unit)}"
+        panels[row, 0].set_ylabel(f"{lead}\n{_axis_label(truth, truth.dims[1])}".strip(), fontsize=9)
     for column, title in enumerate(("truth", "forecast", "forecast minus truth")):
         panels[0, column].set_title(title, fontsize=11)
         panels[-1, column].set_xlabel(_axis_label(truth, truth.dims[2]), fontsize=9)
     label = _field_label(truth, channel)
     _colorbar(figure, images[0], panels[:, :2], label, extend)
-    _colorbar(figure, images[2], panels[:, 2:], f"difference ({truth.attrs.get('units') or '1'})", beyond)
+    _colorbar(figure, images[2], panels[:, 2:], _field_label(truth, "difference"), beyond)
     return figure
+
+
+def as_map(array: xr.DataArray) -> xr.DataArray:
+    """`(lead, vertical, horizontal)`: x and longitude to the right, whatever their order; the middle slice of a third
+    axis."""
+    space = array.dims[1:]
+    if len(space) == 3:
+        array = array.isel({space[0]: array.sizes[space[0]] // 2})
+    vertical, horizontal = array.dims[1:]
+    swap = vertical in ("x", "longitude", "lon") and horizontal not in ("x", "longitude", "lon")
+    return array.transpose("lead", horizontal, vertical) if swap else array
 
 
 def panel_leads(count: int, most: int = 4) -> list[int]:
@@ -393,7 +405,7 @@ def _data_aspect(array: xr.DataArray) -> float | str:
     return "equal" if 0.2 < x / y < 5 else "auto"
 
 
-def _aspect(array: xr.DataArray) -> float:
+def panel_aspect(array: xr.DataArray) -> float:
     """Width over height of a panel."""
     vertical, horizontal = array.dims[-2:]
     y, x = np.ptp(_edges(array, vertical)), np.ptp(_edges(array, horizontal))
@@ -442,7 +454,7 @@ def _space_time_panels(truth: xr.DataArray, forecast: xr.DataArray, channel: str
         axes.tick_params(labelsize=8)
         if title == "forecast":
             _colorbar(figure, image, panels[:2], _field_label(truth, channel), extend)
-    _colorbar(figure, image, panels[2:], f"difference ({truth.attrs.get('units') or '1'})", beyond)
+    _colorbar(figure, image, panels[2:], _field_label(truth, "difference"), beyond)
     panels[0].set_ylabel(lead_label(unit), fontsize=9)
     return figure
 
@@ -472,6 +484,12 @@ def _finish(figure: Figure, axes, grid: str = "both", outside: bool = False) -> 
 
 def _time_unit(run: RunData) -> str:
     return run.spec.time_unit if run.spec is not None and run.spec.time_unit != "s" else ""
+
+
+def _squared(unit: str) -> str:
+    if not unit:
+        return "energy"
+    return f"energy ({unit}²)" if unit.isalpha() else f"energy (({unit})²)"
 
 
 def _unit(run: RunData, channel: str) -> str:

@@ -17,6 +17,7 @@ from physml.report.runs import Entry, RunData
 
 SUMMARY_METRICS = ("rmse", "nrmse", "vrmse", "correlation", "acc", "skill", "log_spectral_error")
 SUMMARY_LEADS = 5
+NOTHING = ("–", "")
 
 
 @dataclass
@@ -32,11 +33,11 @@ class Figure:
 
 @dataclass
 class Table:
-    """Text cells; `best` marks those in bold."""
+    """Rows of a label and cells (text, small text below it); `best` marks the cells in bold."""
 
     caption: str
     header: list[str]
-    rows: list[list[str]]
+    rows: list[list]
     best: set[tuple[int, int]] = field(default_factory=set)
 
 
@@ -68,7 +69,11 @@ def number(value: float, digits: int = 4) -> str:
         return "–"
     if math.isinf(value):
         return "∞" if value > 0 else "−∞"
-    return f"{value:.{digits}g}".replace("-", "−")
+    size = abs(value)
+    if size and not 1e-4 <= size < 1e6:
+        return f"{value:.{digits - 1}e}".replace("-", "−")
+    decimals = max(0, digits - 1 - math.floor(math.log10(size))) if size else 0
+    return f"{value:.{decimals}f}".replace("-", "−")
 
 
 def summary_leads(count: int) -> list[int]:
@@ -76,6 +81,10 @@ def summary_leads(count: int) -> list[int]:
     if count <= SUMMARY_LEADS + 2:
         return list(range(count))
     return sorted({round(float(i)) - 1 for i in np.geomspace(1, count, SUMMARY_LEADS)})
+
+
+def _many_leads(count: int, most: int = 40) -> list[int]:
+    return np.unique(np.linspace(0, count - 1, min(count, most)).round().astype(int)).tolist()
 
 
 def summary_tables(lines: Sequence[Entry]) -> list[Table]:
@@ -90,7 +99,7 @@ def summary_tables(lines: Sequence[Entry]) -> list[Table]:
 
 
 def score_tables(lines: Sequence[Entry]) -> list[Table]:
-    """Every metric and channel at every lead."""
+    """Every metric and channel at every lead, or at forty evenly spread ones; the files hold all."""
     tables = [
         score_table(lines, metric, channel, every=True)
         for metric in _all(lines, "metric")
@@ -106,17 +115,14 @@ def score_table(lines: Sequence[Entry], metric: str, channel: str, every: bool =
         return None
     longest = max((line.run.scores for line in lines), key=lambda scores: scores.sizes["lead"])
     times, unit = _times(longest, lines[0].run)
-    chosen = range(len(times)) if every else summary_leads(len(times))
+    chosen = _many_leads(len(times)) if every else summary_leads(len(times))
     ideal = float(longest["ideal"].sel(metric=metric))
     dimensional = bool(longest["dimensional"].sel(metric=metric))
     rows, distance = [], np.full((len(lines), len(chosen)), np.nan)
     for i, line in enumerate(lines):
-        cells = [line.label]
-        for j, at in enumerate(chosen):
-            values = _at(line, metric, channel, longest["lead"].values[at])
-            cells.append("–" if values is None else _cell(*values))
-            distance[i, j] = np.nan if values is None else abs(values[0] - ideal)
-        rows.append(cells)
+        values = _along(line, metric, channel, longest["lead"].values[list(chosen)])
+        rows.append([line.label, *(NOTHING if value is None else _cell(*value) for value in values)])
+        distance[i] = [np.nan if value is None else abs(value[0] - ideal) for value in values]
     best = set()
     if len(lines) > 1:
         for j in range(len(chosen)):
@@ -128,17 +134,23 @@ def score_table(lines: Sequence[Entry], metric: str, channel: str, every: bool =
     return Table(caption, ["lead", *(format_lead(times[at], unit) for at in chosen)], rows, best)
 
 
-def _at(line: Entry, metric: str, channel: str, lead) -> tuple[float, float, float] | None:
-    leads = line.run.scores["lead"].values
-    if leads.dtype.kind != np.asarray(lead).dtype.kind or not (leads == lead).any():
-        return None
-    position = int(np.argmax(leads == lead))
+def _along(line: Entry, metric: str, channel: str, leads: np.ndarray) -> list[tuple[float, float, float] | None]:
+    """(score, low, high) at each of `leads`; None where the line does not reach."""
+    own = line.run.scores["lead"].values
+    if own.dtype.kind != leads.dtype.kind:
+        return [None] * len(leads)
     names = ("score", "score_low", "score_high")
-    return tuple(float(line.of(n).sel(metric=metric, channel=channel)[position]) for n in names)
+    columns = np.stack([line.of(name).sel(metric=metric, channel=channel).values for name in names], -1)
+    position = {lead: i for i, lead in enumerate(own.tolist())}
+    return [tuple(columns[position[lead]].tolist()) if lead in position else None for lead in leads.tolist()]
 
 
-def _cell(score: float, low: float, high: float) -> str:
-    return number(score) if math.isnan(low) else f"{number(score)} [{number(low, 3)}, {number(high, 3)}]"
+def _cell(score: float, low: float, high: float) -> tuple[str, str]:
+    return number(score), "" if math.isnan(low) else f"{number(low, 3)} – {number(high, 3)}"
+
+
+def _plain(value: float, digits: int = 3) -> tuple[str, str]:
+    return number(value, digits), ""
 
 
 def series_tables(lines: Sequence[Entry], name: str) -> list[Table]:
@@ -163,7 +175,8 @@ def _correlation_table(lines, channel) -> list[Table]:
                 for s in ("", "_low", "_high")
             )
             capped = bool(line.of("correlation_time_capped").sel(channel=channel, threshold=threshold))
-            cells.append(("≥ " if capped else "") + _cell(time, low, high))
+            value, between = _cell(time, low, high)
+            cells.append((f"≥ {value}" if capped else value, between))
         rows.append(cells)
     caption = f"High-correlation time, {channel}" + (f" ({unit})" if unit else "")
     return [Table(caption, ["threshold", *(f"{t:g}" for t in thresholds)], rows)]
@@ -179,13 +192,13 @@ def _spectrum_table(lines, channel) -> list[Table]:
         rows = [
             [
                 "truth",
-                *(number(float(scores["spectrum"].sel(source="truth", channel=channel)[i, k]), 3) for k in shells),
+                *(_plain(float(scores["spectrum"].sel(source="truth", channel=channel)[i, k])) for k in shells),
             ]
         ]
         for line in lines:
             spectrum = line.of("spectrum").sel(channel=channel)
             fits = spectrum.shape[0] > i and spectrum.shape[1] > shells[-1]
-            rows.append([line.label, *(number(float(spectrum[i, k]), 3) if fits else "–" for k in shells)])
+            rows.append([line.label, *(_plain(float(spectrum[i, k])) if fits else NOTHING for k in shells)])
         header = ["wavenumber", *(number(float(scores["wavenumber"][k]), 3) for k in shells)]
         tables.append(Table(f"Energy, {channel}, lead {format_lead(lead, unit)}", header, rows))
     return tables
@@ -198,10 +211,10 @@ def _energy_table(lines, channel) -> list[Table]:
     tables = []
     for name, label in (("mean", "Area mean"), ("energy", "Energy")):
         truth = first.scores[name].sel(source="truth", channel=channel)
-        rows = [["truth", *(number(float(truth[i]), 5) for i in chosen)]]
+        rows = [["truth", *(_plain(float(truth[i]), 5) for i in chosen)]]
         for line in lines:
             values = line.of(name).sel(channel=channel)
-            rows.append([line.label, *(number(float(values[i]), 5) if i < len(values) else "–" for i in chosen)])
+            rows.append([line.label, *(_plain(float(values[i]), 5) if i < len(values) else NOTHING for i in chosen)])
         tables.append(Table(f"{label}, {channel}", ["lead", *(format_lead(times[i], unit) for i in chosen)], rows))
     return tables
 

@@ -5,6 +5,7 @@ contiguous share, so a run continues on another number of processes with the sam
 """
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 
 import grain
@@ -65,6 +66,8 @@ class Loader:
         self._iterator = None
 
     def _check(self) -> None:
+        if self.seed < 0:
+            raise ConfigError(f"seed is {self.seed}, but it must not be negative.")
         if not 0 <= self.process_index < self.process_count:
             raise ConfigError(f"process_index is {self.process_index}, but it must be in 0..{self.process_count - 1}.")
         if self.batch < 1 or self.batch % self.process_count:
@@ -127,12 +130,11 @@ class Loader:
         self.step += 1
         return window
 
-    def _stream(self) -> grain.MapDataset:
-        """Global batches of sample numbers."""
-        if not self.shuffle:
-            return _Pass(len(self.samples), self.batch, self.pad)
-        numbers = grain.MapDataset.range(len(self.samples)).seed(self.seed).shuffle().repeat()
-        return numbers.batch(self.batch, drop_remainder=True)
+    def _stream(self) -> "_Epochs | _Pass":
+        """Global batches of sample numbers, by step."""
+        if self.shuffle:
+            return _Epochs(len(self.samples), self.batch, self.seed)
+        return _Pass(len(self.samples), self.batch, self.pad)
 
     def _share(self, numbers: np.ndarray) -> np.ndarray:
         begin = self.process_index * self.share
@@ -147,8 +149,7 @@ class Loader:
         return stack([self.dataset.read(t, r) for t, r in zip(trajectories.tolist(), ranges, strict=True)])
 
     def _start(self):
-        stream = self._stream()
-        batches = (grain.MapDataset.source(stream) if isinstance(stream, _Pass) else stream).map(self._read)
+        batches = grain.MapDataset.source(self._stream()).map(self._read)
         options = grain.ReadOptions(num_threads=self.threads, prefetch_buffer_size=self.prefetch if self.threads else 0)
         iterator = iter(batches.to_iter_dataset(options))
         if self.step:
@@ -157,8 +158,34 @@ class Loader:
 
 
 @dataclasses.dataclass(frozen=True)
+class _Epochs:
+    """Batches of sample numbers, epoch after epoch, each in an order of its own; random access, as Grain wants it."""
+
+    samples: int
+    batch: int
+    seed: int
+
+    def __len__(self) -> int:
+        return 2**62 // self.batch
+
+    def __getitem__(self, step: int) -> np.ndarray:
+        numbers = np.arange(step * self.batch, (step + 1) * self.batch)
+        epochs, places = np.divmod(numbers, self.samples)
+        result = np.empty_like(numbers)
+        for epoch in range(int(epochs[0]), int(epochs[-1]) + 1):
+            result[epochs == epoch] = _order(self.samples, self.seed, epoch)[places[epochs == epoch]]
+        return result
+
+
+@functools.lru_cache(maxsize=4)
+def _order(samples: int, seed: int, epoch: int) -> np.ndarray:
+    """The order of the samples in one epoch: a function of (seed, epoch) alone."""
+    return np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, epoch]))).permutation(samples)
+
+
+@dataclasses.dataclass(frozen=True)
 class _Pass:
-    """Batches of sample numbers of one pass in order; random access, as Grain wants it."""
+    """Batches of sample numbers of one pass in order."""
 
     samples: int
     batch: int

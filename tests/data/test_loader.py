@@ -171,6 +171,8 @@ def test_impossible_loaders_say_what_would_work(make):
         Loader(data, 2, 6, seed=0, process_count=4)
     with pytest.raises(ConfigError, match="process_index is 2"):
         Loader(data, 2, 4, seed=0, process_index=2, process_count=2)
+    with pytest.raises(ConfigError, match="seed is -1"):
+        Loader(data, 2, 4, seed=-1)
     with pytest.raises(ConfigError, match="pad=True"):
         Loader(data, 3, 8, seed=0, shuffle=False, process_count=2)
 

@@ -124,11 +124,14 @@ class Rollout(Common):
         if self.dry_run:
             return {"would write": str(self.out), "steps": self.steps, "from": dict(initial.sizes)}
         forcing = open_dataset(self.forcing) if self.forcing else None
-        prediction = forecast(
-            stepper, initial, self.steps, out=self.out, forcing=forcing, chunk=self.chunk, overwrite=self.overwrite,
-            on_divergence=self.on_divergence,
-        )  # fmt: skip
-        return {"forecast": str(self.out), "sizes": {str(k): int(v) for k, v in prediction.sizes.items()}}
+        with _progress(self, "rolling out") as progress:
+            prediction = forecast(
+                stepper, initial, self.steps, out=self.out, forcing=forcing, chunk=self.chunk, overwrite=self.overwrite,
+                on_divergence=self.on_divergence, progress=progress.update,
+            )  # fmt: skip
+        sizes = {str(name): int(size) for name, size in prediction.sizes.items()}
+        completed = [int(steps) for steps in prediction["steps_completed"].values.ravel()]
+        return {"forecast": str(self.out), "sizes": sizes, "steps completed": completed}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,14 +163,15 @@ class Evaluate(Common):
         if self.out is not None and self.out.suffix != ".nc":
             raise ConfigError(f"--out is {self.out}, but scores are netCDF: end it in .nc.")
         from physml.data import open_dataset
-        from physml.evaluate import evaluate, write_scores
+        from physml.evaluate import evaluate
+        from physml.evaluate.scores import write_netcdf
 
         prediction, truth = open_dataset(self.subject), open_dataset(self.truth)
         if self.dry_run:
             return {"would score": self.subject, "against": self.truth}
         scores = evaluate(prediction, truth)
         if self.out:
-            write_scores(scores, self.out)
+            write_netcdf(scores, self.out)
         return {"scores": _headline(scores), "out": str(self.out) if self.out else None}
 
     def _run_folder(self) -> dict[str, Any]:
@@ -310,6 +314,8 @@ class Generate(Common):
     """Frames per trajectory; the equation's own choice if not given."""
     seed: int = 0
     """The same seed gives the same bytes."""
+    split: Literal["train", "valid", "test"] = "train"
+    """Splits of one seed never share a trajectory."""
     set: Assignments = ()
     """Override a field of the solver, e.g. --set viscosity=0.002; may be repeated."""
     overwrite: bool = False
@@ -318,14 +324,19 @@ class Generate(Common):
     def run(self) -> dict[str, Any]:
         from physml import coding
         from physml.data.generate import generate, resolve
+        from physml.solvers import SOLVERS
 
         config = resolve(self.name, self.set)
         if self.dry_run:
-            return {"would write": str(self.out), "trajectories": self.trajectories, "solver": coding.to_dict(config)}
+            return {
+                "would write": str(self.out),
+                "trajectories": self.trajectories,
+                "solver": coding.to_dict(config, SOLVERS),
+            }
         with _progress(self, "generating") as progress:
             path = generate(
-                config, self.out, self.trajectories, seed=self.seed, steps=self.steps, overwrite=self.overwrite,
-                progress=progress,
+                config, self.out, self.trajectories, seed=self.seed, steps=self.steps, split=self.split,
+                overwrite=self.overwrite, progress=progress,
             )  # fmt: skip
         return {"data": str(path), "trajectories": self.trajectories, "bytes": _size(Path(path))}
 
@@ -514,9 +525,27 @@ def _start(data: Any, at: str | None, trajectory: int | None) -> Any:
 
 
 def _headline(scores: Any) -> dict[str, Any]:
-    from physml.evaluate import headline
+    """What fits on a screen: RMSE and correlation at the first, middle and last lead, and how long correlation lasts."""
+    last = scores.sizes["lead"] - 1
+    leads = sorted({0, last // 2, last})
+    result: dict[str, Any] = {}
+    for model in scores["model"].values:
+        rows = result[str(model)] = {}
+        for channel in scores["channel"].values:
+            cell = rows[str(channel)] = {}
+            for metric in ("rmse", "correlation"):
+                if metric in scores["metric"]:
+                    values = scores["score"].sel(model=model, metric=metric, channel=channel)
+                    cell[metric] = {f"step {int(scores['step'][i])}": _short(values[i]) for i in leads}
+            times = scores["correlation_time"].sel(model=model, channel=channel)
+            cell["high-correlation time"] = {
+                f"> {float(t):g}": _short(times.sel(threshold=t)) for t in times["threshold"]
+            }
+    return result
 
-    return headline(scores)
+
+def _short(value: Any) -> float:
+    return float(f"{float(value):.5g}")
 
 
 def _first_line(thing: Any) -> str:

@@ -1,0 +1,150 @@
+"""The command line, driven in this process as a user would drive it."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from physml import cli
+
+ALL = {**cli.VERBS, **{f"data {name}": verb for name, verb in cli.DATA_VERBS.items()}}
+TINY = """
+from physml import Experiment, Evaluation, OneStep, SyntheticConfig, TrainingConfig
+from physml.models import MODELS
+config = Experiment(
+    name="tiny",
+    data=SyntheticConfig("burgers", points=32, trajectories={"train": 4, "valid": 2, "test": 2}, steps=12),
+    model=MODELS["fno"](width=8, modes=(8,), depth=2),
+    training=TrainingConfig(steps=6, batch=4, checkpoint_every=3),
+    evaluation=Evaluation(steps=5, floors=("persistence",), batch=4),
+)
+"""
+
+
+def call(capsys, *words) -> tuple[int, str, str]:
+    with pytest.raises(SystemExit) as stop:
+        cli.main([str(word) for word in words])
+    out, err = capsys.readouterr()
+    return stop.value.code or 0, out, err
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """One tiny run, trained through the command line."""
+    folder = tmp_path_factory.mktemp("cli")
+    (folder / "tiny.py").write_text(TINY)
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["train", str(folder / "tiny.py"), "--out", str(folder / "runs"), "--quiet"])
+    assert not stop.value.code
+    return folder
+
+
+@pytest.mark.parametrize("words", ALL)
+def test_every_verb_teaches(capsys, words):
+    code, out, _ = call(capsys, *words.split(), "--help")
+    assert code == 0
+    assert f"Example: physml {words}" in " ".join(out.split())
+    for option in ("--dry-run", "--json", "--quiet", "--debug"):
+        assert option in out
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["train", "absent.py"], "absent.py"),
+        (["train", "--set", "training.stepz=5"], "steps"),
+        (["train", "--set", "model.width=wide"], "model.width"),
+        (["rollout", "absent", "--initial", "absent.nc"], "absent"),
+        (["evaluate", "absent.nc"], "--truth"),
+        (["report", "absent"], "config.yaml"),
+        (["convert", "fnoo", "--config", "c.json", "--weights", "w.safetensors", "--out", "o"], "fno"),
+        (["models", "fnoo"], "fno"),
+        (["data", "generate", "burger", "--out", "x.nc"], "burgers"),
+        (["data", "info", "absent.nc"], "absent.nc"),
+        (["data", "stats", "absent.nc"], "absent.nc"),
+    ],
+)
+def test_bad_input_is_one_clear_line(capsys, monkeypatch, words, said):
+    monkeypatch.chdir(Path(__file__).parents[1])
+    code, out, err = call(capsys, *words)
+    assert code == 2
+    assert said in err
+    lines = [line for line in err.splitlines() if line]
+    assert len(lines) == 1
+    assert lines[0].startswith("physml: ")
+    assert "Traceback" not in err
+    assert out == ""
+
+
+@pytest.mark.parametrize("words", [["trian"], ["train", "--stepz", "3"], ["data", "generate", "burgers"]])
+def test_bad_usage_exits_with_two(capsys, words):
+    assert call(capsys, *words)[0] == 2
+
+
+def test_a_run_describes_itself(trained):
+    run = trained / "runs/tiny"
+    for name in ("config.yaml", "spec.json", "environment.json", "metrics.jsonl", "scores.nc", "scores.json", "sample.nc"):
+        assert (run / name).is_file(), name
+    assert (run / "report.html").read_text().lstrip().lower().startswith("<!doctype html")
+    assert (run / "model/model.safetensors").is_file()
+    losses = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in losses if "loss" in row] == sorted({row["step"] for row in losses if "loss" in row})
+
+
+def test_an_existing_run_is_kept(capsys, trained):
+    before = (trained / "runs/tiny/model/model.safetensors").read_bytes()
+    code, _, err = call(capsys, "train", trained / "tiny.py", "--out", trained / "runs")
+    assert code == 2
+    assert "--resume auto" in err
+    code, _, err = call(
+        capsys, "train", trained / "tiny.py", "--out", trained / "runs", "--resume", "auto", "--set", "seed=7"
+    )
+    assert code == 2
+    assert "seed" in err
+    assert (trained / "runs/tiny/model/model.safetensors").read_bytes() == before
+
+
+def test_rollout_evaluate_report_follow(capsys, trained, tmp_path):
+    data = tmp_path / "burgers.nc"
+    words = ["data", "generate", "burgers", "--out", data, "--trajectories", 2, "--steps", 12, "--set", "points=32"]
+    assert call(capsys, *words, "--quiet")[0] == 0
+    code, out, _ = call(capsys, "data", "info", data, "--json")
+    assert code == 0
+    assert "trajectory" in json.dumps(json.loads(out))
+    assert call(capsys, "data", "stats", data, "--json")[0] == 0
+
+    out_path = tmp_path / "forecast.nc"
+    words = ["rollout", trained / "runs/tiny", "--initial", data, "--at", "#3", "--steps", 6, "--out", out_path]
+    assert call(capsys, *words, "--dry-run")[0] == 0
+    assert not out_path.exists()
+    code, out, err = call(capsys, *words, "--json")
+    assert code == 0, err
+    assert json.loads(out)["sizes"]["lead"] == 6
+
+    scores = tmp_path / "scores.nc"
+    code, out, err = call(capsys, "evaluate", out_path, "--truth", data, "--out", scores, "--json")
+    assert code == 0, err
+    assert scores.is_file()
+    assert "rmse" in json.dumps(json.loads(out))
+
+    page = tmp_path / "page.html"
+    code, _, err = call(capsys, "report", trained / "runs/tiny", trained / "runs/tiny", "--out", page)
+    assert code == 0, err
+    assert page.is_file()
+
+
+def test_convert_makes_a_model_that_load_opens(capsys, tmp_path):
+    import physml
+
+    case = Path(__file__).parent / "golden/fno/fno1d"
+    words = ["convert", "fno", "--config", case / "config.json", "--weights", case / "weights.safetensors"]
+    code, _, err = call(capsys, *words, "--out", tmp_path / "fno", "--json")
+    assert code == 0, err
+    assert physml.load(tmp_path / "fno") is not None
+
+
+def test_doctor_and_listings(capsys):
+    for words in (["doctor"], ["models"], ["models", "fno"], ["data", "list"]):
+        code, out, err = call(capsys, *words, "--json")
+        assert code == 0, err
+        assert json.loads(out)

@@ -1,0 +1,49 @@
+"""Experiments: strict to read, exact to write, and able to build what they describe."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from physml.errors import ConfigError
+from physml.experiment import Evaluation, Experiment, load_experiment, to_yaml
+
+FILES = sorted(path for path in (Path(__file__).parents[1] / "experiments").glob("*.py") if "config = " in path.read_text())
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_published_experiments_survive_yaml(path, tmp_path):
+    experiment = load_experiment(path)
+    copy = tmp_path / "config.yaml"
+    copy.write_text(to_yaml(experiment))
+    assert load_experiment(copy) == experiment
+
+
+def test_overrides_reach_nested_fields_and_are_checked():
+    experiment = load_experiment(Experiment(), ["training.batch=3", "layout.data=2", "stepper=direct"])
+    assert experiment.training.batch == 3
+    assert experiment.layout.data == 2
+    assert type(experiment.stepper).__name__ == "DirectConfig"
+    for bad, said in (("training.bach=3", "batch"), ("seed=one", "seed"), ("stepper.history=-1", "history")):
+        with pytest.raises(ConfigError, match=said):
+            load_experiment(Experiment(), [bad])
+
+
+def test_evaluation_names_are_checked():
+    with pytest.raises(ConfigError, match="persistence"):
+        Evaluation(floors=("persistance",))
+    with pytest.raises(ConfigError, match="rmse"):
+        Evaluation(metrics=("rsme",))
+
+
+def test_yaml_is_never_executed(tmp_path):
+    path = tmp_path / "evil.yaml"
+    path.write_text("name: !!python/object/apply:os.system ['touch evil']\n")
+    with pytest.raises(ConfigError, match="YAML"):
+        load_experiment(path)
+
+
+def test_names_stay_inside_the_runs_folder():
+    for name in ("", "../x", "a/b"):
+        with pytest.raises(ConfigError, match="name"):
+            dataclasses.replace(Experiment(), name=name)

@@ -47,7 +47,7 @@ class Normalizer(nnx.Module):
     ):
         self.frames = Scaling(center, scale)
         self.increments = Statistic(jnp.asarray(increment_scale, jnp.float32))
-        self.masked = Statistic(jnp.asarray(masked, bool))
+        self.masked = Statistic(jnp.asarray(masked, jnp.float32))  # not bool: states are differentiated
         sizes = {"forcing": len(spec.forcing), "static": len(spec.static), "parameters": len(spec.parameters)}
         given = {"forcing": forcing, "static": static, "parameters": parameters}
         for name, size in sizes.items():

@@ -13,6 +13,7 @@ Nothing is imported or executed from the data: names are looked up in dicts that
 """
 
 import dataclasses
+import datetime
 import enum
 import math
 import os
@@ -121,9 +122,20 @@ def _parse(text: str, assignment: str) -> Any:
     import yaml
 
     try:
-        return yaml.safe_load(text)
+        return dates_as_text(yaml.safe_load(text))
     except yaml.YAMLError as error:
         raise ConfigError(f"The value in {assignment!r} is not readable as YAML: {error}. Quote it.") from error
+
+
+def dates_as_text(value: Any) -> Any:
+    """YAML reads 2019-03-01 as a date; fields hold text."""
+    if isinstance(value, datetime.date):
+        return value.isoformat()
+    if isinstance(value, list):
+        return [dates_as_text(item) for item in value]
+    if isinstance(value, dict):
+        return {key: dates_as_text(item) for key, item in value.items()}
+    return value
 
 
 def _assign(data: Any, keys: Sequence[str], value: Any, path: str) -> Any:

@@ -124,7 +124,7 @@ def _read(path: Path) -> Experiment:
     if path.suffix not in (".yaml", ".yml"):
         raise ConfigError(f"{path}: an experiment file ends in .py or .yaml.")
     try:
-        data = yaml.safe_load(path.read_text())
+        data = coding.dates_as_text(yaml.safe_load(path.read_text()))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not readable as YAML: {error}") from error
     return coding.from_dict(Experiment, data or {}, str(path))

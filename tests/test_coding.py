@@ -136,3 +136,10 @@ def test_overrides_change_one_leaf_and_leave_the_source_alone():
     for bad in ("model.width", "=3", "extra.7=small", "model.width.x=1", "model.width=[1"):
         with pytest.raises(ConfigError):
             override(data, [bad])
+
+
+def test_dates_in_assignments_stay_text():
+    assert override({}, ["data.train=[2019-03-01, 2019-03-25T23]", "start=2019-03-01 06:00:00"]) == {
+        "data": {"train": ["2019-03-01", "2019-03-25T23"]},
+        "start": "2019-03-01T06:00:00",
+    }

@@ -525,7 +525,7 @@ def _start(data: Any, at: str | None, trajectory: int | None) -> Any:
 
 
 def _headline(scores: Any) -> dict[str, Any]:
-    """What fits on a screen: RMSE and correlation at the first, middle and last lead, and how long correlation lasts."""
+    """What fits on a screen: RMSE and correlation at first, middle and last lead, and how long correlation lasts."""
     last = scores.sizes["lead"] - 1
     leads = sorted({0, last // 2, last})
     result: dict[str, Any] = {}

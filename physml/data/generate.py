@@ -9,8 +9,10 @@ import dataclasses
 import json
 import os
 import shutil
+import threading
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,7 @@ from physml.data import store
 from physml.errors import ConfigError, DataError, DivergedError, suggest
 from physml.progress import Progress, Silent
 from physml.solvers import SOLVERS, name_of
-from physml.solvers.ensemble import SPLITS, Ensemble, precision, usual_batch, warmup_steps
+from physml.solvers.ensemble import SPLITS, Ensemble, precision, usual_batch, usual_workers, warmup_steps
 
 FORMAT_VERSION = 1  # raise it whenever the same recipe gives other files: caches are keyed by it
 LARGEST_SEED = 2**32
@@ -89,6 +91,7 @@ def generate(
     steps: int | None = None,
     split: str = "train",
     batch: int | None = None,
+    workers: int | None = None,
     format: str | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
@@ -106,6 +109,7 @@ def generate(
         steps: stored steps of each trajectory (`steps + 1` frames); the solver's `usual_steps` if not given.
         split: "train", "valid" or "test": the same seed gives disjoint trajectories in each.
         batch: trajectories solved at once; chosen by the size of the grid if not given. Does not change the result.
+        workers: batches solved at the same time; as many as there are CPU cores, one on an accelerator, if not given.
         format: "netcdf" or "zarr", if the name of `out` does not tell.
         overwrite: replace an existing `out`, and drop unfinished work with other settings.
         progress: told of every block of steps; see `physml.progress`.
@@ -113,6 +117,8 @@ def generate(
     Raises ConfigError for settings that cannot work, DataError when `out` exists, DivergedError when a trajectory
     leaves the finite numbers (naming trajectory and time).
     """
+    if workers is not None and workers < 1:
+        raise ConfigError(f"workers is {workers}, but at least one is needed.")
     solver = resolve(solver)
     recipe = Recipe(solver, trajectories, solver.usual_steps if steps is None else steps, seed, split)
     out = Path(out)
@@ -122,7 +128,7 @@ def generate(
             raise DataError(
                 f"{out} exists already. Choose another name, or pass overwrite (--overwrite) to replace it."
             )
-        _produce(recipe, out, writer, batch, overwrite, progress or Silent())
+        _produce(recipe, out, writer, batch, workers, overwrite, progress or Silent())
     return out
 
 
@@ -131,18 +137,26 @@ def ensure(recipe: Recipe, out: Path, progress: Progress | None = None) -> Path:
     if not out.exists():
         with store.exclusive(out):
             if not out.exists():
-                _produce(recipe, out, store.writer_of(out), None, True, progress or Silent())
+                _produce(recipe, out, store.writer_of(out), None, None, True, progress or Silent())
     return out
 
 
-def _produce(recipe: Recipe, out: Path, writer: Callable, batch: int | None, discard: bool, progress: Progress) -> None:
+def _produce(
+    recipe: Recipe,
+    out: Path,
+    writer: Callable,
+    batch: int | None,
+    workers: int | None,
+    discard: bool,
+    progress: Progress,
+) -> None:
     partial = out.with_name(out.name + ".partial")
     count, batch = _chunks(recipe, batch)
     _open_partial(partial, {**recipe.to_dict(), "batch": batch}, discard)
     paths = [partial / f"chunk_{i:05d}.npz" for i in range(count)]
     shape = (batch, recipe.steps + 1, *recipe.solver.grid.shape, len(recipe.solver.channels))
     try:
-        _solve_missing(recipe, paths, shape, progress)
+        _solve_missing(recipe, paths, shape, workers, progress)
     except DivergedError:
         shutil.rmtree(partial)  # the same settings would diverge again
         raise
@@ -190,25 +204,43 @@ def _difference(found: Any, wanted: Any, path: str = "") -> str:
     return f"{path} is {found} there, {wanted} here"
 
 
-def _solve_missing(recipe: Recipe, paths: list[Path], shape: tuple[int, ...], progress: Progress) -> None:
-    """Solves the chunks that are not on disk yet. Progress counts steps of trajectories."""
+def _solve_missing(
+    recipe: Recipe, paths: list[Path], shape: tuple[int, ...], workers: int | None, progress: Progress
+) -> None:
+    """Solves the chunks that are not on disk yet. Progress counts steps of trajectories.
+
+    One trajectory does not keep several CPU cores busy, so as many chunks are solved at the same time, in threads.
+    """
     solver, batch = recipe.solver, shape[0]
-    each = warmup_steps(solver) + recipe.steps
-    total, ensemble = len(paths) * each * batch, None
-    for number, path in enumerate(paths):
-        done = number * each * batch
-        progress.update(done, total)
-        if _read_chunk(path, shape) is not None:
-            continue
-        with precision(solver):
-            ensemble = ensemble or Ensemble(solver, recipe.steps, batch, recipe.seed, recipe.split)
-            frames, drawn = ensemble.run(
-                number * batch,
-                recipe.trajectories - number * batch,
-                lambda steps, done=done: progress.update(done + steps * batch, total),
-            )
-        store.write_atomically(path, lambda p, frames=frames, drawn=drawn: _save_chunk(p, frames, drawn))
-    progress.update(total, total)
+    each = (warmup_steps(solver) + recipe.steps) * batch
+    missing = [number for number, path in enumerate(paths) if _read_chunk(path, shape) is None]
+    done = {number: 0 if number in missing else each for number in range(len(paths))}
+    lock, stop = threading.Lock(), threading.Event()
+    with precision(solver):
+        ensemble = Ensemble(solver, recipe.steps, batch, recipe.seed, recipe.split)
+
+    def report(number: int, steps: int) -> None:
+        if stop.is_set():
+            raise InterruptedError
+        with lock:
+            done[number] = steps * batch
+            progress.update(sum(done.values()), each * len(paths))
+
+    def solve(number: int) -> None:
+        first = number * batch
+        with precision(solver):  # settings of jax belong to a thread
+            frames, drawn = ensemble.run(first, recipe.trajectories - first, lambda steps: report(number, steps))
+        store.write_atomically(paths[number], lambda path: _save_chunk(path, frames, drawn))
+
+    progress.update(sum(done.values()), each * len(paths))
+    with ThreadPoolExecutor(min(usual_workers() if workers is None else workers, max(1, len(missing)))) as pool:
+        results = [pool.submit(solve, number) for number in missing]
+        try:
+            for result in results:
+                result.result()
+        finally:  # an error or Ctrl-C: the others stop after their block
+            stop.set()
+            pool.shutdown(cancel_futures=True)
 
 
 def _save_chunk(path: Path, frames: np.ndarray, parameters: dict[str, np.ndarray]) -> None:

@@ -2,6 +2,8 @@
 
 import contextlib
 import itertools
+import os
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -34,6 +36,13 @@ def precision(solver: Any) -> Iterator[None]:
         yield
 
 
+def usual_workers() -> int:
+    """Batches that are worth solving at the same time: one trajectory does not keep several CPU cores busy."""
+    if jax.default_backend() != "cpu":
+        return 1
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 class Ensemble:
     """The compiled solver of `batch` trajectories at a time, advanced a block of steps at a time.
 
@@ -44,7 +53,7 @@ class Ensemble:
         seed: with `split`, decides all random numbers. Trajectory i has a key of its own, whatever the batch.
         split: one of SPLITS.
 
-    To be made and used within `precision(solver)`.
+    To be made and used within `precision(solver)`; threads may share one.
     """
 
     def __init__(self, solver: Any, steps: int, batch: int, seed: int = 0, split: str = "train"):
@@ -55,6 +64,7 @@ class Ensemble:
         self.key = jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), SPLITS.index(split))
         self._start_one = jax.jit(self._start)
         self.advance = jax.jit(jax.vmap(self._advance, in_axes=(0, 0, None)))
+        self._compiling = threading.Lock()
 
     def run(
         self, first: int, needed: int | None = None, advanced: Callable[[int], None] = lambda steps: None
@@ -64,7 +74,9 @@ class Ensemble:
         Returns frames `(batch, steps + 1, *space, channel)`, float32, and drawn parameters by name, each `(batch,)`.
         `advanced` is told the number of steps taken so far. Raises DivergedError, naming trajectory and time.
         """
-        state, drawn, frame = self.start(first)
+        with self._compiling:  # threads that run together would each compile
+            state, drawn, frame = self.start(first)
+            self.advance(state, drawn, 0)
         result = np.empty((self.batch, self.steps + 1, *self.shape), np.float32)
         result[:, 0] = frame
         warmup, done = warmup_steps(self.solver), 0

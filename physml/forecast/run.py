@@ -47,11 +47,11 @@ def forecast(
 ) -> xr.Dataset:
     """Predicts `steps` frames after the last one of `initial`.
 
-    Returns the variables of the stepper with dimensions `(trajectory, lead, *space)` in the names, order, direction, units
-    and attributes of `initial`; `lead` is the time since the start, `time` the instant a frame is valid at. Beside them:
-    the ledger `ledger_QUANTITY_VARIABLE (trajectory, lead)` (finite, mean, energy, variance, minimum, maximum; initial
-    value and training range as attributes) and `steps_completed (trajectory)`, the steps before a divergence. Attributes
-    name the model, its config hash and the version.
+    Returns the variables of the stepper with dimensions `(trajectory, lead, *space)` in the names, order, direction,
+    units and attributes of `initial`; `lead` is the time since the start, `time` the instant a frame is valid at.
+    Beside them the ledger, `ledger_QUANTITY_VARIABLE (trajectory, lead)` (finite, mean, energy, variance, minimum,
+    maximum; initial value and training range as attributes), and `steps_completed (trajectory)`, the steps before a
+    divergence. Attributes name the model, its config hash and the version.
 
     Args:
         stepper: what `physml.load` gives.
@@ -77,9 +77,7 @@ def forecast(
     window, names = _with_members(start.window, members), _member_names(start, members)
     chunk = min(chunk or _default_chunk(window), steps)
     store = open_store(out, _labels(start, stepper.spec, members), _lead_coordinates(start), overwrite)
-    read = start.forcing and (
-        lambda a, b: np.tile(start.forcing(a, b), (members or 1, *[1] * (window.frames.ndim - 1)))
-    )
+    read = start.forcing and (lambda first, last: _tiled(start.forcing(first, last), members))
     try:
         pieces = rollout_chunks(stepper, window, steps, chunk, key, forcing=read)
         watch, ledgers, leads = _run(pieces, store, stepper, names, on_divergence, limit, steps, progress)
@@ -118,7 +116,11 @@ def _with_members(window: Window, members: int | None) -> Window:
     """Members are repetitions along the batch, each with random numbers of its own."""
     if members is None:
         return window
-    return jax.tree.map(lambda a: np.tile(a, (members, *[1] * (np.ndim(a) - 1))), window)
+    return jax.tree.map(lambda array: _tiled(array, members), window)
+
+
+def _tiled(array, members: int | None) -> np.ndarray:
+    return array if members is None else np.tile(array, (members, *[1] * (np.ndim(array) - 1)))
 
 
 def _member_names(start: Start, members: int | None) -> tuple[str, ...]:
@@ -159,10 +161,12 @@ def _lead_coordinates(start: Start) -> dict[str, xr.Variable]:
 
 
 def _run(pieces, store, stepper, names, on_divergence: str, limit, steps: int, progress):
-    """Writes every chunk; returns the watchdog, the ledgers and the number of leads that were kept."""
+    """Writes every chunk; returns the watchdog, the ledgers (initial first) and the number of leads that were kept."""
     watch, ledgers = None, []
     for piece in pieces:
-        watch = watch or Watchdog(stepper.spec, Bounds.of(stepper, piece.initial, limit), names)
+        if watch is None:
+            watch = Watchdog(stepper.spec, Bounds.of(stepper, piece.initial, limit), names)
+            ledgers.append(piece.initial)
         found, count = watch.read(piece.start, piece.frames, piece.ledger), piece.frames.shape[1]
         frames = piece.frames
         if on_divergence == "raise":
@@ -173,7 +177,7 @@ def _run(pieces, store, stepper, names, on_divergence: str, limit, steps: int, p
                 frames[sample, max(watch.good[sample] - piece.start, 0) :] = np.nan
             if watch.everything_failed:
                 count = _last_good(watch) - piece.start
-        ledgers.append(piece)
+        ledgers.append(piece.ledger)
         if count:
             store.write(piece.start + 1, frames[:, :count])
         if progress:
@@ -190,9 +194,10 @@ def _last_good(watch: Watchdog) -> int:
     return last
 
 
-def _extra_variables(spec, pieces, watch: Watchdog, leads: int, members: int | None) -> xr.Dataset:
+def _extra_variables(spec, ledgers, watch: Watchdog, leads: int, members: int | None) -> xr.Dataset:
     """The ledger and the steps that each trajectory completed."""
-    ledger = jax.tree.map(lambda *parts: np.concatenate(parts, axis=1)[:, :leads], *[p.ledger for p in pieces])
+    start, *rest = ledgers
+    ledger = jax.tree.map(lambda *parts: np.concatenate(parts, axis=1)[:, :leads], *rest)
     dims = ("trajectory",) if members is None else ("member", "trajectory")
 
     def fold(array):
@@ -200,7 +205,7 @@ def _extra_variables(spec, pieces, watch: Watchdog, leads: int, members: int | N
 
     variables = {}
     for quantity, meaning in QUANTITIES.items():
-        values, initial = (np.asarray(getattr(x, quantity)) for x in (ledger, pieces[0].initial))
+        values, initial = (np.asarray(getattr(x, quantity)) for x in (ledger, start))
         for i, channel in enumerate(spec.channels):
             attrs: dict[str, Any] = {"long_name": f"{meaning}: {channel.name}"}
             column = fold(values[..., i])

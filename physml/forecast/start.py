@@ -1,4 +1,4 @@
-"""Where a forecast starts: labelled data become a window, its valid times and a source of forcing, all checked first."""
+"""Where a forecast starts: labelled data become a window, valid times and a source of forcing, all checked first."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -36,15 +36,15 @@ class Start:
 
 
 def start_of(stepper, initial: xr.Dataset, steps: int, forcing: xr.Dataset | None, masked: bool | None) -> Start:
-    """Takes the last `history` frames of `initial`. Raises SpecError and DataError for what does not fit the stepper."""
+    """From the last `history` frames of `initial`. Raises SpecError and DataError for what does not fit the stepper."""
     if not isinstance(initial, xr.Dataset):
         raise ConfigError(
-            f"initial is a {type(initial).__name__}, but an xarray.Dataset with {list(stepper.spec.names)} was expected. "
-            "Open one with physml.open_dataset, or use array.to_dataset(name=...)."
+            f"initial is a {type(initial).__name__}, but an xarray.Dataset with {list(stepper.spec.names)} was "
+            "expected. Open one with physml.open_dataset, or use array.to_dataset(name=...)."
         )
     spec = stepper.spec
     like = _history(initial, spec, stepper.history)
-    window = _operator_window(like, spec) if stepper.history == 0 else to_window(like, spec)
+    window = _window(like, spec, stepper.history)
     if window.mask is not None and not _allows_missing(stepper, masked):
         raise _missing_values(window)
     times = ck.clock(like, time_of(like, base_of(like, spec.names[0])))
@@ -91,12 +91,15 @@ def _as_one_frame(initial: xr.Dataset, variables: set[str]) -> xr.Dataset:
     return frame.assign_coords(time=("time", time.values.reshape(1), time.attrs))
 
 
-def _operator_window(like: xr.Dataset, spec: Spec) -> Window:
-    """Operator learning: static fields and parameters alone, no frames."""
-    window = to_window(like, replace(spec, channels=()))
+def _window(like: xr.Dataset, spec: Spec, history: int) -> Window:
+    """The history, without forcing, which is read step by step. Without history: static fields and parameters alone."""
+    read = replace(spec, forcing=()) if history else replace(spec, forcing=(), channels=())
+    window = to_window(like, read)
     batch = window.frames.shape[0]
-    frames = np.zeros((batch, 1, *spec.grid.shape, len(spec.channels)), np.float32)
-    return replace(window, frames=frames, mask=None, spec=spec)
+    if not history:
+        frames = np.zeros((batch, 1, *spec.grid.shape, len(spec.channels)), np.float32)
+        window = replace(window, frames=frames, mask=None)
+    return replace(window, forcing=np.zeros((batch, 1, *spec.grid.shape, len(spec.forcing)), np.float32), spec=spec)
 
 
 def _allows_missing(stepper, masked: bool | None) -> bool:
@@ -114,8 +117,8 @@ def _missing_values(window: Window) -> DataError:
     count = int((np.asarray(window.mask)[sample, ..., channel] == 0).sum())
     return DataError(
         f"The initial state has NaN: variable {spec.names[channel]!r}, trajectory {sample}, {count} cells, first at "
-        f"index {tuple(place)} ({at}), but the model was trained on data without gaps. Fill them, or pass masked=True when "
-        "the field does not exist there."
+        f"index {tuple(place)} ({at}), but the model was trained on data without gaps. Fill them, or pass masked=True "
+        "when the field does not exist there."
     )
 
 
@@ -168,8 +171,8 @@ def _forcing(source: xr.Dataset, spec: Spec, valid: np.ndarray, batch: int, from
         any(base_of(source, n) is None for n in names) or time_of(source, base_of(source, names[0])) is not None
     ):
         raise DataError(
-            f"The model needs the forcing {names} at every valid time, {valid[0]} to {valid[-1]}, and initial ends before "
-            "them. Pass forcing=dataset that holds it over that range."
+            f"The model needs the forcing {names} at every valid time, {valid[0]} to {valid[-1]}, and initial ends "
+            "before them. Pass forcing=dataset that holds it over that range."
         )
     reader = Reader(source, replace(spec, channels=spec.forcing, forcing=(), static=(), parameters=()))
     reader.check_units()

@@ -102,6 +102,7 @@ class Zarr(_File):
         coords = {name: c.variable for name, c in piece.coords.items() if LEAD not in c.dims}
         template = xr.Dataset(variables, {**coords, **self.coords}, piece.attrs)
         template.to_zarr(self.partial, mode="w-", compute=False, zarr_format=3, consolidated=False, encoding=encoding)
+        self.names = tuple(variables)
         self.group = zarr.open_group(self.partial, mode="r+", zarr_format=3)
 
     def finish(self, leads: int, extra: xr.Dataset, attrs: dict) -> xr.Dataset:
@@ -112,7 +113,8 @@ class Zarr(_File):
         extra.to_zarr(self.partial, mode="a", zarr_format=3, consolidated=False)
         self.group.attrs.update(attrs)
         self._put()
-        return xr.open_zarr(self.path, chunks=None, consolidated=False)
+        result = xr.open_zarr(self.path, chunks=None, consolidated=False)
+        return result[[*self.names, *extra.data_vars]]  # zarr does not keep the order
 
     def abort(self) -> None:
         self._remove()

@@ -90,9 +90,10 @@ class Bounds:
         center, scale = _training_range(stepper)
         if limit is None:
             return cls(np.full_like(low, -np.inf), np.full_like(high, np.inf), center, scale)
-        # A constant initial state and no training data tell nothing about the scale of the field.
-        known = (spread > 0) | (scale is not None)
-        width = limit * np.where(spread > 0, spread, 0)
+        # A nearly constant initial state tells nothing about the scale of the field.
+        varied = spread > 1e-3 * np.abs(np.asarray(initial.mean, np.float64))
+        known = varied | (scale is not None)
+        width = limit * np.where(varied, spread, 0)
         lower, upper = low - width, high + width
         if scale is not None:
             lower, upper = np.minimum(lower, center - limit * scale), np.maximum(upper, center + limit * scale)

@@ -1,6 +1,11 @@
 """Evaluation: aligned by valid time, blind to the future, averaged over starts, floors beside the model."""
 
 import json
+import os
+import pathlib
+import socket
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +20,7 @@ from physml.errors import ConfigError, DataError, SpecError
 from physml.evaluate import evaluate, evaluate_stepper, load_scores, plan_starts, save_scores, to_rows
 from physml.evaluate.statistics import blocks_of_starts
 from physml.fields import Window
+from physml.forecast import forecast
 from physml.metrics import METRICS, Measure
 from physml.steppers.floors import ClimatologyConfig, ExtrapolationConfig, PersistenceConfig
 
@@ -307,8 +313,8 @@ def test_forecasts_equal_the_rollout_of_the_same_stepper(labelled):
     )
     frames = np.repeat(labelled["slp"].values[starts][:, None, ::-1, :, None], 3, axis=1)
     index = np.asarray(starts)[:, None] + np.arange(1, 4)
-    forecast = from_frames(frames, spec, labelled, times=labelled["time"].values[index])
-    by_labels = evaluate({"persistence": forecast}, labelled, metrics=("rmse", "correlation"))
+    prediction = from_frames(frames, spec, labelled, times=labelled["time"].values[index])
+    by_labels = evaluate({"persistence": prediction}, labelled, metrics=("rmse", "correlation"))
     assert_allclose(by_labels["score"], by_rollout["score"], rtol=1e-5, atol=1e-6)
     beside = evaluate(
         forecast_of(labelled, starts, 3), labelled, floors=("persistence",), metrics=("rmse", "correlation")
@@ -317,15 +323,27 @@ def test_forecasts_equal_the_rollout_of_the_same_stepper(labelled):
     assert_allclose(got, by_rollout["score"].sel(model="persistence"), rtol=1e-5, atol=1e-6)
 
 
+def test_a_forecast_can_be_scored_as_it_comes(labelled):
+    spec = spec_of(labelled)
+    persistence = PersistenceConfig().fit(XarrayDataset(labelled, spec))
+    prediction = forecast(persistence, labelled.isel(time=slice(100, 101)), 3)
+    scores = evaluate(prediction, labelled, metrics=("rmse",))
+    expected = evaluate_stepper(persistence, XarrayDataset(labelled, spec), 3, starts=[(0, 101)], metrics=("rmse",))
+    assert_allclose(scores["score"], expected["score"], rtol=1e-5)
+    assert scores["channel"].values.tolist() == ["slp"]
+    with pytest.raises(SpecError, match="ensemble of 2 members"):
+        evaluate(prediction.expand_dims(member=2), labelled)
+
+
 def test_overlap_of_inputs_and_targets_is_refused(labelled):
-    forecast = forecast_of(labelled, [3], 4)
-    initial = forecast.assign_coords(lead=forecast["lead"] - np.timedelta64(1, "D"))
+    prediction = forecast_of(labelled, [3], 4)
+    initial = prediction.assign_coords(lead=prediction["lead"] - np.timedelta64(1, "D"))
     with pytest.raises(SpecError, match=r"isel\(lead=slice"):
         evaluate(initial, labelled)
     with pytest.raises(SpecError, match="overlap"):
-        evaluate(forecast, labelled, inputs=labelled.isel(time=slice(0, 6)))
-    evaluate(forecast, labelled, inputs=labelled.isel(time=slice(0, 4)), metrics=("rmse",))
-    plain = forecast.isel(trajectory=0).swap_dims(lead="time").drop_vars("lead")
+        evaluate(prediction, labelled, inputs=labelled.isel(time=slice(0, 6)))
+    evaluate(prediction, labelled, inputs=labelled.isel(time=slice(0, 4)), metrics=("rmse",))
+    plain = prediction.isel(trajectory=0).swap_dims(lead="time").drop_vars("lead")
     with pytest.raises(SpecError, match="inputs="):
         evaluate(plain, labelled)
     scores = evaluate(plain, labelled, inputs=labelled.isel(time=slice(0, 4)), metrics=("rmse",))
@@ -333,22 +351,22 @@ def test_overlap_of_inputs_and_targets_is_refused(labelled):
 
 
 def test_missing_truth_units_and_grid_are_refused(labelled):
-    forecast = forecast_of(labelled, [362], 2)
+    prediction = forecast_of(labelled, [362], 2)
     with pytest.raises(DataError, match=r"no frame at 2001-12-30.*covers"):
-        evaluate(forecast, labelled.isel(time=slice(0, 363)))
-    other = forecast.assign(slp=forecast["slp"].assign_attrs(units="hPa"))
+        evaluate(prediction, labelled.isel(time=slice(0, 363)))
+    other = prediction.assign(slp=prediction["slp"].assign_attrs(units="hPa"))
     with pytest.raises(SpecError, match=r"'hPa'.*'Pa'"):
         evaluate(other, labelled)
     with pytest.raises(SpecError, match="longitude"):
-        evaluate(forecast.isel(longitude=slice(0, 4)), labelled)
+        evaluate(prediction.isel(longitude=slice(0, 4)), labelled)
     with pytest.raises(DataError, match="none of the predicted variables"):
-        evaluate(forecast.rename(slp="pressure"), labelled)
+        evaluate(prediction.rename(slp="pressure"), labelled)
 
 
 def test_diverged_forecast_is_scored_as_such(labelled):
-    forecast = forecast_of(labelled, [3, 9], 3)
-    forecast["slp"][1, 2] = np.nan
-    scores = evaluate(forecast, labelled, metrics=("rmse",))
+    prediction = forecast_of(labelled, [3, 9], 3)
+    prediction["slp"][1, 2] = np.nan
+    scores = evaluate(prediction, labelled, metrics=("rmse",))
     assert_allclose(scores["finite"].sel(model="model"), [1, 1, 0.5])
     assert np.isnan(scores["score"].sel(metric="rmse")[..., 2]).all()
     assert np.isfinite(scores["score"].sel(metric="rmse")[..., :2]).all()
@@ -359,8 +377,8 @@ def test_labelled_climatology_gives_skill(labelled):
     normal = (10.0 + days / 100).expand_dims(latitude=labelled["latitude"], longitude=labelled["longitude"])
     climatology = normal.to_dataset(name="slp").assign_coords(dayofyear=days).astype("float32")
     climatology["slp"].attrs["units"] = "Pa"
-    forecast = forecast_of(labelled, [3, 200], 2, shift=0.5)
-    scores = evaluate(forecast, labelled, climatology=climatology, floors=("climatology",), metrics=("skill", "rmse"))
+    prediction = forecast_of(labelled, [3, 200], 2, shift=0.5)
+    scores = evaluate(prediction, labelled, climatology=climatology, floors=("climatology",), metrics=("skill", "rmse"))
     valid = labelled["slp"].values[[[4, 5], [201, 202]]]
     anomaly = valid - (10 + (np.array([[5, 6], [202, 203]])[:, :, None, None]) / 100)
     weights = np.cos(np.deg2rad(labelled["latitude"].values))[:, None] * np.ones(6)
@@ -413,3 +431,54 @@ def test_failed_write_leaves_the_old_file(dataset, tmp_path, monkeypatch):
         save_scores(scores, tmp_path)
     assert (tmp_path / "scores.nc").read_bytes() == before
     assert sorted(p.name for p in tmp_path.iterdir()) == ["metrics.csv", "scores.json", "scores.nc"]
+
+
+# --- processes -----------------------------------------------------------------------------------------------------
+
+WORKER = """
+import sys, json, numpy as np, jax
+from physml.parallel.mesh import start_distributed
+start_distributed()
+sys.path.insert(0, sys.argv[1])
+from test_evaluate import Trajectories
+from physml.evaluate import evaluate_stepper
+from physml.fields import Axis, Channel, Grid, Spec, Window
+from physml.steppers.floors import PersistenceConfig
+spec = Spec(Grid((Axis.uniform("x", 8),)), (Channel("u"),))
+class Tiny:
+    @staticmethod
+    def window(spec, batch, frames):
+        values = np.random.default_rng(0).standard_normal((batch, frames, 8, 1)).astype(np.float32)
+        return Window.of(values, spec)
+data = Trajectories(spec, Tiny)
+shared = jax.process_count() > 1
+scores = evaluate_stepper(PersistenceConfig().fit(data), data, 2, batch=4, metrics=("rmse",), processes=shared)
+names = ("score", "score_low", "energy", "pairs")
+print("SCORES", json.dumps([scores[name].values.tolist() for name in names]), flush=True)
+"""
+
+
+def test_two_processes_share_the_starts_and_agree():
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = found.getsockname()[1]
+    common = {**os.environ, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
+    pair = {"PHYSML_COORDINATOR": f"127.0.0.1:{port}", "PHYSML_PROCESSES": "2", "PHYSML_TIMEOUT": "120"}
+    command = [sys.executable, "-c", WORKER, str(pathlib.Path(__file__).parent)]
+    settings = [common, *({**common, **pair, "PHYSML_PROCESS": str(number)} for number in range(2))]
+    workers = [
+        subprocess.Popen(command, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        for env in settings
+    ]
+    try:
+        outputs = [worker.communicate(timeout=300)[0] for worker in workers]
+    finally:
+        for worker in workers:
+            if worker.poll() is None:  # jax catches SIGTERM in a multi-process run
+                worker.kill()
+    found = [[line for line in output.splitlines() if line.startswith("SCORES ")] for output in outputs]
+    assert all(len(lines) == 1 for lines in found), outputs
+    alone, first, second = (json.loads(lines[0].removeprefix("SCORES ")) for lines in found)
+    assert first == second
+    for one, both in zip(alone, first):
+        assert_allclose(both, one, rtol=1e-6)

@@ -21,7 +21,8 @@ from physml.evaluate.statistics import (
 from physml.fields import Spec
 from physml.metrics import METRICS, THRESHOLDS, Measure
 
-LEAD, TIME, TRAJECTORY = "lead", "time", "trajectory"
+LEAD, TIME, TRAJECTORY, MEMBER = "lead", "time", "trajectory", "member"
+LEDGER = "ledger_"  # variables of a forecast that watch its totals
 SEASONS = ("dayofyear", "month", "hour")  # dimensions that a climatology may have
 
 
@@ -42,7 +43,7 @@ def evaluate_forecasts(
     """Scores forecasts by name against the truth at their valid times. See `physml.evaluate`."""
     names = _common_variables(predictions, truth)
     spec = _truth_spec(truth, names, next(iter(predictions.values())))
-    sources = {name: _Forecast(name, ds, spec) for name, ds in predictions.items()}
+    sources = {name: _Forecast(name, ds[names], spec) for name, ds in predictions.items()}
     first = next(iter(sources.values()))
     for other in sources.values():
         first.check_same_leads(other)
@@ -63,23 +64,27 @@ def _common_variables(predictions: dict[str, xr.Dataset], truth: xr.Dataset) -> 
     """The predicted fields. Raises SpecError when a prediction lacks one of another, DataError when the truth does."""
     if not predictions:
         raise ConfigError("There is no prediction to evaluate: pass a dataset, or a dict name -> dataset.")
-    fields = next(iter(predictions.values())).data_vars
-    names = [str(n) for n, v in fields.items() if {LEAD, TIME} & set(v.dims) and v.ndim > 1]
-    for label, ds in predictions.items():
-        if missing := [n for n in names if n not in ds.data_vars]:
-            raise SpecError(
-                f"The prediction {label!r} lacks {missing[0]!r}." + suggest(missing[0], map(str, ds.data_vars))
-            )
+    first = next(iter(predictions.values()))
+    names = [str(n) for n, v in first.data_vars.items() if {LEAD, TIME} & set(v.dims) and not str(n).startswith(LEDGER)]
     if not names:
-        raise SpecError(
-            f"The prediction holds no field with a dimension {LEAD!r} or {TIME!r}: it has "
-            f"{ {str(n): v.dims for n, v in fields.items()} }."
-        )
+        dims = {str(n): v.dims for n, v in first.data_vars.items()}
+        raise SpecError(f"The prediction holds no field with a dimension {LEAD!r} or {TIME!r}: it has {dims}.")
     found = [name for name in names if name in truth.data_vars]
     if not found:
         raise DataError(
             f"The truth has none of the predicted variables {names}." + suggest(names[0], map(str, truth.data_vars))
         )
+    for label, ds in predictions.items():
+        if missing := [n for n in found if n not in ds.data_vars]:
+            raise SpecError(
+                f"The prediction {label!r} lacks {missing[0]!r}." + suggest(missing[0], map(str, ds.data_vars))
+            )
+        if MEMBER in ds.dims:
+            raise SpecError(
+                f"The prediction {label!r} is an ensemble of {ds.sizes[MEMBER]} members. Score one member, or their "
+                "mean: "
+                f"prediction.mean({MEMBER!r}, keep_attrs=True)."
+            )
     return found
 
 

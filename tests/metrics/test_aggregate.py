@@ -1,5 +1,6 @@
 """Sums add over batches, groups and draws; the bootstrap covers what it should."""
 
+import jax
 import numpy as np
 import pytest
 from numpy.testing import assert_allclose
@@ -31,12 +32,13 @@ def test_chunked_scores_equal_whole_scores(spec, tiny):
     measure = Measure.of(spec)
     for name in ("rmse", "vrmse", "nrmse_pooled", "correlation", "log_spectral_error"):
         metric = METRICS[name]
+        statistic = jax.jit(metric.statistic)
         sums = [
-            Sums.of(metric.statistic(prediction[i:j], truth[i:j], measure), np.zeros(j - i, int), 1)
-            for i, j in ((0, 4), (4, 6), (6, 7))
+            Sums.of(statistic(prediction[i:j], truth[i:j], measure), np.zeros(j - i, int), 1)
+            for i, j in ((0, 3), (3, 6), (6, 7))
         ]
         got = metric.finish(*(sums[0] + sums[1] + sums[2]).means())
-        assert_allclose(got, metric(prediction, truth, measure), rtol=1e-5)
+        assert_allclose(got, jax.jit(metric.__call__)(prediction, truth, measure), rtol=1e-5)
 
 
 def test_weight_zero_hides_anything(parts):

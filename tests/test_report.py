@@ -2,6 +2,7 @@
 
 import base64
 import csv
+import dataclasses
 import html.parser
 import io
 import json
@@ -14,12 +15,12 @@ import xarray as xr
 from matplotlib import _pylab_helpers
 from PIL import Image
 
-from physml.errors import ConfigError, DataError
+from physml.errors import ConfigError, DataError, SpecError
 from physml.evaluate import evaluate_stepper, save_scores
 from physml.fields import Axis, Channel, Grid, Spec, Window
-from physml.report import figures, report
-from physml.report.animation import animation
-from physml.report.figures import color_scale, correlation_times, error_curves, field_panels, panel_leads, time_scale
+from physml.report import animation, correlation_times, drawing, error_curves, field_panels, report, spectra
+from physml.report.drawing import color_scale, time_scale
+from physml.report.fields import panel_leads
 from physml.report.page import number
 from physml.report.runs import entries, read_runs
 from physml.steppers.floors import ExtrapolationConfig, PersistenceConfig
@@ -169,7 +170,7 @@ def test_best_of_each_lead_is_bold(run, page):
 @pytest.fixture
 def quick(monkeypatch):
     """Makes figures but does not render them, where only the page around them is tested."""
-    monkeypatch.setattr(figures, "png", lambda figure, dpi=130: b"")
+    monkeypatch.setattr(drawing, "png", lambda figure, dpi=130: b"")
 
 
 @pytest.mark.parametrize("lost", ["sample.nc", "metrics.jsonl", "config.yaml", "environment.json", "scores.nc"])
@@ -303,6 +304,27 @@ def test_error_curves_hold_the_scores_and_their_band(run):
     assert axes.get_xlabel() == "lead time"
     bars = correlation_times(lines, "u").axes[0].patches
     assert len(bars) == len(lines) * 3
+
+
+def test_spectra_of_runs_are_compared_at_equal_leads(run):
+    loaded = read_runs([run, run])
+    kept = loaded[1].scores.isel(spectrum_lead=[1, 2]).assign_attrs(loaded[1].scores.attrs)
+    runs = [loaded[0], dataclasses.replace(loaded[1], scores=kept)]
+    panels = spectra(entries(runs), "u").axes
+    drawn = [{line.get_label() for line in axes.lines} for axes in panels]
+    assert "waves #2" not in drawn[0]
+    assert "waves #2" in drawn[1] & drawn[2]
+    one, two = (next(a for a in panels[1].lines if a.get_label() == f"waves #{i}") for i in (1, 2))
+    np.testing.assert_allclose(one.get_ydata(), two.get_ydata())
+
+
+def test_figures_take_scores_and_name_what_is_missing(run):
+    scores = read_runs(run)[0].scores
+    assert error_curves(scores, "rmse", "v").axes[0].lines
+    with pytest.raises(SpecError, match="Did you mean 'rmse'"):
+        error_curves(scores, "rmsee", "u")
+    with pytest.raises(SpecError, match="Valid: u, v"):
+        spectra(scores, "w")
 
 
 def test_lead_times_read_well():

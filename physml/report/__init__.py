@@ -9,8 +9,18 @@ import jinja2
 
 from physml import __version__
 from physml.metrics.table import replace_file
-from physml.report import figures
+from physml.report import drawing
 from physml.report.animation import animation
+from physml.report.curves import (
+    LABELS,
+    correlation_curves,
+    correlation_times,
+    drift,
+    error_curves,
+    spectra,
+    training_curve,
+)
+from physml.report.fields import field_panels
 from physml.report.page import (
     Figure,
     Section,
@@ -87,9 +97,9 @@ def _errors(lines: list[Entry]) -> Section:
         for metric in _metrics(lines):
             if metric == "correlation":
                 continue
-            name = figures.LABELS.get(metric, metric.replace("_", " "))
+            name = LABELS.get(metric, metric.replace("_", " "))
             section.add(
-                lambda c=channel, m=metric: figures.png(figures.error_curves(lines, m, c)),
+                lambda c=channel, m=metric: drawing.png(error_curves(lines, m, c)),
                 f"{name} of {channel} against lead time for {_names(lines)}",
                 f"{name}, {channel}", folded=metric in DETAILS,
             )  # fmt: skip
@@ -106,13 +116,13 @@ def _correlation(lines: list[Entry]) -> Section:
     for channel in _channels(lines):
         if "correlation" in _metrics(lines):
             section.add(
-                lambda c=channel: figures.png(figures.correlation_curves(lines, c)),
+                lambda c=channel: drawing.png(correlation_curves(lines, c)),
                 f"Correlation of {channel} with the truth against lead time for {_names(lines)}",
                 f"Correlation, {channel}",
             )
         if any("correlation_time" in line.run.scores for line in lines):
             section.add(
-                lambda c=channel: figures.png(figures.correlation_times(lines, c)),
+                lambda c=channel: drawing.png(correlation_times(lines, c)),
                 f"Bars of the high-correlation time of {channel} for {_names(lines)}; numbers in the table below",
                 f"High-correlation time, {channel}",
             )
@@ -129,7 +139,7 @@ def _spectra(lines: list[Entry]) -> Section:
     for channel in _channels(lines):
         if any("spectrum" in line.run.scores for line in lines):
             section.add(
-                lambda c=channel: figures.png(figures.spectra(lines, c)),
+                lambda c=channel: drawing.png(spectra(lines, c)),
                 f"Energy of {channel} by wavenumber at chosen leads, truth and {_names(lines)}",
                 f"Spectrum, {channel}", wide=True,
             )  # fmt: skip
@@ -142,7 +152,7 @@ def _fields(runs: list[RunData]) -> Section:
     for run in runs:
         for channel in sample_channels(run.sample)[:MAX_CHANNELS] if run.sample is not None else ():
             section.add(
-                lambda r=run, c=channel: figures.png(figures.field_panels(r.sample, c), dpi=110),
+                lambda r=run, c=channel: drawing.png(field_panels(r.sample, c), dpi=110),
                 f"Panels of {channel}: truth, forecast of {run.name} and difference at several leads",
                 f"{channel}, {run.name}", wide=True,
             )  # fmt: skip
@@ -158,7 +168,7 @@ def _drift(lines: list[Entry]) -> Section:
     for channel in _channels(lines):
         if any("energy" in line.run.scores for line in lines):
             section.add(
-                lambda c=channel: figures.png(figures.drift(lines, c)),
+                lambda c=channel: drawing.png(drift(lines, c)),
                 f"Area mean and energy of {channel} and share of finite rollouts against lead time, truth and "
                 f"{_names(lines)}",
                 f"Drift, {channel}", wide=True,
@@ -174,7 +184,7 @@ def _training(runs: list[RunData]) -> Section:
     ]
     if trained:
         section.add(
-            lambda: figures.png(figures.training_curve(trained)),
+            lambda: drawing.png(training_curve(trained)),
             f"Loss against update step for {', '.join(run.name for run in trained)}",
             "Loss",
         )
@@ -211,4 +221,15 @@ def _names(lines: list[Entry]) -> str:
     return ", ".join(line.label for line in lines)
 
 
-__all__ = ["report", "sections"]
+__all__ = [
+    "animation",
+    "correlation_curves",
+    "correlation_times",
+    "drift",
+    "error_curves",
+    "field_panels",
+    "report",
+    "sections",
+    "spectra",
+    "training_curve",
+]

@@ -8,7 +8,8 @@ import xarray as xr
 from matplotlib.colors import Normalize
 from PIL import Image, ImageDraw, ImageFont
 
-from physml.report.figures import COLORS, LAND, as_map, color_scale, format_lead, panel_aspect, time_scale
+from physml.report.drawing import COLORS, LAND, color_scale, format_lead, time_scale
+from physml.report.fields import as_map, panel_aspect
 
 PANEL = 300  # pixels of the longer side of a panel
 MARGIN, TITLE = 10, 24

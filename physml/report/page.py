@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 
 from physml.metrics.table import to_rows
-from physml.report.figures import LABELS, format_lead, time_scale
+from physml.report.curves import LABELS
+from physml.report.drawing import format_lead, time_scale
 from physml.report.runs import Entry, RunData
 
 SUMMARY_METRICS = ("rmse", "nrmse", "vrmse", "correlation", "acc", "skill", "log_spectral_error")
@@ -196,9 +197,10 @@ def _spectrum_table(lines, channel) -> list[Table]:
             ]
         ]
         for line in lines:
-            spectrum = line.of("spectrum").sel(channel=channel)
-            fits = spectrum.shape[0] > i and spectrum.shape[1] > shells[-1]
-            rows.append([line.label, *(_plain(float(spectrum[i, k])) if fits else NOTHING for k in shells)])
+            spectrum = line.of("spectrum").sel(channel=channel).values
+            same = np.flatnonzero(line.run.scores["spectrum_lead"].values == scores["spectrum_lead"].values[i])
+            fits = same.size and spectrum.shape[1] > shells[-1]
+            rows.append([line.label, *(_plain(float(spectrum[same[0], k])) if fits else NOTHING for k in shells)])
         header = ["wavenumber", *(number(float(scores["wavenumber"][k]), 3) for k in shells)]
         tables.append(Table(f"Energy, {channel}, lead {format_lead(lead, unit)}", header, rows))
     return tables
@@ -208,13 +210,14 @@ def _energy_table(lines, channel) -> list[Table]:
     first = lines[0].run
     times, unit = _times(first.scores, first)
     chosen = summary_leads(len(times))
-    tables = []
+    leads, tables = first.scores["lead"].values[chosen].tolist(), []
     for name, label in (("mean", "Area mean"), ("energy", "Energy")):
         truth = first.scores[name].sel(source="truth", channel=channel)
         rows = [["truth", *(_plain(float(truth[i]), 5) for i in chosen)]]
         for line in lines:
-            values = line.of(name).sel(channel=channel)
-            rows.append([line.label, *(_plain(float(values[i]), 5) if i < len(values) else NOTHING for i in chosen)])
+            values = line.of(name).sel(channel=channel).values.tolist()
+            at = {lead: value for lead, value in zip(line.run.scores["lead"].values.tolist(), values)}
+            rows.append([line.label, *(_plain(at[lead], 5) if lead in at else NOTHING for lead in leads)])
         tables.append(Table(f"{label}, {channel}", ["lead", *(format_lead(times[i], unit) for i in chosen)], rows))
     return tables
 

@@ -284,12 +284,11 @@ def _labels(recipe: Recipe) -> store.Labels:
 
     solver = recipe.solver
     coordinates = {
-        "trajectory": (np.arange(recipe.trajectories), {"long_name": "trajectory", "units": "1"}),
-        "time": (np.arange(recipe.steps + 1) * solver.time_step, {"long_name": "time", "units": "1", "axis": "T"}),
+        "trajectory": (np.arange(recipe.trajectories), {"long_name": "trajectory"}),
+        "time": (np.arange(recipe.steps + 1) * solver.time_step, {"long_name": "time", "axis": "T"}),
     }
     for axis in solver.grid.axes:
-        attributes = {"long_name": axis.name, "units": "1", "axis": axis.name.upper()}
-        attributes |= {"periodic": np.int32(1), "period": float(solver.length)}
+        attributes = {"axis": axis.name.upper(), "periodic": np.int32(1), "period": float(solver.length)}
         coordinates[axis.name] = (np.asarray(axis.centers), attributes)
     dims = ("trajectory", "time", *solver.axes)
     variables = {c.name: (dims, np.float32, {"long_name": MEANING[c.name], "units": "1"}) for c in solver.channels}

@@ -60,7 +60,10 @@ class Ensemble:
         self.solver, self.steps, self.batch = solver, steps, batch
         self.shape = (*solver.grid.shape, len(solver.channels))
         frame_bytes = 4 * batch * int(np.prod(self.shape))
-        self.block = max(1, min(BLOCK_BYTES // frame_bytes, max(steps, warmup_steps(solver)) // 4 + 1))
+        block = max(1, min(BLOCK_BYTES // frame_bytes, max(steps, warmup_steps(solver)) // 4))
+        self.block = 2 ** (
+            block.bit_length() - 1
+        )  # few sizes, so that splits find the program in the compilation cache
         self.key = jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), SPLITS.index(split))
         self._start_one = jax.jit(self._start)
         self.advance = jax.jit(jax.vmap(self._advance, in_axes=(0, 0, None)))
@@ -98,12 +101,12 @@ class Ensemble:
         One by one: sums and matrix products round differently in batches of another size, and chaos would show it.
         The steps have none, so they give equal bits in any batch.
         """
-        each = [self._start_one(index) for index in range(first, first + self.batch)]
+        each = [self._start_one(self.key, index) for index in range(first, first + self.batch)]
         return jax.tree.map(lambda *leaves: jnp.stack(leaves), *each)
 
-    def _start(self, index):
+    def _start(self, key, index):
         """Initial state, drawn parameters and first frame of trajectory `index`."""
-        first, second = jax.random.split(jax.random.fold_in(self.key, index))
+        first, second = jax.random.split(jax.random.fold_in(key, index))
         values = {name: getattr(self.solver, name) for name in self.solver.parameters}
         ranges = {name: value for name, value in values.items() if isinstance(value, tuple)}
         keys = jax.random.split(second, len(values))

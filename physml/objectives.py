@@ -12,9 +12,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Float
 
+from physml.coding import tagged
 from physml.errors import ConfigError, SpecError
 from physml.fields import ArrayLike, Window
-from physml.metrics.losses import MSE, Loss, resolve
+from physml.metrics.losses import LOSSES, MSE, Loss, resolve
 
 SPACES = ("normalized", "physical", "increment")
 
@@ -29,7 +30,7 @@ class OneStep:
             "increment" compares the changes since the last true frame in units of the increments' scale.
     """
 
-    loss: Loss = MSE()
+    loss: Loss = tagged(LOSSES, default=MSE())
     space: Literal["normalized", "physical", "increment"] = "normalized"
 
     def __post_init__(self):
@@ -65,7 +66,7 @@ class Unrolled:
 
     steps: int = 2
     differentiate: int | None = None
-    loss: Loss = MSE()
+    loss: Loss = tagged(LOSSES, default=MSE())
     space: Literal["normalized", "physical", "increment"] = "normalized"
     discount: float = 1.0
     weights: tuple[float, ...] = ()

@@ -9,7 +9,7 @@ from numpy.testing import assert_allclose
 
 from physml.errors import ConfigError, SpecError
 from physml.fields import Axis, Channel, Grid, Spec, Window
-from physml.metrics.losses import MSE, RelativeLp
+from physml.metrics.losses import H1, MSE, RelativeLp
 from physml.normalize import Normalizer
 from physml.objectives import OBJECTIVES, OneStep, Unrolled
 from physml.steppers import DirectConfig, ResidualConfig
@@ -190,3 +190,15 @@ def test_bad_arguments_are_named():
             Unrolled(**wrong)
     assert OneStep("mse") == OneStep(MSE())
     assert sorted(OBJECTIVES) == ["one_step", "unrolled"]
+
+
+def test_objectives_have_a_plain_form_that_names_their_loss():
+    from physml import coding
+
+    objective = Unrolled(3, differentiate=1, loss=H1(boundary="periodic"), weights=(2.0,))
+    plain = coding.to_dict(objective, OBJECTIVES)
+    assert plain["name"] == "unrolled"
+    assert plain["loss"]["name"] == "h1"
+    assert coding.from_dict(OBJECTIVES, plain) == objective
+    changed = coding.override(plain, ["loss=relative", "loss.p=1"])
+    assert coding.from_dict(OBJECTIVES, changed).loss == RelativeLp(p=1)

@@ -38,6 +38,8 @@ class Validation:
         self.numbers = [i * count // chosen for i in range(chosen)]
         self.dataset, self.samples, self.batch = dataset, Samples(tuple(dataset.lengths), frames), batch
         self.loss, self.layout, self.key = loss, layout, key
+        if hasattr(dataset, "preload"):
+            dataset.preload()
 
     def __call__(self, params: dict, rest: dict) -> dict[str, float]:
         """{"valid/loss": ..., "valid/loss/CHANNEL": ...}."""
@@ -59,6 +61,8 @@ class Validation:
         numbers = numbers * (math.lcm(len(numbers), devices) // len(numbers))
         share = len(numbers) // jax.process_count()
         mine = numbers[jax.process_index() * share :][:share]
+        if hasattr(self.dataset, "read_batch"):
+            return self.dataset.read_batch(*self.samples.locate(np.asarray(mine)), self.samples.frames)
         places = [self.samples[number] for number in mine]
         frames = self.samples.frames
         return stack([self.dataset.read(p.trajectory, range(p.start, p.start + frames)) for p in places])

@@ -75,7 +75,8 @@ def evaluate_stepper(
         sample: a file to write the truth and the forecast of the first start to, for the figures of a report.
         draws: bootstrap draws for the interval of confidence `level`, over trajectories or blocks of starts.
         per_start: also keep `score_per_start (model, metric, channel, lead, start)`.
-        processes: share the starts among all processes of a multi-process run; all must call. Otherwise the calling
+        processes: share the starts among all processes of a multi-process run; all must call, and get the same scores,
+            but `score_spread`, `correlation_time_spread` and `per_start` of their own share. Otherwise the calling
             process does all of it.
 
     Returns the dataset that `scores.assemble` describes. Raises ConfigError for options that cannot work, SpecError for

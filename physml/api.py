@@ -24,11 +24,12 @@ import xarray as xr
 
 import physml
 from physml import saving
-from physml.data import XarrayDataset
+from physml.data import SyntheticConfig, XarrayDataset
 from physml.errors import CheckpointError, ConfigError
 from physml.evaluate import evaluate_stepper, save_scores
 from physml.experiment import Experiment, load_experiment, to_dict, to_yaml
 from physml.normalize import Normalizer
+from physml.progress import Silent
 from physml.report import report
 from physml.saving import build_stepper
 from physml.steppers import STEPPERS
@@ -104,12 +105,14 @@ def train(
         raise ConfigError("The experiment has no data: set `data` to a DataConfig or a SyntheticConfig.")
     path = Path(folder) / experiment.name
     experiment.layout.check_batch(experiment.training.batch)
-    splits = experiment.data.open()
+    progress = progress or Silent()
+    splits = open_data(experiment, progress)
     with experiment.layout.use():
         stepper = initial_stepper(experiment, splits["train"])
         _claim(path, experiment, resume, overwrite)
         _describe(path, experiment, stepper)
         if parameter_count(stepper):
+            progress.stage("training")
             stepper = fit(
                 stepper, splits, experiment.objective, experiment.training, experiment.layout, path,
                 seed=experiment.seed, progress=progress, tracker=tracker, resume=resume,
@@ -118,9 +121,17 @@ def train(
         if jax.process_index() == 0:
             saving.save(stepper, path / "model", overwrite=True)
             if "test" in splits:
-                score(run, splits, stepper, progress=progress)
+                progress.message("Scoring on the test split ...")
+                score(run, splits, stepper)
                 report([path], path / "report.html")
     return run
+
+
+def open_data(experiment: Experiment, progress: Any = None) -> dict[str, XarrayDataset]:
+    """The splits of an experiment; generates those that are solved and not in the cache yet."""
+    if isinstance(experiment.data, SyntheticConfig):
+        return experiment.data.open(progress)
+    return experiment.data.open()
 
 
 def initial_stepper(experiment: Experiment, train_split: XarrayDataset) -> Any:
@@ -146,9 +157,7 @@ def fit_floor(config: Any, train_split: XarrayDataset) -> Any:
     return config.build(train_split.spec, None, None)
 
 
-def score(
-    run: Run, splits: dict[str, XarrayDataset], stepper: Any = None, split: str = "test", progress: Any = None
-) -> xr.Dataset:
+def score(run: Run, splits: dict[str, XarrayDataset], stepper: Any = None, split: str = "test") -> xr.Dataset:
     """Scores a run and its floors on one split; writes scores.nc, scores.json and sample.nc into the run folder."""
     settings = run.experiment.evaluation
     floors = {name: fit_floor(STEPPERS[name](), splits["train"]) for name in settings.floors}

@@ -68,7 +68,7 @@ class Train(Common):
         from physml.training import tracking
 
         tracker = None if self.track == "none" else tracking.TRACKERS[self.track](self.out / experiment.name)
-        with _progress(self, "training") as progress:
+        with _progress(self, "generating") as progress:
             run = api.train(
                 experiment,
                 folder=self.out,

@@ -66,7 +66,9 @@ class StepperConfig(Protocol):
 
     def signature(self, spec: Spec) -> Signature | None: ...
 
-    def build(self, spec: Spec, model: Model | None, normalizer: Any, constraints: tuple[Constraint, ...]) -> Stepper: ...
+    def build(
+        self, spec: Spec, model: Model | None, normalizer: Any, constraints: tuple[Constraint, ...]
+    ) -> Stepper: ...
 
 
 class Objective(Protocol):

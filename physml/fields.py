@@ -1,7 +1,7 @@
 """What a field is: names, units and grids (static, hashable) and windows of arrays (pytrees).
 
-Arrays inside jit are bare: `(batch, time, *space, channel)`, channels last. Everything that has a name lives in a `Spec`,
-which is static pytree metadata: equal specs share one trace.
+Arrays inside jit are bare: `(batch, time, *space, channel)`, channels last. Everything that has a name lives in a
+`Spec`, which is static pytree metadata: equal specs share one trace.
 """
 
 import dataclasses
@@ -252,7 +252,7 @@ class Context:
 class Window:
     """A few consecutive frames of a batch of trajectories, in physical units.
 
-    `times`, `calendar` and `forcing` may reach further than `frames`: a rollout needs them for the frames it will predict.
+    `times`, `calendar` and `forcing` may reach further than `frames`: a rollout needs them for what it will predict.
     Datasets return windows without the batch axis; `stack` adds it.
 
     Attributes:
@@ -277,7 +277,7 @@ class Window:
 
     @classmethod
     def of(cls, frames, spec: Spec, **fields) -> "Window":
-        """A batched window from frames `(batch, time, *space, channel)` alone; whatever is not given is regular or empty.
+        """A batched window from frames `(batch, time, *space, channel)`; whatever is not given is regular or empty.
 
         Raises SpecError when the shape does not fit `spec`.
         """

@@ -18,6 +18,10 @@ class Progress(Protocol):
         """One line for the reader, e.g. that the first step compiles."""
         ...
 
+    def stage(self, what: str) -> None:
+        """Another job begins; counting starts anew."""
+        ...
+
 
 class Silent:
     """Shows nothing."""
@@ -26,6 +30,9 @@ class Silent:
         pass
 
     def message(self, text: str) -> None:
+        pass
+
+    def stage(self, what: str) -> None:
         pass
 
 
@@ -52,13 +59,16 @@ class Lines:
     def message(self, text: str) -> None:
         print(text, file=self.stream, flush=True)
 
+    def stage(self, what: str) -> None:
+        self.what, self.start, self.shown = what, None, None
+
 
 class Bar:
     """A rich bar with rate and time left."""
 
     def __init__(self, bar: Any, what: str):
-        self.bar, self.task = bar, bar.add_task(what, total=None, values="")
-        self.shown = 0.0
+        self.bar = bar
+        self.stage(what)
 
     def update(self, done: int, total: int, **values: Any) -> None:
         now = time.monotonic()
@@ -70,6 +80,10 @@ class Bar:
 
     def message(self, text: str) -> None:
         self.bar.console.print(text)
+
+    def stage(self, what: str) -> None:
+        self.task = self.bar.add_task(what, total=None, values="")
+        self.shown = 0.0
 
 
 @contextlib.contextmanager

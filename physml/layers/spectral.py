@@ -63,9 +63,9 @@ def bands(
     """The kept part of the spectrum of a field of `shape` under a weight of `kept` frequencies per axis.
 
     All axes but the last keep -(kept // 2), ..., so that the weight at
-    index kept // 2 meets frequency zero; the last keeps 0, 1, and so on. Where the weight holds more frequencies than the grid has, the weight is cut: on both sides ("center",
-    neuraloperator's rule) or behind ("end", where the second of two overlapping blocks overwrites the first, the rule
-    of the 2021 code).
+    index kept // 2 meets frequency zero; the last keeps 0, 1, and so on. Where the weight holds more frequencies than
+    the grid has, the weight is cut: on both sides ("center", neuraloperator's rule) or behind ("end", where the second
+    of two overlapping blocks overwrites the first, the rule of the 2021 code).
     """
     result = []
     for points, modes in zip(shape[:-1], kept[:-1], strict=True):
@@ -202,7 +202,9 @@ def forward_matmul(
     x: Float[Array, "channel batch *space"], plan: Sequence[Band]
 ) -> Float[Array, "*modes batch channel2"]:
     """The kept frequencies of a real field, scaled by 1 / points; channels of the real, then of the imaginary parts."""
-    z = jnp.tensordot(_constant(_real_forward(plan[-1]), x), x, axes=(2, x.ndim - 1), precision=EXACT)
+    # Both operands of every product below are laid out as it reads them; otherwise XLA transposes whole fields first.
+    z = jnp.matmul(x, _constant(_real_forward(plan[-1]), x), precision=EXACT)
+    z = jnp.moveaxis(z.reshape(*z.shape[:-1], 2, -1), (-2, -1), (0, 1))
     for band in reversed(plan[:-1]):  # z: (part, *modes so far, channel, batch, *space that is left)
         both = jnp.matmul(z, _constant(_complex_forward(band), x), precision=EXACT)
         cosine, sine = both[..., : band.count], both[..., band.count :]
@@ -219,7 +221,8 @@ def inverse_matmul(
         real, imaginary = jnp.moveaxis(z, 1, -1)
         parts = jnp.stack([jnp.concatenate([real, imaginary], axis=-1), jnp.concatenate([imaginary, -real], axis=-1)])
         z = jnp.matmul(parts, _constant(_complex_inverse(band), modes), precision=EXACT)
-    return jnp.tensordot(z, _constant(_real_inverse(plan[-1]), modes), axes=((0, 1), (0, 1)), precision=EXACT)
+    z = jnp.moveaxis(z, (0, 1), (-2, -1))
+    return jnp.matmul(z.reshape(*z.shape[:-2], -1), _constant(_real_inverse(plan[-1]), modes), precision=EXACT)
 
 
 def forward_fft(x: Float[Array, "channel batch *space"], plan: Sequence[Band]) -> Float[Array, "*modes batch channel2"]:
@@ -284,8 +287,8 @@ def _angles(band: Band, shift: int) -> np.ndarray:
 
 @functools.lru_cache(maxsize=256)
 def _real_forward(band: Band) -> np.ndarray:
-    angles = _angles(band, 0).T
-    return np.stack([np.cos(angles), -np.sin(angles)]) / band.points
+    angles = _angles(band, 0)
+    return np.concatenate([np.cos(angles), -np.sin(angles)], axis=1) / band.points
 
 
 @functools.lru_cache(maxsize=256)
@@ -306,4 +309,4 @@ def _real_inverse(band: Band) -> np.ndarray:
     frequencies = np.arange(band.count)
     twice = np.where((frequencies == 0) | (2 * frequencies == band.points), 1.0, 2.0)[:, None]
     angles = _angles(band, 0).T
-    return np.stack([twice * np.cos(angles), -twice * np.sin(angles)])
+    return np.concatenate([twice * np.cos(angles), -twice * np.sin(angles)])

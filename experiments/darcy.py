@@ -1,7 +1,8 @@
 """Does our FNO learn Darcy flow as well as its authors' code, and does it carry over to a finer grid?
 
 1000 samples on 16 x 16 points, from coefficient `a` to pressure `u` (datasets/darcy/CARD.md); recipe of the
-neuraloperator library: 16 modes, width 24, 4 layers, H1 loss, AdamW 5e-3 with decay 1e-4, halved every 60 epochs, batch 8.
+neuraloperator library: 16 modes, width 24, 4 layers, H1 loss, AdamW 5e-3 with decay 1e-4, halved every 60 epochs,
+batch 8.
 
     PHYSML_DARCY=/data/darcy physml train experiments/darcy.py                  300 epochs, test on 16 x 16
     PHYSML_DARCY=/data/darcy python experiments/darcy_peer.py --epochs 100      beside neuraloperator, also on 32 x 32

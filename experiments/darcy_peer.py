@@ -4,8 +4,8 @@
     PHYSML_DARCY=/data/darcy .venv-peers/bin/python experiments/darcy_peer.py --epochs 100 --seeds 3
 
 Every training runs in a process of its own, ours and theirs in turn. Both sets of predictions are scored by the same
-code (relative L2; relative H1 with periodic central differences, as neuraloperator defines it) on 16 x 16 and, never seen
-in training, on 32 x 32 points.
+code (relative L2; relative H1 with periodic central differences, as neuraloperator defines it) on 16 x 16 and, never
+seen in training, on 32 x 32 points.
 """
 
 import argparse

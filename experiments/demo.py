@@ -1,7 +1,7 @@
 """How long does a small FNO keep up with forced two-dimensional turbulence?
 
-Kolmogorov flow, 32 x 32 stored points of a 96 x 96 solve, viscosity 0.01, a frame every 0.2 time units; trained on single
-steps, rolled out for 200 steps from starts it has never seen.
+Kolmogorov flow, 32 x 32 stored points of a 96 x 96 solve, viscosity 0.01, a frame every 0.2 time units; trained on
+single steps, rolled out for 200 steps from starts it has never seen.
 
     make demo          or          physml train experiments/demo.py
 

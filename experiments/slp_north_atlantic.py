@@ -1,6 +1,7 @@
 """Does a small residual network forecast sea level pressure better than persistence, climatology and a linear model?
 
-NCEP/NCAR reanalysis, daily, 30-70 N, 70 W-10 E (datasets/ncep_slp/CARD.md): train 2001-2007, validate 2008, test 2009-10.
+NCEP/NCAR reanalysis, daily, 30-70 N, 70 W-10 E (datasets/ncep_slp/CARD.md): train 2001-2007, validate 2008, test
+2009-2010.
 
     PHYSML_NCEP_SLP=/data/ncep_slp_natl_daily_2001-2010.nc physml train experiments/slp_north_atlantic.py
 

@@ -301,8 +301,10 @@ def _read_zip(path: Path, data: bytes) -> Any:
             tree = _unpickle(io.BytesIO(archive.read(names[0])), path, storages)
             for key, storage in storages.items():
                 _fill(storage, archive.read(f"{base}data/{key}"), order, path)
-    except (zipfile.BadZipFile, KeyError, EOFError, OSError, NotImplementedError) as error:
-        raise _damaged(path, str(error)) from error
+    except ConversionError:
+        raise
+    except Exception as error:  # zipfile lets decoding errors of many kinds through
+        raise _damaged(path, f"{type(error).__name__}: {error}") from error
     return _resolve(tree, path)
 
 

@@ -122,8 +122,8 @@ def _check_modes(config: ClassicFNOConfig, shape: tuple[int, ...]) -> None:
     most = (*(n // 2 for n in shape[:-1]), shape[-1] // 2 + 1)
     if not config.allow_excess_modes and any(m > n for m, n in zip(modes, most, strict=True)):
         raise ConfigError(
-            f"classic_fno keeps modes={modes} of either sign, but the grid (with padding) has {shape} points, which carry "
-            f"at most {most}. Lower modes to at most {tuple(map(min, modes, most))}, use a finer grid, or set "
+            f"classic_fno keeps modes={modes} of either sign, but the grid (with padding) has {shape} points, which "
+            f"carry at most {most}. Lower modes to at most {tuple(map(min, modes, most))}, use a finer grid, or set "
             "allow_excess_modes."
         )
 

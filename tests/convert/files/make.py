@@ -1,4 +1,4 @@
-"""Writes the PyTorch files of this folder. Needs torch 2.13; run `python make.py` here. The tests read the files without it."""
+"""Writes the PyTorch files of this folder: `python make.py` here, with torch 2.13. Tests read them without it."""
 
 from collections import OrderedDict
 

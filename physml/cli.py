@@ -164,7 +164,7 @@ class Evaluate(Common):
             raise ConfigError(f"--out is {self.out}, but scores are netCDF: end it in .nc.")
         from physml.data import open_dataset
         from physml.evaluate import evaluate
-        from physml.evaluate.scores import write_netcdf
+        from physml.metrics.table import write_netcdf
 
         prediction, truth = open_dataset(self.subject), open_dataset(self.truth)
         if self.dry_run:

@@ -1,17 +1,18 @@
 """How fast is the FNO on this CPU, against neuraloperator (PyTorch) with the same weights?
 
-python experiments/benchmarks/fno_speed.py                 needs the extra `peers`; about two minutes on two cores
+python experiments/benchmarks/fno_speed.py          needs the extra `peers`; one minute on two cores
 
-FNO in 2-D: 64 x 64 points, width 32, 16 modes, 4 blocks, batch 16, float32, two threads. Forward pass and AdamW training step of
-both libraries take turns, so that other load on the machine hits them alike; reported are medians, the ratio of medians, and the
-median of the ratios of neighboring runs. CPU time counts all threads: it hardly depends on other load. Expected on a quiet
-machine: forward at most 0.6 of PyTorch's time, step at most 0.8.
+FNO in 2-D: 64 x 64 points, width 32, 16 modes, 4 blocks, batch 16, float32, two threads. Forward pass and AdamW training
+step of both libraries take turns, so that other load on the machine hits them alike; reported are medians, the ratio of
+medians, and the median of the ratios of neighboring runs. CPU time counts all threads and depends less on other load.
+Expected: forward at most 0.6 of PyTorch's time, step at most 0.8. `--give-back` leaves the memory allocator as it is.
 """
 
 import argparse
 import json
 import os
 import statistics
+import sys
 import time
 
 THREADS = 2
@@ -19,18 +20,27 @@ os.environ.setdefault("OMP_NUM_THREADS", str(THREADS))
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # waiting threads of PyTorch must not take the cores from XLA
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-import optax
-from flax import nnx
+from physml.parallel.memory import keep_freed_memory
 
-from physml.convert import FAMILIES
+if "--give-back" not in sys.argv:
+    keep_freed_memory()  # as the command line does
+
+import jax  # noqa: E402
+import jax.numpy as jnp  # noqa: E402
+import numpy as np  # noqa: E402
+import optax  # noqa: E402
+from flax import nnx  # noqa: E402
+
+from physml.convert import FAMILIES  # noqa: E402
 
 POINTS, WIDTH, MODES, DEPTH, BATCH, INPUTS, OUTPUTS = 64, 32, 16, 4, 16, 3, 1
 KWARGS = {
-    "n_modes": (MODES, MODES), "in_channels": INPUTS, "out_channels": OUTPUTS, "hidden_channels": WIDTH, "n_layers": DEPTH,
-}  # fmt: skip
+    "n_modes": (MODES, MODES),
+    "in_channels": INPUTS,
+    "out_channels": OUTPUTS,
+    "hidden_channels": WIDTH,
+    "n_layers": DEPTH,
+}
 
 
 def peer(x, y):
@@ -96,7 +106,7 @@ def ours(weights, path, x, y):
 def measure(functions, rounds):
     """Wall and CPU milliseconds of each function, taking turns."""
     times = {name: {"wall": [], "cpu": []} for name in functions}
-    for name, function in functions.items():
+    for function in functions.values():
         function(), function()
     for _ in range(rounds):
         for name, function in functions.items():
@@ -112,6 +122,7 @@ def main():
     parser.add_argument("--rounds", type=int, default=25)
     parser.add_argument("--paths", nargs="+", default=["auto", "fft"])
     parser.add_argument("--json", action="store_true")
+    parser.add_argument("--give-back", action="store_true", help="leave the memory allocator as it is")
     arguments = parser.parse_args()
     random = np.random.default_rng(0)
     x, y = (random.standard_normal((BATCH, POINTS, POINTS, c)).astype(np.float32) for c in (INPUTS, OUTPUTS))

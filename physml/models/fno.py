@@ -8,6 +8,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
@@ -244,7 +245,8 @@ class FourierBlock(nnx.Module):
         self.norms = nnx.List([normalization(config.norm, width) for _ in range(2)])
 
     def __call__(self, x: Float[Array, "width batch *space"]) -> Float[Array, "width batch *space"]:
-        x = self.enter(x)
+        # Three readers want x in three shapes; without the barrier XLA computes what makes x once for each of them.
+        x = jax.lax.optimization_barrier(self.enter(x))
         h = self.convolution(self.stabilize(x))
         if not self.preactivation:
             h = self.normalize(0, h)

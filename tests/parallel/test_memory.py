@@ -1,0 +1,40 @@
+"""Large blocks are reused: after the first call, a program touches no new pages."""
+
+import platform
+import subprocess
+import sys
+
+import pytest
+
+COUNT = """
+import resource, sys
+from physml.parallel.memory import keep_freed_memory
+assert "jax" not in sys.modules
+assert keep_freed_memory() is {keep}
+import jax, jax.numpy as jnp
+x = jnp.ones((4, 1 << 20))
+f = jax.jit(lambda x: jnp.cumsum(jnp.sort(x * 2, axis=1), axis=1).sum())
+f(x).block_until_ready()
+f(x).block_until_ready()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(5):
+    f(x).block_until_ready()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc only")
+def test_freed_memory_is_reused():
+    faults = {}
+    for keep, switch in ((True, "1"), (False, "0")):
+        environment = {"PHYSML_KEEP_MEMORY": switch, "JAX_PLATFORMS": "cpu", "PATH": ""}
+        run = subprocess.run(
+            [sys.executable, "-c", COUNT.format(keep=keep)],
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        assert run.returncode == 0, run.stderr
+        faults[keep] = int(run.stdout)
+    assert faults[True] < 0.2 * faults[False]

@@ -112,8 +112,9 @@ def _loop(run: "_Run", step: int, update, loader, score, journal: Journal, progr
             count = min(config.updates_per_call, run.total - step)
             with clock.waiting():
                 windows = [next(loader) for _ in range(count)]
-            placed = tuple(run.layout.place(window) for window in windows)
-            run.state, metrics = update(run.state, run.rest, run.key, placed)
+            placed = [run.layout.place(window) for window in windows]
+            placed += placed[-1:] * (config.updates_per_call - count)  # not used; keeps the call's shape
+            run.state, metrics = update(run.state, run.rest, run.key, tuple(placed), np.int32(count))
             before, step = step, step + count
             # The device works on this call while the host reads the numbers of the one before.
             report.later(before, count, metrics)

@@ -135,7 +135,8 @@ class TrainingConfig:
         epochs: passes over the training windows; rounded up to whole updates.
         batch: windows per update, over all devices and processes.
         accumulate: parts in which each batch is computed one after the other, to save memory.
-        updates_per_call: updates in one compiled call; the host is needed between calls only.
+        updates_per_call: updates in one compiled call; the host is needed between calls only. (XLA runs some gradients
+            of convolutions slowly inside loops on CPUs: with layers that are not of this package, try 1 there.)
         optimizer: see `OptimizerConfig`.
         average: decay of the moving average of the parameters, which is then what is validated and returned; 0: none.
             The decay of update t is at most (1 + t) / (10 + t), so that the first random weights are soon forgotten.
@@ -158,7 +159,7 @@ class TrainingConfig:
     epochs: float = 0.0
     batch: int = 16
     accumulate: int = 1
-    updates_per_call: int = 1
+    updates_per_call: int = 4
     optimizer: OptimizerConfig = OptimizerConfig()
     average: float = 0.0
     precision: Literal["float32", "bfloat16"] = "float32"

@@ -67,13 +67,14 @@ def initial_state(params: dict, transform: optax.GradientTransformation, config:
 def build_update(
     objective, parts: Parts, config: TrainingConfig, steps: int, sharding=None
 ) -> tuple[optax.GradientTransformation, Callable]:
-    """The optimizer of a run of `steps` updates, and `update(state, rest, key, windows) -> (state, metrics)`.
+    """The optimizer of a run of `steps` updates, and `update(state, rest, key, windows, count) -> (state, metrics)`.
 
     `update` is jitted, donates `state`, and leaves its results in `sharding` (where XLA likes, if None).
 
-    `windows` is a tuple of batches, one per update. Metrics have one row per update: loss, gradient (global norm),
-    good (whether both were finite), skipped (total so far), learning_rate and the objective's own.
-    An update whose loss or gradient is not finite changes nothing; with nonfinite="stop" nothing changes after it.
+    `windows` is a tuple of batches, one per update. The first `count` of them are used, so that the end of a run needs
+    no program of its own. Metrics have one row per update: loss, gradient (global norm), good (whether both were
+    finite), skipped (total so far), learning_rate and the objective's own. An update whose loss or gradient is not
+    finite changes nothing; with nonfinite="stop" nothing changes after it.
     """
     compute = jnp.bfloat16 if config.precision == "bfloat16" else None
     transform, rate = config.optimizer.build(steps), config.optimizer.rate(steps)
@@ -83,30 +84,32 @@ def build_update(
 
     gradient = functools.partial(_gradient, jax.value_and_grad(loss, has_aux=True), config.accumulate)
 
-    def one(state, window, rest, key):
+    def one(state, call, rest, key):
+        window, used = call
         key = jax.random.fold_in(key, state["step"])
         (value, aux), gradients = gradient(state["params"], rest, window, key)
         norm = optax.tree.norm(gradients)
         good = jnp.isfinite(value) & jnp.isfinite(norm)
-        accept = good & state["alive"]
+        accept = good & used & state["alive"]
         changes, optimizer = transform.update(gradients, state["optimizer"], state["params"])
         new = {"params": optax.apply_updates(state["params"], changes), "optimizer": optimizer}
         new["average"] = _averaged(state["average"], new["params"], state["step"], config.average)
         old = {name: state[name] for name in new}
         new = jax.tree.map(lambda a, b: jnp.where(accept, a, b), new, old)
-        new["step"] = state["step"] + 1
-        new["skipped"] = state["skipped"] + jnp.where(good, 0, 1)
-        new["alive"] = accept if config.nonfinite == "stop" else state["alive"]
+        new["step"] = state["step"] + used
+        new["skipped"] = state["skipped"] + (used & ~good)
+        new["alive"] = state["alive"] & (good | ~used) if config.nonfinite == "stop" else state["alive"]
         metrics = {"loss": value, "gradient": norm, "good": good, "skipped": new["skipped"]}
         metrics["learning_rate"] = jnp.asarray(rate(state["step"] - state["skipped"]), jnp.float32)
         return new, {**metrics, **aux}
 
-    def update(state, rest, key, windows):
+    def update(state, rest, key, windows, count):
         body = functools.partial(one, rest=rest, key=key)
         if len(windows) == 1:
-            state, metrics = body(state, windows[0])
+            state, metrics = body(state, (windows[0], count > 0))
             return state, jax.tree.map(lambda leaf: leaf[None], metrics)
-        return jax.lax.scan(body, state, jax.tree.map(lambda *leaves: jnp.stack(leaves), *windows))
+        stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *windows)
+        return jax.lax.scan(body, state, (stacked, jnp.arange(len(windows)) < count))
 
     return transform, jax.jit(update, donate_argnums=0, out_shardings=sharding)
 

@@ -89,7 +89,7 @@ def test_training_moves_gradients_not_activations(tiny):
             state = layout.replicate(initial_state(params, transform, config))
             windows = (layout.place(tiny.window(spec, batch=8)),) * config.updates_per_call
             key = layout.replicate(jax.random.key(0))
-            program = update.lower(state, layout.replicate(rest), key, windows).compile().as_text()
+            program = update.lower(state, layout.replicate(rest), key, windows, np.int32(1)).compile().as_text()
         assert "all-reduce" in program
         assert "all-gather" not in program
         assert "all-to-all" not in program

@@ -60,7 +60,7 @@ def config(**fields):
     optimizer = {"learning_rate": 1e-2, "clip": 1.0, **fields.pop("optimizer", {})}
     defaults = {
         "steps": 24, "batch": 8, "log_every": 1, "validate_every": 8, "checkpoint_every": 5, "average": 0.9,
-        "threads": 2,
+        "threads": 2, "updates_per_call": 1,
     }  # fmt: skip
     return TrainingConfig(**{**defaults, **fields}, optimizer=OptimizerConfig(**optimizer))
 

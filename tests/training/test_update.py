@@ -51,7 +51,7 @@ def test_one_update_is_one_optax_step_written_by_hand():
     loss, gradient = jax.value_and_grad(lambda p: problem.OBJECTIVE(parts.merge(p, rest), window, key)[0])(params)
     changes, _ = optimizer.update(gradient, optimizer.init(params), params)
     expected = optax.apply_updates(params, changes)
-    state, metrics = update(state, rest, key, (window,))
+    state, metrics = update(state, rest, key, (window,), 1)
     assert_allclose(metrics["loss"], [loss], rtol=1e-6)
     assert_allclose(metrics["gradient"], [optax.tree.norm(gradient)], rtol=1e-5)
     assert_allclose(metrics["learning_rate"], [1e-2], rtol=1e-6)
@@ -66,7 +66,7 @@ def test_average_tends_to_its_decay():
     parts, rest, state, update = start(average=0.5)
     history = []
     for i in range(12):
-        state, _ = update(state, rest, jax.random.key(0), (batch(i),))
+        state, _ = update(state, rest, jax.random.key(0), (batch(i),), 1)
         history.append((leaves(state["params"]), leaves(state["average"])))
     for old, new, weights in zip(history[-2][1], history[-1][1], history[-1][0], strict=True):
         assert_allclose(new, 0.5 * old + 0.5 * weights, rtol=1e-4, atol=1e-6)
@@ -77,22 +77,33 @@ def test_several_updates_in_one_call_are_several_calls():
     _, rest, single, update = start()
     losses = []
     for window in windows:
-        single, metrics = update(single, rest, jax.random.key(0), (window,))
+        single, metrics = update(single, rest, jax.random.key(0), (window,), 1)
         losses.append(float(metrics["loss"][0]))
     _, rest, scanned, update = start()
-    scanned, metrics = update(scanned, rest, jax.random.key(0), tuple(windows))
+    scanned, metrics = update(scanned, rest, jax.random.key(0), tuple(windows), len(windows))
     assert_allclose(metrics["loss"], losses, rtol=1e-5)
     assert int(scanned["step"]) == 4
     for a, b in zip(leaves(single), leaves(scanned), strict=True):
         assert_allclose(a, b, rtol=1e-4, atol=1e-6)
 
 
+def test_the_end_of_a_run_uses_a_part_of_a_call():
+    """Batches past `count` leave no trace, whatever they hold."""
+    _, rest, whole, update = start(nonfinite="stop")
+    whole, _ = update(whole, rest, jax.random.key(0), (batch(0), batch(1), batch(1)), 2)
+    _, rest, part, update = start(nonfinite="stop")
+    part, _ = update(part, rest, jax.random.key(0), (batch(0), batch(1), spoiled()), 2)
+    assert (int(part["step"]), int(part["skipped"]), bool(part["alive"])) == (2, 0, True)
+    for a, b in zip(leaves(whole), leaves(part), strict=True):
+        assert_array_equal(a, b)
+
+
 @pytest.mark.parametrize("parts", [2, 4])
 def test_accumulation_is_the_whole_batch(parts):
     _, rest, whole, update = start()
-    whole, expected = update(whole, rest, jax.random.key(0), (batch(),))
+    whole, expected = update(whole, rest, jax.random.key(0), (batch(),), 1)
     _, rest, state, update = start(accumulate=parts)
-    state, metrics = update(state, rest, jax.random.key(0), (batch(),))
+    state, metrics = update(state, rest, jax.random.key(0), (batch(),), 1)
     for name in ("loss", "gradient", "channel"):
         assert_allclose(metrics[name], expected[name], rtol=1e-5)
     for a, b in zip(leaves(whole["params"]), leaves(state["params"]), strict=True):
@@ -110,9 +121,9 @@ def test_a_bad_update_changes_nothing_and_the_next_goes_on(together):
     def train(windows):
         _, rest, state, update = start(nonfinite="skip")
         if together:
-            return update(state, rest, jax.random.key(0), tuple(windows))
+            return update(state, rest, jax.random.key(0), tuple(windows), len(windows))
         for window in windows:
-            state, metrics = update(state, rest, jax.random.key(0), (window,))
+            state, metrics = update(state, rest, jax.random.key(0), (window,), 1)
         return state, metrics
 
     state, metrics = train([batch(0), spoiled(), batch(2)])
@@ -129,10 +140,10 @@ def test_a_bad_update_changes_nothing_and_the_next_goes_on(together):
 
 def test_stop_freezes_everything_after_the_first_bad_update():
     _, rest, state, update = start(nonfinite="stop")
-    state, _ = update(state, rest, jax.random.key(0), (batch(0),))
+    state, _ = update(state, rest, jax.random.key(0), (batch(0),), 1)
     kept = leaves(state["params"])
-    state, _ = update(state, rest, jax.random.key(0), (spoiled(), batch(2)))
-    state, _ = update(state, rest, jax.random.key(0), (batch(3), batch(4)))
+    state, _ = update(state, rest, jax.random.key(0), (spoiled(), batch(2)), 2)
+    state, _ = update(state, rest, jax.random.key(0), (batch(3), batch(4)), 2)
     for a, b in zip(leaves(state["params"]), kept, strict=True):
         assert_array_equal(a, b)
 
@@ -149,7 +160,7 @@ def test_a_gradient_that_is_not_finite_is_caught_where_the_loss_is():
 
     stepper = DirectConfig().build(problem.SPEC, Root(), Normalizer.identity(problem.SPEC))
     _, rest, state, update = start(stepper)
-    state, metrics = update(state, rest, jax.random.key(0), (batch(),))
+    state, metrics = update(state, rest, jax.random.key(0), (batch(),), 1)
     assert np.isfinite(metrics["loss"]).all()
     assert not metrics["good"].any()
     assert float(state["params"]["model"]["scale"]) == 0
@@ -170,11 +181,11 @@ def test_bfloat16_computes_in_bfloat16_and_keeps_float32():
     stepper = problem.build_stepper()
     stepper.model = Spy(stepper.model)
     _, rest, state, update = start(stepper, precision="bfloat16")
-    state, metrics = update(state, rest, jax.random.key(0), (batch(),))
+    state, metrics = update(state, rest, jax.random.key(0), (batch(),), 1)
     assert seen[-1] == (jnp.bfloat16,) * 3
     assert {leaf.dtype.name for leaf in leaves((state["params"], state["average"]))} == {"float32"}
     _, rest, single, update = start()
-    _, expected = update(single, rest, jax.random.key(0), (batch(),))
+    _, expected = update(single, rest, jax.random.key(0), (batch(),), 1)
     assert_allclose(metrics["loss"], expected["loss"], rtol=2e-2)
     assert float(metrics["loss"][0]) != float(expected["loss"][0])
 
@@ -192,14 +203,14 @@ def test_the_update_is_traced_once():
     transform, update = build_update(Counting(), parts, config, 20)
     state = initial_state(params, transform, config)
     for i in range(5):
-        state, _ = update(state, rest, jax.random.key(0), (batch(i),))
+        state, _ = update(state, rest, jax.random.key(0), (batch(i),), 1)
     assert len(traces) == 1
 
 
 def test_the_callers_arrays_survive():
     stepper = problem.build_stepper()
     _, rest, state, update = start(stepper)
-    update(state, rest, jax.random.key(0), (batch(),))
+    update(state, rest, jax.random.key(0), (batch(),), 1)
     assert all(np.isfinite(leaf).all() for leaf in leaves(nnx.state(stepper)))
 
 

@@ -129,13 +129,12 @@ def _unroll(stepper, window: Window, key, steps: int, skip: int = 0, remat: bool
 
     start = window.context(0, history, key)
     if skip:
-        # Frozen parameters, not only a cut state: otherwise the backward pass would keep what it then throws away.
+        # Frozen parameters, not a cut state: a cut comes after the backward pass has stored what it then throws away.
         graphdef, variables = nnx.split(stepper)
         frozen = nnx.merge(graphdef, jax.lax.stop_gradient(variables))
         state = frozen.encode(window.frames[:, :history], start)
         advance = body(frozen)
         state, _ = jax.lax.scan(lambda state, step: (advance(state, step)[0], None), state, jnp.arange(skip))
-        state = jax.lax.stop_gradient(state)
     else:
         state = stepper.encode(window.frames[:, :history], start)
     _, frames = jax.lax.scan(body(stepper), state, jnp.arange(skip, steps))

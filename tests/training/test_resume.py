@@ -107,6 +107,22 @@ def test_second_signal_is_not_held_back(tmp_path):
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
+def test_the_best_before_the_stop_stays_the_best(tmp_path):
+    """Also its checkpoint and the patience that is used up."""
+    fields = {"steps": 20, "validate_every": 3, "monitor": "mine", "patience": 3, "keep": 1, "checkpoint_every": 0}
+    scores = iter([1.0, 2.0, 3.0, 4.0])
+
+    def validate(stepper):
+        return {"mine": next(scores)}
+
+    with pytest.raises(Interrupted):
+        train(tmp_path, fields, Trap(signal.SIGTERM, 7), validate=validate)
+    result = train(tmp_path, fields, validate=validate)
+    assert result.best == {"step": 3, "value": 1.0}
+    assert result.step == 12  # validations at 6, 9 and 12 were worse
+    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} >= {"3"}
+
+
 def test_checkpoints_move_between_layouts(tmp_path, uninterrupted):
     reference, fields, expected = uninterrupted
     with pytest.raises(Interrupted):

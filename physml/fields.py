@@ -19,7 +19,7 @@ from physml.errors import SpecError, suggest
 ArrayLike = jax.Array | np.ndarray  # what array arguments accept; `Float[ArrayLike, "..."]` in annotations
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Axis:
     """One spatial axis, in storage order.
 
@@ -43,6 +43,10 @@ class Axis:
 
     def __len__(self) -> int:
         return len(self.centers)
+
+    def __repr__(self) -> str:
+        span = f"{self.centers[0]:g}..{self.centers[-1]:g} {self.unit}".rstrip() if self.centers else ""
+        return f"Axis({self.name!r}, {len(self)} points, {span}{', periodic' if self.periodic else ''})"
 
     @property
     def spacing(self) -> float:

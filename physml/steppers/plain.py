@@ -95,6 +95,17 @@ class Direct(nnx.Module):
     def decode(self, state):
         return state[:, -1]
 
+    def __repr__(self) -> str:
+        spec, model = self.spec, type(self.model).__name__
+        count = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(self, nnx.Param)))
+        return (
+            f"{type(self).__name__}({model}, {count:,} parameters)\n"
+            f"  variables: {', '.join(spec.names)}\n  grid: {', '.join(map(repr, spec.grid.axes))}\n"
+            f"  history: {self.history}, time step: {spec.time_step:g} {spec.time_unit}".rstrip()
+        )
+
+    __str__ = __repr__
+
     def on_grid(self, grid: Grid) -> "Direct":
         """The same weights on another grid. Raises SpecError where the architecture does not allow it."""
         spec, model = self.spec.on(grid), self.model

@@ -179,23 +179,27 @@ def tucker_ranks(sizes: Sequence[int], rank: float) -> tuple[int, ...]:
     return tuple(max(int(np.round(size * high)), 1) for size in sizes)
 
 
+FFT_OPERATION, MOVED_NUMBER = 12.0, 35.0  # costs in units of one operation of a matrix product, see `prefers_matmul`
+
+
 def prefers_matmul(plan: Sequence[Band]) -> bool:
     """Whether the truncated transform as matrix products is the cheaper path for a grid.
 
-    Counts operations of both and weighs one of an FFT as `FFT_PENALTY` of a matrix product: FFTs are bound by memory
-    and stages, products run near the peak. The factor is measured on CPU (experiments/benchmarks/fno_speed.py); matrix
-    units of GPU and TPU only favor the products more.
+    Products run near the peak of a processor; an operation of an FFT costs `FFT_OPERATION` times as much, and each
+    number that goes in or out of a product (which may transpose it) `MOVED_NUMBER` times. The factors are fitted to
+    twelve grids in one to three dimensions on an AVX-512 CPU, whose winner they all predict; matrix units of GPU and
+    TPU favor products more.
     """
     points = math.prod(band.points for band in plan)
-    transform = 2.5 * points * math.log2(max(points, 2))
-    size, products = points, 0.0
+    size, products, moved = points, 0, 0
     for i, band in enumerate(reversed(plan)):
-        products += size * band.count * (4 if i == 0 else 8)  # real input, then complex
-        size = size // band.points * band.count
-    return products < FFT_PENALTY * transform
-
-
-FFT_PENALTY = 16.0
+        left = size // band.points * band.count
+        # The first product makes real numbers complex; the others are complex, as two real products and their sums.
+        products += (4 if i == 0 else 8) * size * band.count
+        moved += size + 2 * left if i == 0 else 2 * size + 4 * left
+        size = left
+    transform = 2.5 * points * math.log2(max(points, 2))
+    return products + MOVED_NUMBER * moved < FFT_OPERATION * transform
 
 
 def forward_matmul(

@@ -17,6 +17,7 @@ from physml.errors import ConfigError
 from physml.fields import ArrayLike, Signature
 from physml.layers.conditioning import append_positions, append_scalars
 from physml.layers.pointwise import ChannelMLP, Linear, gelu
+from physml.layers.sequence import apply_in_turn
 from physml.layers.spectral import SpectralConvolution
 
 
@@ -90,9 +91,7 @@ class ClassicFNO(nnx.Module):
     def __call__(
         self, fields: Float[ArrayLike, "batch *space inputs"], scalars: Float[ArrayLike, "batch scalars"]
     ) -> Float[Array, "batch *space outputs"]:
-        hidden = self.pad(self.lift(fields, scalars))
-        for block in self.blocks:
-            hidden = (nnx.remat(ClassicBlock.__call__) if self.config.remat else ClassicBlock.__call__)(block, hidden)
+        hidden = apply_in_turn(self.blocks, self.pad(self.lift(fields, scalars)), remat=self.config.remat)
         return self.project(self.crop(hidden, fields.shape[1:-1])).astype(fields.dtype)
 
     def lift(self, fields, scalars):

@@ -8,7 +8,6 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
@@ -17,6 +16,7 @@ from physml.errors import ConfigError
 from physml.fields import ArrayLike, Signature
 from physml.layers.conditioning import append_positions, append_scalars
 from physml.layers.pointwise import ChannelMLP, activation, gelu, normalization, skip_connection
+from physml.layers.sequence import apply_in_turn
 from physml.layers.spectral import SpectralConvolution, kept_modes, tucker_ranks
 
 Skip = Literal["linear", "identity", "soft-gating", "none"]
@@ -187,9 +187,7 @@ class FNO(nnx.Module):
     def __call__(
         self, fields: Float[ArrayLike, "batch *space inputs"], scalars: Float[ArrayLike, "batch scalars"]
     ) -> Float[Array, "batch *space outputs"]:
-        hidden = self.pad(self.lift(fields, scalars))
-        for block in self.blocks:
-            hidden = (nnx.remat(FourierBlock.__call__) if self.config.remat else FourierBlock.__call__)(block, hidden)
+        hidden = apply_in_turn(self.blocks, self.pad(self.lift(fields, scalars)), remat=self.config.remat)
         return self.project(self.crop(hidden, fields.shape[1:-1])).astype(fields.dtype)
 
     def lift(self, fields, scalars):
@@ -245,8 +243,7 @@ class FourierBlock(nnx.Module):
         self.norms = nnx.List([normalization(config.norm, width) for _ in range(2)])
 
     def __call__(self, x: Float[Array, "width batch *space"]) -> Float[Array, "width batch *space"]:
-        # Three readers want x in three shapes; without the barrier XLA computes what makes x once for each of them.
-        x = jax.lax.optimization_barrier(self.enter(x))
+        x = self.enter(x)
         h = self.convolution(self.stabilize(x))
         if not self.preactivation:
             h = self.normalize(0, h)

@@ -178,3 +178,19 @@ def test_configs_are_hashable_and_replaceable():
     for name in MODELS:
         config = config_of(name)
         assert hash(config) == hash(dataclasses.replace(config))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_blocks_in_a_loop_are_blocks_in_turn(name):
+    """Evaluation runs equal blocks in a loop, differentiation does not: both must be one function."""
+    model, (fields, scalars) = build(name, {"depth": 4}), inputs_of()
+    value = run(model, fields, scalars)
+    differentiated = nnx.jit(lambda m, f, s: jax.vjp(lambda f: m(f, s), f)[0])(model, fields, scalars)
+    np.testing.assert_allclose(value, differentiated, rtol=1e-4, atol=1e-5)
+    direction = np.ones_like(fields)
+    _, slope = nnx.jit(lambda m, f, s: jax.jvp(lambda f: m(f, s), (f,), (direction,)))(model, fields, scalars)
+    step = 1e-2
+    secant = (run(model, fields + step * direction, scalars) - run(model, fields - step * direction, scalars)) / (
+        2 * step
+    )
+    np.testing.assert_allclose(slope, secant, atol=2e-3 + 0.02 * np.abs(secant).max())

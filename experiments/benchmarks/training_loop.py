@@ -1,11 +1,11 @@
 """What does the training loop cost on top of its compiled update?
 
-python experiments/benchmarks/training_loop.py [--points 64 --width 32 --modes 16 --batch 16 --steps 48 --rounds 3]
+python experiments/benchmarks/training_loop.py [--points 64 --width 32 --modes 16 --batch 16 --steps 96 --rounds 3]
 
 The bare update runs on one batch that stays on the device, and is waited for once per `steps`. The whole loop reads and
-shuffles windows, places them, records every step, and saves a checkpoint every 24 steps. Both run in turn in one
+shuffles windows, places them, records every step, and saves a checkpoint every 48 steps. Both run in turn in one
 process; the ratio of the median times per step should be at most 1.10. Seconds of processor time are given too: they
-tell the same story on a machine that others use. About 5 minutes on 2 cores.
+tell the same story on a machine that others use. About 4 minutes on 2 cores.
 """
 
 # ruff: noqa: E402
@@ -106,14 +106,14 @@ def per_step(start, end, steps: int) -> tuple[float, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    for name, value in (("points", 64), ("width", 32), ("modes", 16), ("batch", 16), ("steps", 48), ("rounds", 3)):
+    for name, value in (("points", 64), ("width", 32), ("modes", 16), ("batch", 16), ("steps", 96), ("rounds", 3)):
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--updates-per-call", type=int, default=4)
     options = parser.parse_args()
     layout = Layout()
     dataset, stepper = problem(options.points, options.width, options.modes)
     config = TrainingConfig(
-        steps=options.steps, batch=options.batch, log_every=1, checkpoint_every=24, average=0.999,
+        steps=options.steps, batch=options.batch, log_every=1, checkpoint_every=48, average=0.999,
         updates_per_call=options.updates_per_call, optimizer=OptimizerConfig(weight_decay=1e-4, clip=1.0),
     )  # fmt: skip
     measure = bare(stepper, dataset, config, layout)

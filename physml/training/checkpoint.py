@@ -127,20 +127,31 @@ class Checkpoints:
 def fingerprints(tree: Any) -> dict[str, int]:
     """A number per array that changes with any change of its bits; the same under every layout."""
     named = _named(tree)
-    numbers = jax.device_get([_fingerprint(leaf) for _, leaf in named])
-    return {name: int(number) for (name, _), number in zip(named, numbers, strict=True)}
+    # Large arrays are summed where they are; small ones on the host, or each shape would have to be compiled.
+    large = {name: _sum_on_device(leaf) for name, leaf in named if leaf.nbytes >= 2**20}
+    small = {name: leaf for name, leaf in named if name not in large}
+    large, small = jax.device_get((large, small))
+    numbers = {**large, **{name: _weighted_sum(_words(leaf), np) for name, leaf in small.items()}}
+    return {name: int(numbers[name]) for name, _ in named}
 
 
 @jax.jit
-def _fingerprint(leaf):
-    # Files carry no checksum of the arrays. Odd weights modulo 2^32: no change of a single word can cancel.
+def _sum_on_device(leaf):
     if leaf.dtype == bool:
-        words = leaf.astype(jnp.uint32)
-    else:
-        unsigned = {1: jnp.uint8, 2: jnp.uint16}.get(leaf.dtype.itemsize, jnp.uint32)
-        words = jax.lax.bitcast_convert_type(leaf, unsigned).astype(jnp.uint32)
-    words = words.reshape(-1)
-    return jnp.sum(words * (2 * jnp.arange(words.size, dtype=jnp.uint32) + 1), dtype=jnp.uint32)
+        return _weighted_sum(leaf.astype(jnp.uint32).reshape(-1), jnp)
+    unsigned = {1: jnp.uint8, 2: jnp.uint16}.get(leaf.dtype.itemsize, jnp.uint32)
+    return _weighted_sum(jax.lax.bitcast_convert_type(leaf, unsigned).astype(jnp.uint32).reshape(-1), jnp)
+
+
+def _words(leaf: np.ndarray) -> np.ndarray:
+    leaf = np.ascontiguousarray(leaf)
+    return leaf.view(f"u{min(leaf.dtype.itemsize, 4)}").reshape(-1).astype(np.uint32)
+
+
+def _weighted_sum(words, np_or_jnp):
+    # Files carry no checksum of the arrays. Odd weights modulo 2^32: no change of a single word can cancel.
+    weights = 2 * np_or_jnp.arange(words.size, dtype=np.uint32) + np.uint32(1)
+    return np_or_jnp.sum(words * weights, dtype=np.uint32)
 
 
 def check_fits(saved: dict[str, tuple], expected: dict[str, tuple], where: Any) -> None:

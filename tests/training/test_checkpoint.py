@@ -149,6 +149,14 @@ def test_fingerprints_see_every_bit_and_no_layout(dtype):
     assert fingerprints({"a": array[::-1]}) != before
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8", "bool"])
+def test_large_and_small_arrays_share_one_fingerprint(dtype):
+    from physml.training.checkpoint import _sum_on_device
+
+    array = jnp.asarray(np.random.default_rng(1).integers(0, 100, (7, 5))).astype(dtype)
+    assert fingerprints({"a": array})["a"] == int(_sum_on_device(array))
+
+
 def test_nothing_but_damage_is_an_error(saved):
     for step in ("2", "3"):
         damage_truncate(saved / step)

@@ -16,7 +16,6 @@ from physml.fields import ArrayLike, Signature
 from physml.layers.conditioning import append_positions, append_scalars
 from physml.layers.convolution import Convolution
 from physml.layers.pointwise import GroupNorm, activation
-from physml.layers.sequence import apply_in_turn
 
 
 @dataclass(frozen=True)
@@ -96,7 +95,8 @@ class ResNet(nnx.Module):
             inputs = append_positions(inputs)
         wide = jnp.promote_types(inputs.dtype, jnp.float32)
         x = self.first(inputs.astype(wide if self.config.dtype == "float32" else jnp.bfloat16))
-        x = apply_in_turn(self.blocks, x, remat=self.config.remat)
+        for block in self.blocks:
+            x = (nnx.remat(ResidualBlock.__call__) if self.config.remat else ResidualBlock.__call__)(block, x)
         return self.last(self.activate(x)).astype(fields.dtype)
 
 

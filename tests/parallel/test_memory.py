@@ -12,8 +12,9 @@ from physml.parallel.memory import keep_freed_memory
 assert "jax" not in sys.modules
 assert keep_freed_memory() is {keep}
 import jax, jax.numpy as jnp
-x = jnp.ones((4, 1 << 20))
-f = jax.jit(lambda x: jnp.cumsum(jnp.sort(x * 2, axis=1), axis=1).sum())
+x = jnp.ones((1 << 16, 64))
+w = jnp.ones((64, 64)) / 64
+f = jax.jit(jax.grad(lambda x: jnp.sum(jnp.tanh(jnp.tanh(jnp.tanh(x @ w) @ w) @ w))))
 f(x).block_until_ready()
 f(x).block_until_ready()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt

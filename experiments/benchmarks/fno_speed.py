@@ -2,7 +2,7 @@
 
 python experiments/benchmarks/fno_speed.py          needs the extra `peers`; one minute on two cores
 
-FNO in 2-D: 64 x 64 points, width 32, 16 modes, 4 blocks, batch 16, float32, two threads. Forward pass and AdamW training
+FNO in 2-D: 64 x 64 points, width 32, 16 modes, 4 blocks, batch 16, float32, 2 threads. Forward pass and AdamW training
 step of both libraries take turns, so that other load on the machine hits them alike; reported are medians, the ratio of
 medians, and the median of the ratios of neighboring runs. CPU time counts all threads and depends less on other load.
 Expected: forward at most 0.6 of PyTorch's time, step at most 0.8. `--give-back` leaves the memory allocator as it is.
@@ -20,7 +20,7 @@ os.environ.setdefault("OMP_NUM_THREADS", str(THREADS))
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # waiting threads of PyTorch must not take the cores from XLA
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
-from physml.parallel.memory import keep_freed_memory
+from physml.parallel.memory import keep_freed_memory  # noqa: E402
 
 if "--give-back" not in sys.argv:
     keep_freed_memory()  # as the command line does

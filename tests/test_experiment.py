@@ -8,7 +8,8 @@ import pytest
 from physml.errors import ConfigError
 from physml.experiment import Evaluation, Experiment, load_experiment, to_yaml
 
-FILES = sorted(path for path in (Path(__file__).parents[1] / "experiments").glob("*.py") if "config = " in path.read_text())
+EXPERIMENTS = Path(__file__).parents[1] / "experiments"
+FILES = sorted(path for path in EXPERIMENTS.glob("*.py") if "config = Experiment" in path.read_text())
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)

@@ -1,0 +1,48 @@
+"""What the README shows works as it stands there, at a size that suits a test."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from physml.data.generate import generate
+from physml.solvers import make_solver
+
+ROOT = Path(__file__).parents[1]
+SMALL = {"solver_points": 32, "substeps": 4, "warmup": 0.0, "precision": "float32"}
+OVERRIDES = [
+    "data.points=16", "data.trajectories={train: 2, valid: 1, test: 1}", "data.steps=6", "data.test_steps=8",
+    f"data.options={SMALL}", "model.width=4", "model.modes=[8]", "training.steps=2", "training.batch=4",
+    "evaluation.steps=3", "evaluation.starts=1",
+]  # fmt: skip
+
+
+def test_the_python_example_runs(tmp_path, monkeypatch):
+    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    replacements = {
+        '"experiments/demo.py"': repr(str(ROOT / "experiments/demo.py")),
+        '["training.steps=500"]': repr(OVERRIDES),
+        "steps=200": "steps=3",
+    }
+    for old, new in replacements.items():
+        assert old in block, f"{old} is gone from the README: adapt this test"
+        block = block.replace(old, new)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PHYSML_CACHE", str(tmp_path / "cache"))
+    generate(make_solver("kolmogorov", points=16, time_step=0.2, **SMALL), tmp_path / "kolmogorov.nc", 1, steps=5)
+    exec(compile(block, "README.md", "exec"), {})
+    assert (tmp_path / "report.html").is_file()
+
+
+@pytest.mark.parametrize("link", sorted(set(re.findall(r"\]\(([^)#]+)\)", (ROOT / "README.md").read_text()))))
+def test_links_lead_somewhere(link):
+    assert "://" in link or (ROOT / link).exists()
+
+
+def test_commands_of_the_readme_exist():
+    from physml import cli
+
+    words = re.findall(r"^physml (\w+)(?: (\w+))?", (ROOT / "README.md").read_text(), re.MULTILINE)
+    assert words
+    for verb, second in words:
+        assert verb in cli.VERBS or (verb == "data" and second in cli.DATA_VERBS)

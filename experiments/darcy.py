@@ -31,7 +31,7 @@ config = Experiment(
     ),
     model=FNOConfig(width=24, modes=(16, 16), depth=4),
     stepper=DirectConfig(history=0),
-    objective=OneStep(loss=H1()),
+    objective=OneStep(loss=H1(boundary="periodic")),
     training=TrainingConfig(
         epochs=300,
         batch=8,

@@ -26,11 +26,11 @@ config = Experiment(
         valid=("2008", "2008"),
         test=("2009", "2010"),
     ),
-    model=ResNetConfig(width=48, depth=4, boundary="zero", positions=True),
+    model=ResNetConfig(width=48, depth=4, boundary="zero", positions=True, dropout=0.1),
     stepper=ResidualConfig(history=2, calendar=True),
     objective=Unrolled(steps=2, discount=0.5),
     training=TrainingConfig(
-        epochs=40,
+        epochs=30,
         batch=32,
         optimizer=OptimizerConfig(learning_rate=2e-3, weight_decay=1e-2, clip=1.0, warmup=0.05),
         average=0.99,

@@ -255,7 +255,7 @@ class Models(Common):
         from physml.models import MODELS
 
         if self.name is None:
-            rows = {name: _first_line(config) for name, config in MODELS.items()}
+            rows = {name: _first_line(sys.modules[config.__module__]) for name, config in MODELS.items()}
             return {"models": rows, "families that `physml convert` reads": sorted(FAMILIES)}
         if self.name not in MODELS:
             raise ConfigError(f"There is no model {self.name!r}." + suggest(self.name, MODELS))

@@ -20,7 +20,11 @@ State = Any  # any pytree: recent frames, a Gaussian, latent vectors, ...
 
 @runtime_checkable
 class Model(Protocol):
-    """An nnx.Module from normalized fields to normalized fields."""
+    """An nnx.Module from normalized fields to normalized fields.
+
+    A model with an attribute `dropout` above zero is also given `key=` (the step's PRNG key, or None); it draws from it
+    between `train()` and `eval()` only.
+    """
 
     def __call__(
         self, fields: Float[ArrayLike, "batch *space inputs"], scalars: Float[ArrayLike, "batch scalars"]

@@ -7,6 +7,7 @@ Residual blocks: He et al. 2016, arXiv:1603.05027 (pre-activation order). Dilate
 from dataclasses import dataclass
 from typing import Literal
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
@@ -31,6 +32,8 @@ class ResNetConfig:
         activation: inside the blocks.
         norm: "group_norm" standardizes each sample at the start of a block.
         positions: append the coordinates of every point, in [0, 1), to the input.
+        dropout: share of the channels that a block leaves out of its sum in training, drawn for each sample (Tompson et
+            al. 2015, arXiv:1411.4280).
         remat: recompute each block in the backward pass.
         dtype: of the hidden fields; parameters stay float32.
     """
@@ -43,12 +46,15 @@ class ResNetConfig:
     activation: str = "gelu"
     norm: Literal["none", "group_norm"] = "none"
     positions: bool = False
+    dropout: float = 0.0
     remat: bool = False
     dtype: Literal["float32", "bfloat16"] = "float32"
 
     def __post_init__(self):
         if min(self.width, self.depth, *self.dilations, len(self.dilations)) < 1:
             raise ConfigError(f"Sizes must be positive, but {self} was given.")
+        if not 0 <= self.dropout < 1:
+            raise ConfigError(f"dropout is {self.dropout}, but it is a share of the channels: 0 or more and below 1.")
         for name, valid in (
             ("boundary", ("zero", "replicate", "reflect")),
             ("norm", ("none", "group_norm")),
@@ -79,6 +85,7 @@ class ResNet(nnx.Module):
         if not 1 <= ndim <= 3:
             raise ConfigError(f"resnet needs one to three spatial axes, but the grid has {ndim}.")
         self.config, self.signature = config, signature
+        self.dropout, self.deterministic = config.dropout, True  # `train()` and `eval()` switch `deterministic`
         boundaries = ["periodic" if periodic else config.boundary for periodic in signature.grid.periodic]
         inputs = signature.inputs + signature.scalars + ndim * config.positions
         self.first = Convolution(inputs, config.width, config.kernel, boundaries, rngs=rngs)
@@ -88,20 +95,30 @@ class ResNet(nnx.Module):
         self.last = Convolution(config.width, signature.outputs, config.kernel, boundaries, rngs=rngs)
 
     def __call__(
-        self, fields: Float[ArrayLike, "batch *space inputs"], scalars: Float[ArrayLike, "batch scalars"]
+        self, fields: Float[ArrayLike, "batch *space inputs"], scalars: Float[ArrayLike, "batch scalars"], key=None
     ) -> Float[Array, "batch *space outputs"]:
+        """`key`, a typed PRNG key, draws what is dropped; without one, or after `eval()`, nothing is."""
         inputs = append_scalars(fields, scalars)
         if self.config.positions:
             inputs = append_positions(inputs)
         wide = jnp.promote_types(inputs.dtype, jnp.float32)
         x = self.first(inputs.astype(wide if self.config.dtype == "float32" else jnp.bfloat16))
-        for block in self.blocks:
-            x = (nnx.remat(ResidualBlock.__call__) if self.config.remat else ResidualBlock.__call__)(block, x)
+        apply = nnx.remat(ResidualBlock.__call__) if self.config.remat else ResidualBlock.__call__
+        for i, block in enumerate(self.blocks):
+            x = apply(block, x, self._kept(x, key, i))
         return self.last(self.activate(x)).astype(fields.dtype)
+
+    def _kept(self, x, key, block: int):
+        """Factors `(batch, 1, ..., channel)` of a block's channels, mean one; None where all are kept."""
+        if key is None or self.deterministic or not self.dropout:
+            return None
+        shape = (x.shape[0], *(1,) * (x.ndim - 2), x.shape[-1])
+        kept = jax.random.bernoulli(jax.random.fold_in(key, block), 1 - self.dropout, shape)
+        return kept.astype(x.dtype) / (1 - self.dropout)
 
 
 class ResidualBlock(nnx.Module):
-    """`x + conv(act(conv(act(norm(x)))))`."""
+    """`x + kept * conv(act(conv(act(norm(x)))))`."""
 
     def __init__(self, config: ResNetConfig, boundaries: list[str], dilation: int, *, rngs: nnx.Rngs):
         self.activate = activation(config.activation)
@@ -111,6 +128,7 @@ class ResidualBlock(nnx.Module):
             for _ in range(2)
         )
 
-    def __call__(self, x: Float[Array, "batch *space width"]) -> Float[Array, "batch *space width"]:
+    def __call__(self, x: Float[Array, "batch *space width"], kept=None) -> Float[Array, "batch *space width"]:
         h = x if self.norm is None else jnp.moveaxis(self.norm(jnp.moveaxis(x, -1, 0)), 0, -1)
-        return x + self.second(self.activate(self.first(self.activate(h))))
+        change = self.second(self.activate(self.first(self.activate(h))))
+        return x + (change if kept is None else kept * change)

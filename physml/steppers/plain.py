@@ -82,7 +82,8 @@ class Direct(nnx.Module):
         config = self.config
         fields, scalars = pack(state, context, self.normalizer, self.history, config.calendar, config.lead)
         previous = state[:, -1]
-        frame = self.predict(previous, self.model(fields, scalars))
+        random = {"key": context.key} if getattr(self.model, "dropout", 0) else {}
+        frame = self.predict(previous, self.model(fields, scalars, **random))
         if context.mask is not None:
             frame = jnp.where(context.mask > 0, frame, 0)  # not a product: the network may say NaN on land
         for constraint in self.constraints or ():

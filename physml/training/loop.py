@@ -330,7 +330,8 @@ class _Report:
         for row in range(count):
             self._row(before + row + 1, jax.tree.map(lambda a, row=row: a[row], metrics))
         rate, wait = self.clock.rate, self.clock.wait
-        self.progress.update(before + count, self.run.total, loss=float(metrics["loss"][-1]), rate=rate, wait=wait)
+        shown = {"loss": float(metrics["loss"][-1]), "samples/s": rate, "waiting": f"{wait or 0:.0%}"}
+        self.progress.update(before + count, self.run.total, **shown)
         if (wait or 0) > 0.2 and not self.hinted:
             self.hinted = True
             self.progress.message(

@@ -80,7 +80,9 @@ def build_update(
     transform, rate = config.optimizer.build(steps), config.optimizer.rate(steps)
 
     def loss(params, rest, window, key):
-        return objective(parts.merge(params, rest, compute), window, key)
+        stepper = parts.merge(params, rest, compute)
+        stepper.train()  # dropout on
+        return objective(stepper, window, key)
 
     gradient = functools.partial(_gradient, jax.value_and_grad(loss, has_aux=True), config.accumulate)
 
@@ -126,9 +128,10 @@ class _InPrecision(nnx.Module):
     def __init__(self, model, dtype):
         self.model = model
         self.dtype = dtype
+        self.dropout = getattr(model, "dropout", 0.0)
 
-    def __call__(self, fields, scalars):
-        return self.model(fields.astype(self.dtype), scalars.astype(self.dtype)).astype(fields.dtype)
+    def __call__(self, fields, scalars, **options):
+        return self.model(fields.astype(self.dtype), scalars.astype(self.dtype), **options).astype(fields.dtype)
 
 
 def _gradient(value_and_grad, parts: int, params, rest, window: Window, key):

@@ -1,5 +1,7 @@
 """What is particular to the residual network: it sees a stated distance, and boundaries are those of the grid."""
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -60,3 +62,23 @@ def test_even_kernels_and_unknown_boundaries_are_refused():
         build(boundary="mirror")
     with pytest.raises(ConfigError, match="Did you mean 'periodic'"):
         Convolution(1, 1, 3, ["periodical"], rngs=nnx.Rngs(0))
+
+
+def test_dropout_acts_in_training_only_and_keeps_the_mean():
+    grid = Grid((Axis.uniform("x", 12),))
+    model = ResNetConfig(width=16, depth=2, dropout=0.25).build(Signature(grid, 1, 0, 1), nnx.Rngs(0))
+    x, none = jax.random.normal(jax.random.key(0), (2, 12, 1)), jnp.zeros((2, 0))
+    plain, key = model(x, none), jax.random.key(1)
+    np.testing.assert_array_equal(model(x, none, key=key), plain)
+    model.train()
+    dropped = model(x, none, key=key)
+    assert float(jnp.abs(dropped - plain).max()) > 1e-4
+    np.testing.assert_array_equal(model(x, none, key=key), dropped)
+    np.testing.assert_array_equal(model(x, none), plain)
+    hidden = jnp.ones((2000, 12, 16))
+    kept = model._kept(hidden, key, 0)
+    assert kept.shape == (2000, 1, 16)  # whole channels of a sample
+    np.testing.assert_allclose(kept.mean(), 1.0, atol=0.02)
+    np.testing.assert_allclose((kept == 0).mean(), 0.25, atol=0.02)
+    model.eval()
+    np.testing.assert_array_equal(model(x, none, key=key), plain)

@@ -10,9 +10,14 @@ from flax import nnx
 from numpy.testing import assert_allclose, assert_array_equal
 
 from physml.errors import ConfigError
-from physml.fields import stack
-from physml.steppers import DirectConfig
-from physml.training.update import build_update, initial_state, split
+from physml.fields import Axis, Channel, Grid, Spec, Window, stack
+from physml.models import ResNetConfig
+from physml.normalize import Normalizer
+from physml.objectives import Unrolled
+from physml.saving import build_stepper
+from physml.steppers import DirectConfig, ResidualConfig
+from physml.training import TrainingConfig
+from physml.training.update import build_loss, build_update, initial_state, split
 
 
 def batch(number=0, size=8):
@@ -233,3 +238,18 @@ def test_nothing_to_train_and_batch_statistics_are_refused():
         split(DirectConfig().build(problem.SPEC, Fixed(), identity))
     with pytest.raises(ConfigError, match="batch statistics"):
         split(DirectConfig().build(problem.SPEC, Batchy(), identity))
+
+
+def test_dropout_draws_in_updates_and_rests_in_validation():
+    spec = Spec(Grid((Axis.uniform("x", 8),)), (Channel("u"),))
+    window = Window.of(np.random.default_rng(0).standard_normal((4, 3, 8, 1)).astype(np.float32), spec)
+    model = ResNetConfig(width=8, depth=1, dropout=0.3)
+    stepper = build_stepper(ResidualConfig(), model, spec, Normalizer.identity(spec))
+    config = TrainingConfig(updates_per_call=1)
+    parts, params, rest = split(stepper)
+    transform, update = build_update(Unrolled(steps=2), parts, config, 4)
+    keys = jax.random.key(0), jax.random.key(1)
+    drawn = [update(initial_state(params, transform, config), rest, key, (window,), 1)[1]["loss"] for key in keys]
+    assert float(drawn[0][0]) != float(drawn[1][0])
+    loss = build_loss(Unrolled(steps=2), parts, config)
+    assert_array_equal(*(loss(params, rest, window, key)[0] for key in keys))

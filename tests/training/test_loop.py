@@ -88,7 +88,7 @@ def test_progress_and_tracker_see_the_run(trained):
     result, _, watch, tracker = trained
     assert "ompiling" in watch.messages[0]
     assert watch.updates[-1][:2] == (60, 60)
-    assert set(watch.updates[-1][2]) == {"loss", "rate", "wait"}
+    assert set(watch.updates[-1][2]) == {"loss", "samples/s", "waiting"}
     assert_allclose(watch.updates[-1][2]["loss"], losses(result)[-1])
     assert tracker.calls[0][0] == "start"
     assert tracker.calls[-1] == ("finish",)

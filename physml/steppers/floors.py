@@ -107,14 +107,15 @@ class LinearInverseConfig:
     Attributes:
         modes: EOFs kept (at most the number of cells or training frames).
         lags: frames that go in.
-        ridge: added to the predictors' covariance, in units of their mean variance.
+        ridge: added to the predictors' covariance, in units of their mean variance. The default gave the lowest errors
+            of sea level pressure in a validation year.
         rank: directions kept while streaming; the EOFs are exact when cells x channels do not exceed it.
         climatology: what the anomalies refer to.
     """
 
     modes: int = 40
     lags: int = 2
-    ridge: float = 1.5e-3
+    ridge: float = 2e-2
     rank: int = 1024
     climatology: ClimatologyConfig = ClimatologyConfig()
 

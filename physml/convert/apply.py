@@ -41,41 +41,46 @@ def rule(target: str, *sources: str, change: Callable[..., np.ndarray] = same) -
 
 def parameters(model: nnx.Module) -> dict[str, nnx.Variable]:
     """The trained parameters of a model by dotted path."""
-    state = nnx.state(model, nnx.Param)
+    return _by_path(nnx.state(model, nnx.Param))
+
+
+def _by_path(state) -> dict[str, nnx.Variable]:
     return {".".join(map(str, path)): variable for path, variable in nnx.to_flat_state(state)}
 
 
 def fill(
     model: nnx.Module, tensors: Mapping[str, np.ndarray], rules: Sequence[Rule], *, ignored: Sequence[str] = ()
 ) -> None:
-    """Sets every parameter of `model` from `tensors`, in place.
+    """Sets every parameter and running statistic of `model` from `tensors`, in place.
 
-    `ignored` are foreign tensors that the model has no use for. Raises ConversionError with at most ten rows when a
+    Other variables (buffers) are set where a rule names them, and keep what they were built with elsewhere. `ignored`
+    are foreign tensors that the model has no use for. Raises ConversionError with at most ten rows when a
     tensor is missing or left over, a parameter stays empty, a shape differs, or a number is not finite.
     """
     tensors = {name: value for name, value in tensors.items() if name != "_metadata"}
-    wanted, used, rows, values = parameters(model), set(ignored), [], {}
+    state = nnx.state(model, nnx.Variable)
+    known, used, rows, values = _by_path(state), set(ignored), [], {}
+    wanted = [name for name, variable in known.items() if isinstance(variable, nnx.Param | nnx.BatchStat)]
     for item in rules:
         used |= set(item.sources)
         missing = [name for name in item.sources if name not in tensors]
         if missing:
             rows += [f"missing: {name} (for {item.target})" for name in missing]
-        elif item.target not in wanted:
+        elif item.target not in known:
             rows.append(f"no such parameter: {item.target} (for {', '.join(item.sources)})")
         else:
-            rows += _convert(item, tensors, wanted[item.target].shape, values)
+            rows += _convert(item, tensors, known[item.target].shape, values)
     rows += [f"unexpected: {name} {np.shape(tensors[name])}" for name in tensors if name not in used]
     filled = {item.target for item in rules}
-    rows += [f"not filled: {name} {variable.shape}" for name, variable in wanted.items() if name not in filled]
+    rows += [f"not filled: {name} {known[name].shape}" for name in wanted if name not in filled]
     if rows:
         more = f"\n  and {len(rows) - ROWS} more" if len(rows) > ROWS else ""
         raise ConversionError(
             f"The weights do not fit the model ({len(rows)} differences):\n  " + "\n  ".join(rows[:ROWS]) + more + "\n"
             "Check that the config is the one the weights were trained with."
         )
-    state = nnx.state(model, nnx.Param)
-    for path, variable in nnx.to_flat_state(state):
-        variable[...] = jnp.asarray(values[".".join(map(str, path))])
+    for name, value in values.items():
+        known[name][...] = jnp.asarray(value)
     nnx.update(model, state)
 
 

@@ -119,25 +119,33 @@ def _unroll(stepper, window: Window, key, steps: int, skip: int = 0, remat: bool
             "Cut windows of `objective.frames(stepper.history)` frames."
         )
 
-    def body(stepper):
-        def advance(state, step):
+    graphdef, running, variables = nnx.split(stepper, nnx.BatchStat, ...)
+
+    def body(variables):
+        def advance(carry, step):
+            state, running = carry
+            current = nnx.merge(graphdef, running, variables)
             step_key = None if key is None else jax.random.fold_in(key, step)
-            state = stepper.advance(state, window.context(step, history, step_key))
-            return state, stepper.decode(state)
+            state = current.advance(state, window.context(step, history, step_key))
+            return (state, nnx.state(current, nnx.BatchStat)), current.decode(state)
 
         return jax.checkpoint(advance) if remat else advance
+
+    def encode(variables):
+        return nnx.merge(graphdef, running, variables).encode(window.frames[:, :history], start)
 
     start = window.context(0, history, key)
     if skip:
         # Frozen parameters, not a cut state: a cut comes after the backward pass has stored what it then throws away.
-        graphdef, variables = nnx.split(stepper)
-        frozen = nnx.merge(graphdef, jax.lax.stop_gradient(variables))
-        state = frozen.encode(window.frames[:, :history], start)
+        frozen = jax.lax.stop_gradient(variables)
         advance = body(frozen)
-        state, _ = jax.lax.scan(lambda state, step: (advance(state, step)[0], None), state, jnp.arange(skip))
+        carry = encode(frozen), running
+        carry, _ = jax.lax.scan(lambda carry, step: (advance(carry, step)[0], None), carry, jnp.arange(skip))
     else:
-        state = stepper.encode(window.frames[:, :history], start)
-    _, frames = jax.lax.scan(body(stepper), state, jnp.arange(skip, steps))
+        carry = encode(variables), running
+    (_, running), frames = jax.lax.scan(body(variables), carry, jnp.arange(skip, steps))
+    if jax.tree.leaves(running):
+        nnx.update(stepper, running)  # batch normalization in training mode has moved them
     return jnp.moveaxis(frames, 0, 1)
 
 

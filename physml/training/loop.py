@@ -21,7 +21,7 @@ from physml.training.checkpoint import Checkpoints
 from physml.training.interrupt import Signals
 from physml.training.journal import Journal
 from physml.training.optimizers import TrainingConfig
-from physml.training.update import build_loss, build_update, initial_state, split
+from physml.training.update import Parts, build_loss, build_update, initial_state, split, with_statistics
 from physml.training.validation import Validation, channel_values, count_windows
 
 logger = logging.getLogger("physml.training")
@@ -82,9 +82,9 @@ def fit(
     parts, params, rest = split(stepper)
     with layout.use():
         transform, update = build_update(objective, parts, config, total, layout.replicated())
-        run = _Run(config, layout, Path(folder), total, seed)
-        run.state = layout.replicate(initial_state(params, transform, config))
-        run.rest = layout.replicate(_copy(rest))
+        run = _Run(config, layout, Path(folder), total, seed, parts)
+        run.state = layout.replicate(initial_state(params, transform, config, parts.statistics(rest)))
+        run.fixed = layout.replicate(_copy(rest))
         score = _scorer(stepper, datasets, objective, parts, config, layout, seed, validate)
         with Checkpoints(run.folder / "checkpoints", config.keep, config.monitor_mode) as run.checkpoints:
             step = run.resume(resume)
@@ -98,8 +98,8 @@ def fit(
                 step = _loop(run, step, update, loader, score, journal, shown, dataset.spec)
             finally:
                 journal.close()
-            weights = run.selected_weights()
-    return FitResult(parts.merge(_local(weights), _local(run.rest)), step, journal.records, run.best)
+            weights, rest = run.selected()
+    return FitResult(parts.merge(_local(weights), _local(rest)), step, journal.records, run.best)
 
 
 def _loop(run: "_Run", step: int, update, loader, score, journal: Journal, progress, spec) -> int:
@@ -114,7 +114,7 @@ def _loop(run: "_Run", step: int, update, loader, score, journal: Journal, progr
                 windows = [next(loader) for _ in range(count)]
             placed = [run.layout.place(window) for window in windows]
             placed += placed[-1:] * (config.updates_per_call - count)  # not used; keeps the call's shape
-            run.state, metrics = update(run.state, run.rest, run.key, tuple(placed), np.int32(count))
+            run.state, metrics = update(run.state, run.fixed, run.key, tuple(placed), np.int32(count))
             before, step = step, step + count
             # The device works on this call while the host reads the numbers of the one before.
             report.later(before, count, metrics)
@@ -141,16 +141,22 @@ def _loop(run: "_Run", step: int, update, loader, score, journal: Journal, progr
 class _Run:
     """State, place and best score of one training."""
 
-    def __init__(self, config: TrainingConfig, layout: Layout, folder: Path, total: int, seed: int):
+    def __init__(self, config: TrainingConfig, layout: Layout, folder: Path, total: int, seed: int, parts: Parts):
         self.config, self.layout, self.folder, self.total, self.seed = config, layout, folder, total, seed
+        self.parts = parts
         self.key = layout.replicate(jax.random.key(seed))
-        self.state = self.rest = self.checkpoints = self.best = None
+        self.state = self.fixed = self.checkpoints = self.best = None
         self.unimproved = 0
 
     @property
     def weights(self):
         """The moving average where there is one, else the parameters."""
         return self.state["params"] if self.state["average"] is None else self.state["average"]
+
+    @property
+    def rest(self):
+        """What is not trained, with the running statistics of now."""
+        return with_statistics(self.fixed, self.state["statistics"])
 
     def _arrays(self):
         kept = ("params", "average", "optimizer", "step", "skipped")
@@ -215,9 +221,11 @@ class _Run:
                 f"{self.folder} was trained with seed {data['seed']}, but seed {self.seed} is asked for: the order of "
                 f"the data would change on the way. Use seed {data['seed']}, or start a new run."
             )
-        self.rest = arrays.pop("rest")
+        self.fixed = arrays.pop("rest")
         self.key = jax.random.wrap_key_data(arrays.pop("key"))
-        self.state = {**arrays, "alive": self.state["alive"]}
+        # Copies: the update consumes its state, and `fixed` holds these arrays too.
+        statistics = _copy(self.parts.statistics(self.fixed))
+        self.state = {**arrays, "statistics": statistics, "alive": self.state["alive"]}
         self.best, self.unimproved = data["best"], data["unimproved"]
         step = data["loader"]["step"]
         logger.info("Resumed %s at step %d.", self.folder, step)
@@ -255,17 +263,17 @@ class _Run:
             return " No checkpoint was written yet."
         return f" The last good checkpoint is {self.checkpoints.folder / str(steps[-1])}."
 
-    def selected_weights(self):
-        """Weights of the best checkpoint or of the last step."""
+    def selected(self):
+        """(weights, rest) of the best checkpoint or of the last step."""
         self.checkpoints.wait()
         step = self.best["step"] if self.best and self.config.select == "best" else None
         if step is None or step == int(self.state["step"]):
-            return self.weights
+            return self.weights, self.rest
         if step not in self.checkpoints.steps:
             logger.warning("The best checkpoint %d is gone; the last weights are returned.", step)
-            return self.weights
+            return self.weights, self.rest
         arrays, _ = self.checkpoints.restore(self._arrays(), step)
-        return arrays["params"] if arrays["average"] is None else arrays["average"]
+        return arrays["params"] if arrays["average"] is None else arrays["average"], arrays["rest"]
 
 
 class _Clock:

@@ -14,6 +14,8 @@ from physml.errors import ConfigError
 from physml.fields import Window
 from physml.training.optimizers import TrainingConfig
 
+Statistics = dict[tuple[str, ...], jax.Array]  # by path
+
 
 @dataclass(frozen=True)
 class Parts:
@@ -22,16 +24,43 @@ class Parts:
     graphdef: Any
     params: Any  # nnx.State of the same structure; its values are placeholders
     rest: Any
+    running: tuple[tuple[str, ...], ...] = ()  # where in `rest` the running statistics of batch normalization are
 
     def merge(self, params: dict, rest: dict, dtype: Any = None):
         """The stepper; its model computes in `dtype` if given."""
         if dtype is not None:
+            running = self.statistics(rest)  # small numbers are added to them many times: they stay in float32
             params, rest = ({**tree, "model": _cast(tree.get("model", {}), dtype)} for tree in (params, rest))
             params, rest = ({k: v for k, v in tree.items() if k != "model" or v} for tree in (params, rest))
+            rest = with_statistics(rest, running)
         stepper = nnx.merge(self.graphdef, _fill(self.params, params), _fill(self.rest, rest))
         if dtype is not None:
             stepper.model = _InPrecision(stepper.model, dtype)
         return stepper
+
+    def statistics(self, rest: dict) -> Statistics:
+        """The running statistics in `rest`."""
+        return {path: functools.reduce(lambda tree, key: tree[key], path, rest) for path in self.running}
+
+    def moved_statistics(self, stepper) -> Statistics:
+        """The same of a stepper that `merge` made and an objective has used."""
+        if not self.running:
+            return {}
+        if isinstance(stepper.model, _InPrecision):
+            stepper.model = stepper.model.model
+        return self.statistics(_text_keys(nnx.to_pure_dict(nnx.state(stepper, nnx.BatchStat))))
+
+
+def with_statistics(rest: dict, statistics: Statistics) -> dict:
+    """`rest` with other running statistics."""
+    for path, leaf in statistics.items():
+        rest = _put(rest, path, leaf)
+    return rest
+
+
+def _put(tree: dict, path: tuple[str, ...], leaf) -> dict:
+    first, *others = path
+    return {**tree, first: _put(tree[first], tuple(others), leaf) if others else leaf}
 
 
 def split(stepper) -> tuple[Parts, dict, dict]:
@@ -41,23 +70,21 @@ def split(stepper) -> tuple[Parts, dict, dict]:
         raise ConfigError(
             f"{type(stepper).__name__} has no trainable parameters. Give it a network, or score it without training."
         )
-    statistics = nnx.state(stepper, nnx.BatchStat)
-    if jax.tree.leaves(statistics):
-        raise ConfigError(
-            "The model keeps running batch statistics, which a pure update cannot change. "
-            "Use a normalization without them (group, layer or instance)."
-        )
+    running = tuple(tuple(map(str, path)) for path, _ in nnx.to_flat_state(nnx.state(stepper, nnx.BatchStat)))
     plain = _text_keys(nnx.to_pure_dict(params)), _text_keys(nnx.to_pure_dict(rest))
-    return Parts(graphdef, *jax.tree.map(lambda leaf: 0, (params, rest))), *plain
+    return Parts(graphdef, *jax.tree.map(lambda leaf: 0, (params, rest)), running), *plain
 
 
-def initial_state(params: dict, transform: optax.GradientTransformation, config: TrainingConfig) -> dict:
+def initial_state(
+    params: dict, transform: optax.GradientTransformation, config: TrainingConfig, statistics: Statistics | None = None
+) -> dict:
     """What the update carries. Every array is a copy: the update consumes its input, the caller's stepper must stay."""
     params = jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), params)
     return {
         "params": params,
         "average": jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), params) if config.average else None,
         "optimizer": transform.init(params),
+        "statistics": jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), statistics or {}),
         "step": jnp.zeros((), jnp.int32),
         "skipped": jnp.zeros((), jnp.int32),
         "alive": jnp.ones((), bool),
@@ -74,27 +101,31 @@ def build_update(
     `windows` is a tuple of batches, one per update. The first `count` of them are used, so that the end of a run needs
     no program of its own. Metrics have one row per update: loss, gradient (global norm), good (whether both were
     finite), skipped (total so far), learning_rate and the objective's own. An update whose loss or gradient is not
-    finite changes nothing; with nonfinite="stop" nothing changes after it.
+    finite changes nothing; with nonfinite="stop" nothing changes after it. Running statistics of batch normalization
+    are part of `state`; those in `rest` are not used.
     """
     compute = jnp.bfloat16 if config.precision == "bfloat16" else None
     transform, rate = config.optimizer.build(steps), config.optimizer.rate(steps)
 
     def loss(params, rest, window, key):
         stepper = parts.merge(params, rest, compute)
-        stepper.train()  # dropout on
-        return objective(stepper, window, key)
+        stepper.train()  # dropout on, batch normalization by the batch at hand
+        value, aux = objective(stepper, window, key)
+        return value, (aux, parts.moved_statistics(stepper))
 
     gradient = functools.partial(_gradient, jax.value_and_grad(loss, has_aux=True), config.accumulate)
 
     def one(state, call, rest, key):
         window, used = call
         key = jax.random.fold_in(key, state["step"])
-        (value, aux), gradients = gradient(state["params"], rest, window, key)
+        rest = with_statistics(rest, state["statistics"])
+        (value, (aux, statistics)), gradients = gradient(state["params"], rest, window, key)
         norm = optax.tree.norm(gradients)
         good = jnp.isfinite(value) & jnp.isfinite(norm)
         accept = good & used & state["alive"]
         changes, optimizer = transform.update(gradients, state["optimizer"], state["params"])
         new = {"params": optax.apply_updates(state["params"], changes), "optimizer": optimizer}
+        new["statistics"] = statistics
         new["average"] = _averaged(state["average"], new["params"], state["step"], config.average)
         old = {name: state[name] for name in new}
         new = jax.tree.map(lambda a, b: jnp.where(accept, a, b), new, old)
@@ -135,7 +166,7 @@ class _InPrecision(nnx.Module):
 
 
 def _gradient(value_and_grad, parts: int, params, rest, window: Window, key):
-    """Mean loss and gradient over `parts` equal shares of the batch, one after the other."""
+    """Mean loss, gradient and running statistics over `parts` equal shares of the batch, one after the other."""
     if parts == 1:
         return value_and_grad(params, rest, window, key)
 

@@ -219,25 +219,16 @@ def test_the_callers_arrays_survive():
     assert all(np.isfinite(leaf).all() for leaf in leaves(nnx.state(stepper)))
 
 
-def test_nothing_to_train_and_batch_statistics_are_refused():
+def test_nothing_to_train_is_refused():
     from physml.normalize import Normalizer
 
     class Fixed(nnx.Module):
         def __call__(self, fields, scalars):
             return fields
 
-    class Batchy(nnx.Module):
-        def __init__(self):
-            self.norm = nnx.BatchNorm(2, rngs=nnx.Rngs(0))
-
-        def __call__(self, fields, scalars):
-            return self.norm(fields, use_running_average=True)
-
     identity = Normalizer.identity(problem.SPEC)
     with pytest.raises(ConfigError, match="no trainable parameters"):
         split(DirectConfig().build(problem.SPEC, Fixed(), identity))
-    with pytest.raises(ConfigError, match="batch statistics"):
-        split(DirectConfig().build(problem.SPEC, Batchy(), identity))
 
 
 def test_dropout_draws_in_updates_and_rests_in_validation():

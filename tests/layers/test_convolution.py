@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from physml.errors import ConfigError
 from physml.layers import convolution
 
 
@@ -52,3 +53,117 @@ def test_convolve_has_the_gradients_of_the_plain_convolution(ndim, dilation, ker
     cotangent = jax.random.normal(keys[2], expected.shape)
     for ours, theirs in zip(pull_ours(cotangent), pull(cotangent), strict=True):
         np.testing.assert_allclose(ours, theirs, atol=2e-5 * float(jnp.abs(theirs).max()))
+
+
+def plain(x, weight, padding, dilation, stride, groups):
+    """The same convolution, differentiated by JAX."""
+    ndim = x.ndim - 2
+    space = "DHW"[3 - ndim :]
+    return jax.lax.conv_general_dilated(
+        x, weight, convolution.per_axis(stride, ndim), padding, rhs_dilation=(dilation,) * ndim,
+        dimension_numbers=(f"N{space}C", f"{space}IO", f"N{space}C"), feature_group_count=groups,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("shape", "kernel", "padding", "dilation", "stride", "groups"),
+    [
+        ((9,), (3,), ((1, 1),), 1, 2, 1),
+        ((10, 7), (3, 4), ((1, 1), (2, 1)), 1, (2, 3), 1),
+        ((8, 9), (2, 3), ((0, 2), (3, 0)), 2, 2, 1),
+        ((8, 9), (4, 4), ((0, 0), (0, 0)), 1, 4, 1),
+        ((5, 6, 7), (3, 3, 3), ((1, 1),) * 3, 1, 2, 1),
+        ((8, 9), (3, 3), ((1, 1),) * 2, 1, 1, 3),
+        ((8, 9), (3, 3), ((1, 1),) * 2, 1, 2, 3),
+        ((8, 9), (7, 5), ((3, 3), (2, 2)), 1, 1, 6),
+        ((9,), (3,), ((2, 2),), 2, 1, 6),
+        ((4, 5, 6), (3, 1, 3), ((1, 1), (0, 0), (1, 1)), 1, 1, 6),
+        ((8, 9), (1, 1), ((0, 0),) * 2, 1, 1, 1),
+    ],
+)
+def test_strides_and_groups_have_the_values_and_gradients_of_the_plain_convolution(
+    shape, kernel, padding, dilation, stride, groups
+):
+    keys = jax.random.split(jax.random.key(1), 3)
+    x = jax.random.normal(keys[0], (2, *shape, 6))
+    weight = jax.random.normal(keys[1], (*kernel, 6 // groups, 6))
+    options = (padding, dilation, stride, groups)
+    expected, pull = jax.vjp(lambda x, w: plain(x, w, *options), x, weight)
+    value, pull_ours = jax.vjp(lambda x, w: convolution.convolve(x, w, *options), x, weight)
+    np.testing.assert_allclose(value, expected, atol=2e-5 * float(jnp.abs(expected).max()))
+    cotangent = jax.random.normal(keys[2], expected.shape)
+    for ours, theirs in zip(pull_ours(cotangent), pull(cotangent), strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=2e-5 * float(jnp.abs(theirs).max()))
+
+
+@pytest.mark.parametrize(("kernel", "stride", "padding"), [(4, 2, 1), (3, 2, 1), (2, 2, 0), (5, 3, 2), (2, 3, 0)])
+@pytest.mark.parametrize("shape", [(5,), (3, 4), (2, 3, 2)], ids=str)
+def test_transposed_convolution_is_the_adjoint_of_the_strided_one(shape, kernel, stride, padding):
+    ndim = len(shape)
+    layer = convolution.TransposedConvolution(3, 2, kernel, stride, padding, ndim, rngs=nnx.Rngs(0))
+    x = jax.random.normal(jax.random.key(0), (2, *shape, 3))
+    fine = tuple((n - 1) * stride + kernel - 2 * padding for n in shape)
+    forward = lambda y: plain(y, jnp.swapaxes(layer.weight[...], -1, -2), ((padding, padding),) * ndim, 1, stride, 1)  # noqa: E731
+    expected = jax.linear_transpose(forward, jnp.zeros((2, *fine, 2)))(x)[0] + layer.bias[...]
+    np.testing.assert_allclose(layer(x), expected, atol=1e-5)
+
+
+def test_gradients_in_a_loop_are_those_outside_of_it():
+    layer = convolution.Convolution(3, 3, 3, ["periodic"] * 2, groups=3, rngs=nnx.Rngs(0))
+    graph, state = nnx.split(layer)
+    x = jax.random.normal(jax.random.key(0), (2, 6, 6, 3))
+
+    def once(state, x):
+        return jnp.tanh(nnx.merge(graph, state)(x))
+
+    looped = jax.grad(lambda s: jnp.sum(jax.lax.scan(lambda x, _: (once(s, x), None), x, None, length=3)[0] ** 2))
+    unrolled = jax.grad(lambda s: jnp.sum(once(s, once(s, once(s, x))) ** 2))
+    for a, b in zip(jax.tree.leaves(jax.jit(looped)(state)), jax.tree.leaves(unrolled(state)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"kernel": 4}, "Use kernel 3 or 5"),
+        ({"kernel": (3, 3, 3)}, "3 numbers for 2 axes"),
+        ({"groups": 3}, "must divide the 2 inputs"),
+        ({"stride": 0}, "must be positive"),
+    ],
+)
+def test_layers_that_cannot_be_are_refused(options, message):
+    with pytest.raises(ConfigError, match=message):
+        convolution.Convolution(2, 2, **{"kernel": 3, **options}, boundaries=["zero"] * 2, rngs=nnx.Rngs(0))
+
+
+@pytest.mark.peers
+@pytest.mark.parametrize(
+    ("boundary", "mode"),
+    [("periodic", "circular"), ("zero", "zeros"), ("replicate", "replicate"), ("reflect", "reflect")],
+)
+@pytest.mark.parametrize("options", [{}, {"stride": 2}, {"groups": 3}, {"dilation": 2, "padding": 2}], ids=str)
+def test_convolution_is_pytorchs(boundary, mode, options):
+    torch = pytest.importorskip("torch")
+    padding = options.get("padding", 1)
+    theirs = torch.nn.Conv2d(3, 6, 3, padding_mode=mode, **{**options, "padding": padding})
+    ours = convolution.Convolution(3, 6, 3, [boundary] * 2, **options, rngs=nnx.Rngs(0))
+    ours.weight[...] = jnp.asarray(theirs.weight.detach().permute(2, 3, 1, 0).numpy())
+    ours.bias[...] = jnp.asarray(theirs.bias.detach().numpy())
+    x = torch.randn(2, 3, 7, 10)
+    expected = theirs(x).detach().permute(0, 2, 3, 1).numpy()
+    np.testing.assert_allclose(ours(x.permute(0, 2, 3, 1).numpy()), expected, atol=1e-5)
+
+
+@pytest.mark.peers
+@pytest.mark.parametrize("ndim", [1, 2, 3])
+def test_transposed_convolution_is_pytorchs(ndim):
+    torch = pytest.importorskip("torch")
+    theirs = getattr(torch.nn, f"ConvTranspose{ndim}d")(3, 5, 4, 2, 1)
+    ours = convolution.TransposedConvolution(3, 5, 4, 2, 1, ndim, rngs=nnx.Rngs(0))
+    # Both start from a uniform law, whose bound the largest of so many numbers nearly reaches.
+    np.testing.assert_allclose(jnp.abs(ours.weight[...]).max(), theirs.weight.detach().abs().max(), rtol=0.1)
+    ours.weight[...] = jnp.asarray(theirs.weight.detach().permute(*range(2, ndim + 2), 0, 1).numpy())
+    ours.bias[...] = jnp.asarray(theirs.bias.detach().numpy())
+    x = torch.randn(2, 3, *(4, 5, 6)[:ndim])
+    expected = theirs(x).detach().permute(0, *range(2, ndim + 2), 1).numpy()
+    np.testing.assert_allclose(ours(x.permute(0, *range(2, ndim + 2), 1).numpy()), expected, atol=1e-5)

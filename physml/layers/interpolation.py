@@ -1,0 +1,91 @@
+"""Coarser and finer grids without weights: pooling and interpolation. Channels last, `(batch, *space, channel)`."""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from physml.errors import ConfigError, suggest
+from physml.layers.convolution import pad_boundary, per_axis
+
+# Weights of the cells i-2 .. i+2 for the first half of cell i, whose center lies a quarter of a cell before that of i;
+# the second half mirrors them. Bicubic: Keys 1981 (doi:10.1109/TASSP.1981.1163711) with a = -0.75, as PyTorch has it.
+TAPS = {
+    "bicubic": (-0.03515625, 0.26171875, 0.87890625, -0.10546875, 0.0),
+    "bilinear": (0.0, 0.25, 0.75, 0.0, 0.0),
+    "nearest": (0.0, 0.0, 1.0, 0.0, 0.0),
+}
+
+
+def average_pool(
+    x: Float[Array, "batch *space channel"], window: int | Sequence[int] = 2
+) -> Float[Array, "batch *coarser channel"]:
+    """Mean over boxes of `window` cells per axis, side by side; cells that fill no box are left out."""
+    boxes, inner = _boxes(x, window)
+    return boxes.astype(jnp.promote_types(x.dtype, jnp.float32)).mean(inner).astype(x.dtype)
+
+
+def max_pool(
+    x: Float[Array, "batch *space channel"], window: int | Sequence[int] = 2
+) -> Float[Array, "batch *coarser channel"]:
+    """Maximum over boxes as in `average_pool`; equal maxima share the gradient."""
+    boxes, inner = _boxes(x, window)
+    return boxes.max(inner)
+
+
+def _boxes(x, window):
+    """`(batch, n1, w1, n2, w2, ..., channel)` and the axes inside the boxes."""
+    ndim = x.ndim - 2
+    shape = [x.shape[0]]
+    for axis, cells in enumerate(per_axis(window, ndim), start=1):
+        x = jax.lax.slice_in_dim(x, 0, x.shape[axis] // cells * cells, axis=axis)
+        shape += [x.shape[axis] // cells, cells]
+    return x.reshape(*shape, x.shape[-1]), tuple(range(2, 2 * ndim + 1, 2))
+
+
+def double(
+    x: Float[Array, "batch *space channel"], method: str = "bicubic", boundaries: Sequence[str] = ()
+) -> Float[Array, "batch *finer channel"]:
+    """Interpolation to twice as many cells along every axis; a fine cell is half a coarse one.
+
+    Beyond the edge a field is what `boundaries` say: "periodic" wraps round, everything else repeats the edge cell
+    (none given: all repeat).
+    """
+    if method not in TAPS:
+        raise ConfigError(f"There is no interpolation {method!r}." + suggest(method, TAPS))
+    ndim = x.ndim - 2
+    boundaries = ["periodic" if boundary == "periodic" else "replicate" for boundary in boundaries or ["zero"] * ndim]
+    for axis in range(1, ndim + 1):
+        points = x.shape[axis]
+        padded = pad_boundary(x, [(2, 2) if i == axis else (0, 0) for i in range(1, ndim + 1)], boundaries)
+        cells = [jax.lax.slice_in_dim(padded, i, i + points, axis=axis) for i in range(5)]
+        halves = [
+            sum(
+                (weight * cell for weight, cell in zip(taps, cells, strict=True) if weight),
+                start=jnp.zeros((), x.dtype),
+            )
+            for taps in (TAPS[method], TAPS[method][::-1])
+        ]
+        x = jnp.stack(halves, axis=axis + 1).reshape(*x.shape[:axis], 2 * points, *x.shape[axis + 1 :])
+    return x
+
+
+def interpolate_corners(
+    x: Float[Array, "batch *space channel"], shape: Sequence[int]
+) -> Float[Array, "batch *shape channel"]:
+    """Linear interpolation along every axis to a grid of `shape` whose corner points are those of `x`."""
+    for axis, points in enumerate(shape, start=1):
+        if points != x.shape[axis]:
+            matrix = jnp.asarray(_corner_weights(x.shape[axis], points), x.dtype)
+            # Interpolation in TF32 or bfloat16 would lose half the digits of the field.
+            y = jnp.tensordot(x, matrix, axes=(axis, 1), precision=jax.lax.Precision.HIGHEST)
+            x = jnp.moveaxis(y, -1, axis)
+    return x
+
+
+def _corner_weights(old: int, new: int) -> np.ndarray:
+    """`(new, old)`: point i lies at i (old - 1) / (new - 1)."""
+    place = np.arange(new) * ((old - 1) / max(new - 1, 1))
+    return np.maximum(1 - np.abs(place[:, None] - np.arange(old)), 0)

@@ -1,6 +1,11 @@
 """The command line, driven in this process as a user would drive it."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -103,6 +108,30 @@ def test_an_existing_run_is_kept(capsys, trained):
     assert code == 2
     assert "seed" in err
     assert (trained / "runs/tiny/model/model.safetensors").read_bytes() == before
+
+
+def test_a_terminated_training_exits_with_75_and_goes_on(trained, tmp_path):
+    """As a batch system does it: SIGTERM, then the same command with --resume auto."""
+    words = [sys.executable, "-c", "from physml.cli import main; main()", "train", trained / "tiny.py", "--quiet"]
+    words += ["--set", "training.log_every=1", "--set", "training.steps=1500", "--set", "training.checkpoint_every=400"]
+    environment = {**os.environ, "PHYSML_COMPILE_CACHE": "off"}
+
+    def command(folder, *more):
+        return [str(word) for word in (*words, "--out", tmp_path / folder, *more)]
+
+    log = tmp_path / "parts/tiny/metrics.jsonl"
+    with subprocess.Popen(command("parts"), env=environment, stderr=subprocess.PIPE, text=True) as training:
+        while training.poll() is None and not (log.is_file() and len(log.read_text().splitlines()) > 20):
+            time.sleep(0.01)
+        training.send_signal(signal.SIGTERM)
+        _, said = training.communicate(timeout=120)
+    assert training.returncode == 75, said
+    assert "--resume auto" in said
+    assert not (tmp_path / "parts/tiny/model").exists()
+    for folder in ("parts", "whole"):
+        subprocess.run(command(folder, "--resume", "auto"), env=environment, check=True, timeout=300)
+    parts, whole = ((tmp_path / folder / "tiny/model/model.safetensors").read_bytes() for folder in ("parts", "whole"))
+    assert parts == whole
 
 
 def test_rollout_evaluate_report_follow(capsys, trained, tmp_path):

@@ -133,7 +133,8 @@ def _loop(run: "_Run", step: int, update, loader, score, journal: Journal, progr
                 run.checkpoints.wait()
                 raise Interrupted(
                     f"Training stopped after step {step} of {run.total} on {signals.received or 'request'}. "
-                    f'Its state is saved in {run.checkpoints.folder / str(step)}; resume="auto" continues it.'
+                    f"Its state is saved in {run.checkpoints.folder / str(step)}. "
+                    'Continue it with resume="auto" (--resume auto).'
                 )
     return step
 

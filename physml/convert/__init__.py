@@ -9,10 +9,11 @@ from physml.convert.apply import parameters
 from physml.convert.cfdbench import CFDBENCH_FAMILY
 from physml.convert.families import Family
 from physml.convert.fno import FNO_FAMILY
+from physml.convert.poseidon_scot import POSEIDON_SCOT_FAMILY
 from physml.convert.torch_file import read_tensors
 from physml.errors import ConversionError, suggest
 
-FAMILIES: dict[str, Family] = {"cfdbench": CFDBENCH_FAMILY, "fno": FNO_FAMILY}
+FAMILIES: dict[str, Family] = {"cfdbench": CFDBENCH_FAMILY, "fno": FNO_FAMILY, "poseidon_scot": POSEIDON_SCOT_FAMILY}
 
 
 def convert(

@@ -22,10 +22,12 @@ class Family:
             or is these arguments. Raises ConversionError when anything is left over or missing.
         replay: `(model, config, io) -> outputs`: feeds recorded inputs (names and layout of the source) to the model
             and returns the tensors that were recorded from the source, under the same names.
+        inputs: names of recorded inputs, besides those that start with "in.".
     """
 
     build: Callable[[dict[str, Any], Tensors], nnx.Module]
     replay: Callable[[nnx.Module, dict[str, Any], Tensors], dict[str, np.ndarray]]
+    inputs: tuple[str, ...] = ()
 
 
 def arguments(config: Mapping[str, Any]) -> dict[str, Any]:

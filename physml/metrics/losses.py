@@ -171,6 +171,59 @@ class H1(RelativeLp):
         return total
 
 
+@dataclass(frozen=True)
+class SliceNormalized(MSE):
+    """Mean error of each slice of channels, relative to the mean size of its truth over the whole batch.
+
+    Of every frame and slice: mean |prediction - truth|^p over samples, cells and the channels of the slice, divided by
+    the mean of |truth|^p. The ratio is one of batch means (with `accumulate`, of each part of the batch), so that
+    samples near zero do not dominate. Where a mask hides cells, predictions count as right: they add nothing above,
+    but the truth there counts below. Herde et al. 2024, arXiv:2405.19101, section 2.
+
+    Attributes:
+        p: 1 or 2.
+        slices: channel numbers between which the slices lie: (0, 1, 3, 4) joins the second and the third of four
+            channels, as those of one vector. Empty: every channel by itself.
+        epsilon: added to the size of the truth.
+    """
+
+    p: int = 1
+    slices: tuple[int, ...] = ()
+    epsilon: float = 1e-10
+
+    joint = True
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.p not in (1, 2):
+            raise ConfigError(f"p is {self.p}, but the slice-normalized loss has p = 1 or p = 2.")
+        if self.channels or self.reduction != "mean":
+            raise ConfigError("The slice-normalized loss weighs all slices alike: leave `channels` and `reduction`.")
+        rising = all(low < high for low, high in zip(self.slices, self.slices[1:], strict=False))
+        if self.slices and (len(self.slices) < 2 or min(self.slices) < 0 or not rising):
+            raise ConfigError(f"slices are {self.slices}, but they must rise and be two numbers or more: (0, 1, 3, 4).")
+
+    def errors(self, prediction: Frames, truth: Frames, spec: Spec, mask=None) -> Errors:
+        """As `MSE.errors`, but the last axis has one entry for each slice."""
+        prediction, truth, cells = _prepare(prediction, truth, spec, None)
+        edges = self.slices or tuple(range(len(spec.channels) + 1))
+        if edges[-1] > len(spec.channels):
+            raise ConfigError(f"slices are {edges}, but there are {len(spec.channels)} channels {list(spec.names)}.")
+        if mask is not None:
+            prediction = replace_masked(prediction, truth, jnp.asarray(mask)[:, None])
+        error, size = (
+            _mean(abs(frames) if self.p == 1 else frames**2, cells) for frames in (prediction - truth, truth)
+        )
+        pairs = list(zip(edges, edges[1:], strict=False))
+        error, size = (jnp.stack([part[..., a:b].mean(-1) for a, b in pairs], axis=-1) for part in (error, size))
+        return error / (size.mean(0) + self.epsilon)
+
+
+def replace_masked(prediction, truth, mask):
+    """`prediction` where `mask` is set, `truth` elsewhere: hidden places count as predicted, without a gradient."""
+    return jnp.where(jnp.asarray(mask) > 0, prediction, jnp.asarray(truth, prediction.dtype))
+
+
 def derivative(frames, axis: int, step: float, periodic: bool, absolute: bool = False):
     """First derivative along `axis`: second-order central, third-order one-sided at open ends (at least 4 points).
 
@@ -228,8 +281,8 @@ def _root(square):
     return jnp.where(positive, jnp.sqrt(jnp.where(positive, square, 1.0)), 0.0)
 
 
-Loss = MSE | MAE | RelativeLp | H1
-LOSSES = {"h1": H1, "mae": MAE, "mse": MSE, "relative": RelativeLp}
+Loss = MSE | MAE | RelativeLp | H1 | SliceNormalized
+LOSSES = {"h1": H1, "mae": MAE, "mse": MSE, "relative": RelativeLp, "slice_normalized": SliceNormalized}
 
 
 def resolve(loss: "Loss | str") -> Loss:

@@ -25,7 +25,7 @@ _HOME = {
     "open_dataset": "physml.data",
     "rollout": "physml.rollout",
     "forecast": "physml.forecast",
-    "load": "physml.saving",
+    "load": "physml.convert.named",
     "save": "physml.saving",
     "evaluate": "physml.evaluate",
     "report": "physml.report",

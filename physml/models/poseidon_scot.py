@@ -4,6 +4,7 @@ Herde et al. 2024, arXiv:2405.19101, section 2 and appendix A. Blocks: Liu et al
 blocks: Liu et al. 2022, arXiv:2201.03545 (ConvNeXt) or He et al. 2016, arXiv:1512.03385 (ResNet).
 """
 
+import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -281,6 +282,42 @@ class ScOT(nnx.Module):
                 x = self.unmerging[i](x, scalars, self.shapes[last - i - 1])
             seen(f"decoder.{i}", x)
         return x
+
+
+def with_channels(model: ScOT, signature: Signature, *, rngs: nnx.Rngs, **options) -> ScOT:
+    """A trained model for other channels or another grid, to be fine-tuned; `model` stays as it is.
+
+    Fresh are the weights that depend on the number of inputs (of the embedding) or outputs (the recovery), where that
+    number changes; all others are kept. `options` replace fields of the config: `remat=True`, `dtype="bfloat16"`,
+    `drop_path=0.1`. Raises ConfigError when the scalars differ, on which every norm depends, or when an option changes
+    the shape of a kept parameter.
+    """
+    if signature.scalars != model.signature.scalars:
+        raise ConfigError(
+            f"The model is conditioned on {model.signature.scalars} scalars, but {signature.scalars} are wanted: every "
+            "norm depends on their number. Keep it, e.g. with a lead time of 1 for steady problems."
+        )
+    options = {"image_size": model.grid, **options}
+    fresh = dataclasses.replace(model.config, **options).build(signature, rngs)
+    kept = dict(nnx.to_flat_state(nnx.state(model)))
+    renewed = {"embedding.patches.weight"} if signature.inputs != model.signature.inputs else set()
+    renewed |= {"recovery"} if signature.outputs != model.signature.outputs else set()
+    state, rows = nnx.state(fresh), []
+    for path, variable in nnx.to_flat_state(state):
+        name = ".".join(map(str, path))
+        if any(name == start or name.startswith(f"{start}.") for start in renewed):
+            continue
+        if path not in kept or kept[path].shape != variable.shape:
+            rows.append(f"{name} {variable.shape}")
+        else:
+            variable[...] = kept[path][...]
+    if rows:
+        raise ConfigError(
+            f"With {options} the trained weights do not fit: {', '.join(rows[:5])}. Leave depths, widths, windows "
+            "skips and the image size as they are."
+        )
+    nnx.update(fresh, state)
+    return fresh
 
 
 def _apply(block, x, scalars):

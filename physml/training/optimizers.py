@@ -1,6 +1,9 @@
 """Optax chains and learning-rate schedules from one frozen dataclass."""
 
 import dataclasses
+import functools
+import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -11,6 +14,33 @@ import optax
 from physml.errors import ConfigError, suggest
 
 SCHEDULES = ("constant", "cosine", "one_cycle", "step")
+
+
+@dataclass(frozen=True)
+class ParameterGroup:
+    """Parameters that learn at a rate of their own.
+
+    Attributes:
+        pattern: regular expression, searched in the dotted path of a parameter ("model.embedding.norm.scale").
+        learning_rate: peak rate, on the schedule of the optimizer; 0 freezes the group, None takes the optimizer's.
+        weight_decay: as the optimizer's, for every parameter of the group; None takes the optimizer's and its `decay`.
+    """
+
+    pattern: str
+    learning_rate: float | None = None
+    weight_decay: float | None = None
+
+    def __post_init__(self):
+        try:
+            re.compile(self.pattern)
+        except re.error as error:
+            raise ConfigError(
+                f"pattern {self.pattern!r} of a parameter group is no regular expression: {error}."
+            ) from error
+        for name in ("learning_rate", "weight_decay"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < float("inf"):
+                raise ConfigError(f"{name} of the parameter group {self.pattern!r} is {value}, but must be 0 or more.")
 
 
 @dataclass(frozen=True)
@@ -29,6 +59,7 @@ class OptimizerConfig:
         factor: of each drop, for "step".
         weight_decay: decoupled from the gradient (adamw, lion, sgd), or added to it as an L2 penalty (adam).
         decay: which parameters decay: "all", or "matrices" (not biases, scales and other vectors).
+        groups: parameters with rates of their own; the first group that matches counts, and each must match some.
         clip: largest global norm of the gradient; 0 does not clip.
         beta1, beta2: decay of the moments (adam, adamw, lion); `beta1` is the momentum of sgd.
         epsilon: added to the root of the second moment (adam, adamw).
@@ -47,6 +78,7 @@ class OptimizerConfig:
     beta1: float = 0.9
     beta2: float = 0.999
     epsilon: float = 1e-8
+    groups: tuple[ParameterGroup, ...] = ()
 
     def __post_init__(self):
         for value, valid, what in (
@@ -89,8 +121,12 @@ class OptimizerConfig:
     def build(self, steps: int) -> optax.GradientTransformation:
         """The transformation for a run of `steps` updates: clip, then the optimizer with its schedule and decay."""
         chain = [optax.clip_by_global_norm(self.clip)] if self.clip else []
-        mask = _matrices if self.decay == "matrices" else None
-        return optax.chain(*chain, OPTIMIZERS[self.name](self, self.rate(steps), mask))
+        groups = [_scale_groups(self)] if self.groups else []
+        return optax.chain(*chain, OPTIMIZERS[self.name](self, self.rate(steps), _decays(self)), *groups)
+
+    def group_of(self, path: str) -> int | None:
+        """The number of the group that a parameter belongs to; None for the rest."""
+        return next((i for i, group in enumerate(self.groups) if re.search(group.pattern, path)), None)
 
 
 def _count(value: float, steps: int) -> int:
@@ -98,27 +134,91 @@ def _count(value: float, steps: int) -> int:
     return round(value * steps) if value < 1 else round(value)
 
 
-def _matrices(params):
-    return jax.tree.map(lambda leaf: jnp.ndim(leaf) > 1, params)
+VECTORS = ("bias", "scale", "shift")  # what the last name of a parameter contains that is no matrix, though stacked
 
 
-def _adam(config: OptimizerConfig, rate, mask):
-    penalty = [optax.add_decayed_weights(config.weight_decay, mask)] if config.weight_decay else []
-    return optax.chain(*penalty, optax.adam(rate, config.beta1, config.beta2, config.epsilon))
+def _is_matrix(path: str, leaf) -> bool:
+    return jnp.ndim(leaf) > 1 and not any(word in path.rsplit(".", 1)[-1] for word in VECTORS)
 
 
-def _adamw(config: OptimizerConfig, rate, mask):
-    return optax.adamw(rate, config.beta1, config.beta2, config.epsilon, weight_decay=config.weight_decay, mask=mask)
+def _by_path(function: Callable, params):
+    """`function(dotted path, leaf)` of every parameter."""
+
+    def call(path, leaf):
+        return function(".".join(str(getattr(key, "key", getattr(key, "idx", key))) for key in path), leaf)
+
+    return jax.tree_util.tree_map_with_path(call, params)
 
 
-def _lion(config: OptimizerConfig, rate, mask):
-    return optax.lion(rate, config.beta1, config.beta2, weight_decay=config.weight_decay, mask=mask)
+def _decays(config: OptimizerConfig) -> list[optax.GradientTransformation]:
+    """One term for every weight decay that occurs, on the parameters that have it."""
+    values = [config.weight_decay, *(group.weight_decay for group in config.groups)]
+
+    def has(value: float, path: str, leaf) -> bool:
+        number = config.group_of(path)
+        own = None if number is None else config.groups[number].weight_decay
+        if own is not None:
+            return own == value
+        return config.weight_decay == value and (config.decay == "all" or _is_matrix(path, leaf))
+
+    if not config.groups:
+        mask = functools.partial(_by_path, _is_matrix) if config.decay == "matrices" else None
+        return [optax.add_decayed_weights(config.weight_decay, mask)] if config.weight_decay else []
+    return [
+        optax.add_decayed_weights(value, functools.partial(_by_path, functools.partial(has, value)))
+        for value in sorted({value for value in values if value})
+    ]
 
 
-def _sgd(config: OptimizerConfig, rate, mask):
+def _scale_groups(config: OptimizerConfig) -> optax.GradientTransformation:
+    """Scales the updates of each group by its rate, relative to that of the optimizer."""
+
+    def factor(path: str) -> float:
+        number = config.group_of(path)
+        rate = None if number is None else config.groups[number].learning_rate
+        return 1.0 if rate is None else rate / config.learning_rate
+
+    def init(params):
+        found = set(
+            jax.tree.leaves(_by_path(lambda path, leaf: -1 if (i := config.group_of(path)) is None else i, params))
+        )
+        unused = [group.pattern for i, group in enumerate(config.groups) if i not in found]
+        if unused:
+            names = jax.tree.leaves(_by_path(lambda path, leaf: path, params))
+            raise ConfigError(
+                f"No parameter is left for the groups {unused}: none matches, or an earlier group takes them all. "
+                f"Parameters are named like {', '.join(names[:: max(len(names) // 5, 1)][:5])}."
+            )
+        return optax.EmptyState()
+
+    def update(updates, state, params=None):
+        return _by_path(lambda path, leaf: leaf * factor(path), updates), state
+
+    return optax.GradientTransformation(init, update)
+
+
+def _adam(config: OptimizerConfig, rate, decays):
+    return optax.chain(*decays, optax.adam(rate, config.beta1, config.beta2, config.epsilon))
+
+
+def _adamw(config: OptimizerConfig, rate, decays):
+    moments = optax.scale_by_adam(config.beta1, config.beta2, config.epsilon)
+    return optax.chain(moments, _all(decays), optax.scale_by_learning_rate(rate))
+
+
+def _lion(config: OptimizerConfig, rate, decays):
+    moments = optax.scale_by_lion(config.beta1, config.beta2)
+    return optax.chain(moments, _all(decays), optax.scale_by_learning_rate(rate))
+
+
+def _all(decays):
+    """The decays as one transformation, so that a run without any has the same state as `optax.adamw`."""
+    return decays[0] if len(decays) == 1 else optax.chain(*decays) if decays else optax.add_decayed_weights(0.0)
+
+
+def _sgd(config: OptimizerConfig, rate, decays):
     momentum = [optax.trace(config.beta1)] if config.beta1 else []
-    decay = [optax.add_decayed_weights(config.weight_decay, mask)] if config.weight_decay else []
-    return optax.chain(*momentum, *decay, optax.scale_by_learning_rate(rate))
+    return optax.chain(*momentum, *decays, optax.scale_by_learning_rate(rate))
 
 
 OPTIMIZERS = {"adam": _adam, "adamw": _adamw, "lion": _lion, "sgd": _sgd}

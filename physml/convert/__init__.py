@@ -8,12 +8,26 @@ from physml import saving
 from physml.convert.apply import parameters
 from physml.convert.cfdbench import CFDBENCH_FAMILY
 from physml.convert.families import Family
+from physml.convert.ffno import FFNO_FAMILY
 from physml.convert.fno import FNO_FAMILY
+from physml.convert.ifactformer import IFACTFORMER_FAMILY
+from physml.convert.modern_unet import MODERN_UNET_FAMILY
+from physml.convert.pderefiner import PDEREFINER_FAMILY
 from physml.convert.poseidon_scot import POSEIDON_SCOT_FAMILY
+from physml.convert.sinenet import SINENET_FAMILY
 from physml.convert.torch_file import read_tensors
 from physml.errors import ConversionError, suggest
 
-FAMILIES: dict[str, Family] = {"cfdbench": CFDBENCH_FAMILY, "fno": FNO_FAMILY, "poseidon_scot": POSEIDON_SCOT_FAMILY}
+FAMILIES: dict[str, Family] = {
+    "cfdbench": CFDBENCH_FAMILY,
+    "ffno": FFNO_FAMILY,
+    "fno": FNO_FAMILY,
+    "ifactformer": IFACTFORMER_FAMILY,
+    "modern_unet": MODERN_UNET_FAMILY,
+    "pderefiner": PDEREFINER_FAMILY,
+    "poseidon_scot": POSEIDON_SCOT_FAMILY,
+    "sinenet": SINENET_FAMILY,
+}
 
 
 def convert(

@@ -1,40 +1,41 @@
-"""Baselines of CFDBench (Luo et al. 2023, arXiv:2310.05963). Supported: Fno2d -> `physml.models.classic_fno`."""
+"""Baselines of CFDBench (Luo et al. 2023, arXiv:2310.05963; repository luo-yining/CFDBench).
+
+Fno2d -> `classic_fno` (here), AutoDeepONet and AutoEDeepONet -> `auto_deeponet`, AutoFfn -> `auto_ffn` (in
+`cfdbench_points`), UNet -> `classic_unet`, ResNet -> `cfdbench_resnet` (in `cfdbench_grids`).
+"""
 
 from collections.abc import Mapping
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
+from physml.convert import cfdbench_grids, cfdbench_points
 from physml.convert.apply import Rule, as_pairs, fill, pointwise, rule
+from physml.convert.cfdbench_cases import case_of, constructor, points, scores
 from physml.convert.families import (
     Family,
     Tensors,
     arguments,
     construct,
-    inputs_of,
     outputs_of,
     pick,
     refuse,
     take,
     unit_grid,
 )
-from physml.errors import ConversionError
+from physml.errors import ConversionError, suggest
 from physml.fields import Signature
 from physml.models.classic_fno import ClassicFNO, ClassicFNOConfig
 
-SUPPORTED = ("Fno2d",)
-
 
 def config_of(config: Mapping[str, Any]) -> tuple[ClassicFNOConfig, Signature]:
-    """The config and signature of the model that a recorded upstream config describes.
+    """The config and signature of the Fno2d that a recorded upstream config describes.
 
     Fields are the `in_chan` flow variables and the mask; scalars are the case parameters.
     """
-    kind = config.get("upstream_class") or ("Fno2d" if "modes1" in arguments(config) else "unknown")
-    if kind not in SUPPORTED:
-        raise ConversionError(f"CFDBench {kind} is not supported yet; supported: {', '.join(SUPPORTED)}.")
-    kwargs = arguments(config)
+    kwargs = constructor(config)
     modes = (take(kwargs, "modes1", 12), take(kwargs, "modes2", 12))
     padding = take(kwargs, "padding", None) or 0
     inputs, outputs, scalars = take(kwargs, "in_chan"), take(kwargs, "out_chan"), take(kwargs, "n_case_params")
@@ -45,14 +46,12 @@ def config_of(config: Mapping[str, Any]) -> tuple[ClassicFNOConfig, Signature]:
         padding=padding,
         allow_excess_modes=True,
     )
-    for name in ("loss_fn", "upstream", "upstream_class", "tensors"):
-        kwargs.pop(name, None)
     refuse(kwargs, {})
-    shape = config.get("tensors", {}).get("io", {}).get("in.inputs", (0, 0, 2 * modes[0], 2 * modes[1]))[2:]
+    shape = points(config) or (2 * modes[0], 2 * modes[1])
     return built, Signature(unit_grid(shape), inputs + 1, scalars, outputs)
 
 
-def build(config: Mapping[str, Any], tensors: Tensors) -> ClassicFNO:
+def build_fno(config: Mapping[str, Any], tensors: Tensors) -> ClassicFNO:
     """The model with upstream weights. See `Family.build`."""
     model = construct(config_of, config)
     fill(model, tensors, rules(model))
@@ -78,10 +77,9 @@ def _join(positive: np.ndarray, negative: np.ndarray) -> np.ndarray:
     return np.moveaxis(np.concatenate([as_pairs(negative), as_pairs(positive)], axis=2), (0, 1), (-3, -2))
 
 
-def replay(model: ClassicFNO, config: Mapping[str, Any], io: Tensors) -> dict[str, np.ndarray]:
+def replay_fno(model: ClassicFNO, config: Mapping[str, Any], io: Tensors) -> dict[str, np.ndarray]:
     """Recomputes what was recorded. See `Family.replay`."""
-    inputs, scalars, mask = inputs_of(io, "in.inputs", "in.case_params", "in.mask")
-    fields = jnp.moveaxis(jnp.concatenate([inputs, mask[:, None]], axis=1), 1, -1)
+    fields, scalars, mask = case_of(io)
     lifted = model.lift(fields, scalars)
     hidden, states = model.pad(lifted), []
     for block in model.blocks:
@@ -94,17 +92,40 @@ def replay(model: ClassicFNO, config: Mapping[str, Any], io: Tensors) -> dict[st
         "mid.blocks_out": lambda: jnp.moveaxis(hidden, 0, 1),
         "out.y": lambda: y,
     }
-    if "in.label" in io:
-        label = inputs_of(io, "in.label")[0] * mask[:, None]
-        available |= {f"out.loss.{name}": lambda value=value: value for name, value in losses(y, label).items()}
-    return pick(available, outputs_of(config, io))
+    return pick(available | scores(y, io, mask), outputs_of(config, io))
 
 
-def losses(prediction, label) -> dict[str, Any]:
-    """The four scores of CFDBench over the whole batch, each `(1,)`; nmse is relative to the label's mean square."""
-    square, absolute = jnp.mean((prediction - label) ** 2), jnp.mean(jnp.abs(prediction - label))
-    scores = {"mse": square, "rmse": jnp.sqrt(square), "mae": absolute, "nmse": square / jnp.mean(label**2)}
-    return {name: value[None] for name, value in scores.items()}
+# How each class of the source is built and replayed, and an argument that no other class has.
+CLASSES = {
+    "AutoDeepONet": (cfdbench_points.build_deeponet, cfdbench_points.replay_deeponet, "branch_dim"),
+    "AutoEDeepONet": (cfdbench_points.build_deeponet, cfdbench_points.replay_deeponet, "dim_branch1"),
+    "AutoFfn": (cfdbench_points.build_ffn, cfdbench_points.replay_ffn, "input_field_dim"),
+    "Fno2d": (build_fno, replay_fno, "modes1"),
+    "ResNet": (cfdbench_grids.build_resnet, cfdbench_grids.replay_resnet, "hidden_chan"),
+    "UNet": (cfdbench_grids.build_unet, cfdbench_grids.replay_unet, "insert_case_params_at"),
+}
+
+
+def class_of(config: Mapping[str, Any]) -> str:
+    """Name of the source's class: "upstream_class", or told from the arguments. Raises ConversionError."""
+    named = config.get("upstream_class")
+    found = [name for name, (*_, mark) in CLASSES.items() if mark in arguments(config)]
+    if named not in CLASSES and (named or len(found) != 1):
+        raise ConversionError(
+            f"There is no converter for the CFDBench class {named!r}." + suggest(named or "", CLASSES)
+            + ' Set "upstream_class" in the config.'
+        )  # fmt: skip
+    return named or found[0]
+
+
+def build(config: Mapping[str, Any], tensors: Tensors) -> nnx.Module:
+    """The model with upstream weights. See `Family.build`."""
+    return CLASSES[class_of(config)][0](config, tensors)
+
+
+def replay(model: nnx.Module, config: Mapping[str, Any], io: Tensors) -> dict[str, np.ndarray]:
+    """Recomputes what was recorded. See `Family.replay`."""
+    return CLASSES[class_of(config)][1](model, config, io)
 
 
 CFDBENCH_FAMILY = Family(build, replay)

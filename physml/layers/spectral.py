@@ -131,10 +131,7 @@ class SpectralConvolution(nnx.Module):
                 f"This spectral convolution is {len(self.kept)}-dimensional, but the field has {len(shape)} axes."
             )
         plan = bands(shape, self.kept, excess=self.excess, legacy_shift=self.legacy_shift)
-        matmul = prefers_matmul(plan) if self.path == "auto" else self.path == "matmul"
-        wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-        modes = (forward_matmul if matmul else forward_fft)(wide, plan)
-        y = (inverse_matmul if matmul else inverse_fft)(self.mix(modes, plan), plan).astype(x.dtype)
+        y = _between(x, plan, self.path, lambda modes: self.mix(modes, plan))
         return y if self.bias is None else y + per_channel(self.bias[...], y)
 
     def mix(self, modes: Float[Array, "*modes batch inputs2"], plan) -> Float[Array, "*modes batch outputs2"]:
@@ -151,6 +148,21 @@ class SpectralConvolution(nnx.Module):
         weight = jnp.stack([weight.real, weight.imag], axis=-1).astype(modes.dtype)
         first, last = first.astype(modes.dtype), jnp.swapaxes(last, 0, 1).astype(modes.dtype)
         return ((modes @ _real_block(first)) @ _real_block(weight)) @ _real_block(last)
+
+
+def low_pass(
+    x: Float[Array, "channel batch *space"], kept: Sequence[int], *, path: str = "auto"
+) -> Float[Array, "channel batch *space"]:
+    """The part of a field in the kept frequencies."""
+    return _between(x, bands(x.shape[2:], kept), path, lambda modes: modes)
+
+
+def _between(x, plan: Sequence[Band], path: str, change):
+    """`change` of the kept frequencies of `x`, which are transformed in float32 at least, back in the dtype of `x`."""
+    matmul = prefers_matmul(plan) if path == "auto" else path == "matmul"
+    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    modes = change((forward_matmul if matmul else forward_fft)(wide, plan))
+    return (inverse_matmul if matmul else inverse_fft)(modes, plan).astype(x.dtype)
 
 
 def _complex_normal(rngs: nnx.Rngs, shape: tuple[int, ...], scale: float) -> Array:

@@ -96,10 +96,13 @@ def test_options_without_counterpart_are_named(changes, message):
         FAMILIES["fno"].build({**config, "kwargs": {**config["kwargs"], **changes}}, tensors)
 
 
-def test_other_cfdbench_models_are_not_supported_yet():
+def test_cfdbench_classes_are_named_or_told_from_their_arguments():
     config, tensors = read(CFD)
-    with pytest.raises(ConversionError, match="UNet is not supported yet; supported: Fno2d"):
-        FAMILIES["cfdbench"].build({**config, "upstream_class": "UNet"}, tensors)
+    assert FAMILIES["cfdbench"].build(config["kwargs"], tensors).config.depth == config["kwargs"]["num_layers"]
+    with pytest.raises(ConversionError, match="Did you mean 'UNet'"):
+        FAMILIES["cfdbench"].build({**config, "upstream_class": "Unet"}, tensors)
+    with pytest.raises(ConversionError, match='Set "upstream_class"'):
+        FAMILIES["cfdbench"].build({"kwargs": {"width": 3}}, tensors)
 
 
 def test_replay_needs_its_inputs_and_knows_its_outputs():

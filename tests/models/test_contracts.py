@@ -74,20 +74,69 @@ FEW_MODES = {(11,): {"modes": (2,)}, (6, 5, 7): {"modes": (2,)}}
 
 # One row for every entry of MODELS ...
 ROWS = {
+    "auto_deeponet": Row(
+        "auto_deeponet",
+        {"width": 8, "branch_depth": 2, "trunk_depth": 3, "activation": "tanh"},
+        shapes=ANY,
+        finer=False,  # reads every point of its grid
+    ),
+    "auto_ffn": Row(
+        "auto_ffn",
+        {"width": 8, "depth": 2, "activation": "silu"},
+        shapes=ANY,
+        finer=False,  # reads every point of its grid
+    ),
+    "cfdbench_resnet": Row(
+        "cfdbench_resnet", {"width": 4, "inner": 6, "depth": 1, "kernel": 3}, shapes=ANY, deep={"depth": 4}
+    ),
+    "classic_unet": Row(
+        "classic_unet",
+        {"width": 4, "levels": 2},
+        shapes={(11,): {}, (4, 3, 5): {"levels": 1, "width": 2}},
+        refused={(3, 12): "Lower levels to at most 1"},
+    ),
     "classic_fno": Row(
         "classic_fno", {"width": 6, "modes": (3,), "depth": 2, "projection": 8}, shapes=FEW_MODES, deep={"depth": 4}
     ),
+    "ffno": Row(
+        "ffno",
+        {"width": 6, "modes": (3,), "depth": 2, "expansion": 2, "projection": 8},
+        shapes=FEW_MODES,
+        refused={(3, 12): "Lower modes to at most"},
+        deep={"depth": 8, "share_fourier": True},
+    ),
     "fno": Row("fno", {"width": 6, "modes": (4,), "depth": 2}, shapes=FEW_MODES, deep={"depth": 4}),
+    "ifactformer": Row(
+        "ifactformer",
+        {"width": 12, "heads": 2, "head_width": 4, "iterations": 2},
+        shapes=ANY,
+        finer=False,  # predicts from the coordinates of its grid
+        deep={"depth": 4},
+    ),
     "resnet": Row("resnet", {"width": 6, "depth": 2, "dilations": (1, 2)}, shapes=ANY, deep={"depth": 4}),
 }
 # ... and one for every variant with parts of its own.
 VARIANTS = {
+    "auto_edeeponet": ROWS["auto_deeponet"].but(
+        {"branches": "separate", "standardize": True, "activate_output": True, "frame": None, "mask": 2}
+    ),
+    "auto_ffn_standardized": ROWS["auto_ffn"].but({"standardize": True, "frame": 1}),
+    "classic_unet_hidden": ROWS["classic_unet"].but({"conditioning": "hidden", "mask": 2, "boundary": "zero"}),
+    "classic_unet_bilinear": ROWS["classic_unet"].but({"upsampling": "bilinear", "frame": None}),
+    "ffno_shared": ROWS["ffno"].but(
+        {"share_fourier": True, "share_feedforward": True, "weight_norm": False, "layer_norm": True, "depth": 8}
+    ),
+    "ffno_low_pass": ROWS["ffno"].but({"mixing": "low-pass", "positions": False, "normalize": True, "spectral": "fft"}),
+    "ffno_matmul": ROWS["ffno"].but({"spectral": "matmul", "feedforward_layers": 3, "share_fourier": True}),
     "fno_tucker": ROWS["fno"].but({"factorization": "tucker", "rank": 0.4}),
     "fno_preactivation": ROWS["fno"].but({"preactivation": True, "norm": "group_norm", "stabilizer": "tanh"}),
     "fno_padded": ROWS["fno"].but({"domain_padding": (0.2,), "norm": "instance_norm", "lifting_ratio": 0.0}),
     "fno_bare": ROWS["fno"].but({"skip": "none", "channel_mlp_expansion": 0.0, "positions": False}),
     "fno_matmul": ROWS["fno"].but({"spectral": "matmul"}),
     "fno_fft": ROWS["fno"].but({"spectral": "fft"}),
+    "ifactformer_chained": ROWS["ifactformer"].but(
+        {"form": "chained", "rotary": False, "history": 2, "frame_channels": 1, "whole_waves": True, "depth": 2}
+    ),
     "resnet_norm": ROWS["resnet"].but({"norm": "group_norm", "positions": True, "boundary": "reflect"}),
 }
 CASES = {**ROWS, **VARIANTS}

@@ -5,6 +5,7 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
 from physml.convert.apply import Rule, fill, rule
 from physml.convert.arena import PADDING, channels, frames, kernel, matrix, network_tensors, transposed_kernel, unframed
@@ -148,15 +149,22 @@ def _block(ours: str, theirs: str, block, residual: str = "res") -> list[Rule]:
 
 def replay(model: ModernUNet, config: Mapping[str, Any], io: Tensors) -> dict[str, np.ndarray]:
     """Recomputes what was recorded. See `Family.replay`."""
-    fields, scalars = frames(io, model.signature.scalars)
+    recorded = _record(model, *frames(io, model.signature.scalars))
+    available = {name: lambda value=value: jnp.moveaxis(value, -1, 1) for name, value in recorded.items()}
+    available["out.y"] = lambda: unframed(recorded["out.y"], config)
+    return pick(available, outputs_of(config, io))
+
+
+@nnx.jit
+def _record(model: ModernUNet, fields, scalars) -> dict[str, jnp.ndarray]:
     first, embedding = model.lift(fields), model.embed(scalars)
     coarse, skips = model.descend(first, embedding)
     middle = model.turn(coarse, embedding)
     last = model.normalize(model.ascend(middle, skips, embedding))
-    available = {"mid.image_proj": first, "mid.down0": skips[1], "mid.middle": middle, "mid.final_norm": last}
-    available = {name: lambda value=value: jnp.moveaxis(value, -1, 1) for name, value in available.items()}
-    available["out.y"] = lambda: unframed(model(fields, scalars), config)
-    return pick(available, outputs_of(config, io))
+    return {
+        "mid.image_proj": first, "mid.down0": skips[1], "mid.middle": middle, "mid.final_norm": last,
+        "out.y": model(fields, scalars),
+    }  # fmt: skip
 
 
 MODERN_UNET_FAMILY = Family(build, replay)

@@ -5,6 +5,7 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
 from physml.convert.arena import flat, unflat
 from physml.convert.families import (
@@ -90,11 +91,12 @@ def replay(model: ModernUNet, config: Mapping[str, Any], io: Tensors) -> dict[st
     last = x[..., -frame:]
     condition = jnp.asarray(condition.reshape(len(x), -1))
 
-    found = refine(model, schedule, x, condition, noise_init, noises)
+    network = nnx.jit(model)  # one program for all calls
+    found = refine(network, schedule, x, condition, noise_init, noises)
     predicted = found.result if weight is None else frames_of(found.result, last, weight)
     target = y if weight is None else increment_of(y, last, weight)
-    train = denoise(model, schedule, x, target, condition, train_k.astype(int), train_noise)
-    network_out = model(net_x, jnp.concatenate([net_time[:, None], condition], axis=1))
+    train = denoise(network, schedule, x, target, condition, train_k.astype(int), train_noise)
+    network_out = network(net_x, jnp.concatenate([net_time[:, None], condition], axis=1))
     fields = {
         "out.net": network_out, "out.predict": predicted, "out.train.net_in": train.inputs,
         "out.train.pred": train.prediction, "out.train.target": train.target,

@@ -140,7 +140,14 @@ def _shortcut(weight: np.ndarray) -> np.ndarray:
 
 def replay(model: SineNet, config: Mapping[str, Any], io: Tensors) -> dict[str, np.ndarray]:
     """Recomputes what was recorded. See `Family.replay`."""
-    fields, scalars = frames(io, model.signature.scalars)
+    recorded = _record(model, *frames(io, model.signature.scalars))
+    available = {name: lambda value=value: jnp.moveaxis(value, -1, 1) for name, value in recorded.items()}
+    available["out.y"] = lambda: unframed(recorded["out.y"], config)
+    return pick(available, outputs_of(config, io))
+
+
+@nnx.jit
+def _record(model: SineNet, fields, scalars) -> dict[str, jnp.ndarray]:
     first, embedding = model.lift(fields), model.embed(scalars)
     graph, state = nnx.split(model.waves.blocks)
     wave: Wave = nnx.merge(graph, jax.tree.map(lambda leaf: leaf[0], state))
@@ -150,10 +157,10 @@ def replay(model: SineNet, config: Mapping[str, Any], io: Tensors) -> dict[str, 
         skips.append(hidden)
     up = wave.up(0, skips[-1], skips[-2], embedding)
     last = model.waves(first, lambda wave, x, *_: wave(x, embedding), (None,))
-    available = {"mid.image_proj": first, "mid.wave0.down0.h": skips[1], "mid.wave0.up0": up, "mid.final_in": last}
-    available = {name: lambda value=value: jnp.moveaxis(value, -1, 1) for name, value in available.items()}
-    available["out.y"] = lambda: unframed(model(fields, scalars), config)
-    return pick(available, outputs_of(config, io))
+    return {
+        "mid.image_proj": first, "mid.wave0.down0.h": skips[1], "mid.wave0.up0": up, "mid.final_in": last,
+        "out.y": model(fields, scalars),
+    }  # fmt: skip
 
 
 SINENET_FAMILY = Family(build, replay)

@@ -47,7 +47,7 @@ def convert(
     """
     if family not in FAMILIES:
         raise ConversionError(f"There is no family {family!r} of foreign models." + suggest(family, FAMILIES))
-    settings, tensors = read_config(config), read_tensors(weights)
+    settings, tensors = read_config(config), read_tensors(weights, FAMILIES[family].prefer)
     try:
         model = FAMILIES[family].build(settings, tensors)
     except ConversionError as error:

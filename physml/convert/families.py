@@ -23,11 +23,13 @@ class Family:
         replay: `(model, config, io) -> outputs`: feeds recorded inputs (names and layout of the source) to the model
             and returns the tensors that were recorded from the source, under the same names.
         inputs: names of recorded inputs, besides those that start with "in.".
+        prefer: entries of a checkpoint file whose tensors are taken rather than its state dict: averaged weights.
     """
 
     build: Callable[[dict[str, Any], Tensors], nnx.Module]
     replay: Callable[[nnx.Module, dict[str, Any], Tensors], dict[str, np.ndarray]]
     inputs: tuple[str, ...] = ()
+    prefer: tuple[str, ...] = ()
 
 
 def arguments(config: Mapping[str, Any]) -> dict[str, Any]:

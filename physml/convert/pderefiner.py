@@ -111,4 +111,4 @@ def replay(model: ModernUNet, config: Mapping[str, Any], io: Tensors) -> dict[st
     return pick(available, outputs_of(config, io))
 
 
-PDEREFINER_FAMILY = Family(build, replay)
+PDEREFINER_FAMILY = Family(build, replay, prefer=("ema",))  # the source scores its averaged weights

@@ -12,7 +12,7 @@ import pickle
 import struct
 import zipfile
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,15 +45,25 @@ STORAGE_TYPES = {
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 NESTED = ("state_dict", "model_state_dict", "model_state", "model", "module", "net", "network", "params", "weights")
 WRAPPERS = ("module.", "_orig_mod.")  # put before every name by DataParallel and by torch.compile
-HARMLESS = ("torch", "neuralop", "tltorch", "tensorly", "tensorly_torch", "numpy")  # may be named, never built
+# May be named by a pickle, never built. Training frameworks keep settings beside the weights.
+HARMLESS = (
+    "torch", "neuralop", "tltorch", "tensorly", "tensorly_torch", "numpy", "lightning", "lightning_fabric", "omegaconf",
+    "pdearena", "pytorch_lightning", "torchmetrics",
+)  # fmt: skip
+PLAIN = {  # of the standard library, likewise
+    *(("builtins", name) for name in ("bool", "dict", "float", "int", "list", "long", "str", "tuple", "unicode")),
+    ("argparse", "Namespace"), ("collections", "Counter"), ("collections", "defaultdict"), ("functools", "partial"),
+    ("pathlib", "Path"), ("pathlib", "PosixPath"), ("pathlib", "PurePosixPath"), ("typing", "Any"),
+}  # fmt: skip
 
 
-def read_tensors(path: str | Path) -> dict[str, np.ndarray]:
+def read_tensors(path: str | Path, prefer: Sequence[str] = ()) -> dict[str, np.ndarray]:
     """The state dict in a weights file, name -> array (read-only, in the dtype of the file).
 
     The format is told by the content, not by the suffix. A state dict nested in a checkpoint (`{"state_dict": ...}`) is
-    found, `module.` before all names is removed, an entry `_metadata` is dropped. Raises ConversionError for a file
-    that is missing, damaged, or holds anything but tensors.
+    found, but one under a name of `prefer` (averaged weights, say) comes first; `module.` before all names is removed,
+    an entry `_metadata` is dropped. Raises ConversionError for a file that is missing, damaged, or holds anything but
+    tensors.
     """
     path = Path(path)
     try:
@@ -66,11 +76,11 @@ def read_tensors(path: str | Path) -> dict[str, np.ndarray]:
         return _unwrap(_read_safetensors(path, data))
     else:
         tree = _read_legacy(path, data)
-    return state_dict(tree, path)
+    return state_dict(tree, path, prefer)
 
 
-def state_dict(tree: Any, path: str | Path = "the checkpoint") -> dict[str, np.ndarray]:
-    """The one mapping of names to tensors in what a checkpoint file holds.
+def state_dict(tree: Any, path: str | Path = "the checkpoint", prefer: Sequence[str] = ()) -> dict[str, np.ndarray]:
+    """The one mapping of names to tensors in what a checkpoint file holds, or the first of `prefer` that holds any.
 
     Raises ConversionError when there is none.
     """
@@ -78,6 +88,9 @@ def state_dict(tree: Any, path: str | Path = "the checkpoint") -> dict[str, np.n
         raise ConversionError(
             f"{path} holds a {type(tree).__name__}, but a state dict (names -> tensors) was expected."
         )
+    for name in prefer:
+        if isinstance(tree.get(name), Mapping) and _holds_tensors(tree[name]):
+            return state_dict(tree[name], path)
     if not any(isinstance(value, np.ndarray) for value in tree.values()):
         found = [key for key in NESTED if isinstance(tree.get(key), Mapping)]
         found = found or [key for key, value in tree.items() if isinstance(value, Mapping) and _holds_tensors(value)]
@@ -230,7 +243,7 @@ class _Unpickler(pickle.Unpickler):
             return np.dtype(STORAGE_TYPES[name])
         if module == "torch" and name in TORCH_TYPES:
             return np.dtype(TORCH_TYPES[name])
-        if module.split(".")[0] in HARMLESS:
+        if module.split(".")[0] in HARMLESS or (module.replace("__builtin__", "builtins"), name) in PLAIN:
             return type(name, (Opaque,), {})
         raise ConversionError(
             f"{self.path} asks for {module}.{name}, which no weights need: the file may be hostile. Nothing of it was "

@@ -227,14 +227,14 @@ def attend(
         change = change.astype(total.dtype) / total
         shared = jnp.sum(change * y, axis=-1, keepdims=True)
         narrow = change.astype(value.dtype)
-        of_value = _turned(_turned(narrow) @ weights)
+        of_value = _product_of_columns(weights, narrow)
         of_weights = jnp.matmul(narrow, _turned(value), preferred_element_type=total.dtype)
         of_scores = weights * (of_weights - shared)
         # One product instead of a sum over batch and windows, which XLA runs six times slower on CPUs.
         each = of_scores.reshape(query.shape[0] * query.shape[1], -1)
         of_bias = (jnp.ones((1, len(each)), each.dtype) @ each).reshape(of_scores.shape[2:])
         of_scores = of_scores.astype(value.dtype)
-        of_query, of_key = of_scores @ key, _turned(_turned(query) @ of_scores)
+        of_query, of_key = of_scores @ key, _product_of_columns(of_scores, query)
         of_scale = jnp.sum((of_query * query).astype(total.dtype), axis=(0, 1, 3, 4))[:, None, None]
         return of_query * scale.astype(key.dtype), of_key * scale.astype(key.dtype), of_value, of_scale, of_bias
 
@@ -250,6 +250,11 @@ def _weights(query, key, scale, bias, mask):
         scores = scores + mask[:, None].astype(scores.dtype)
     weights = jnp.exp(scores - scores.max(axis=-1, keepdims=True))
     return weights, weights.sum(axis=-1, keepdims=True)
+
+
+def _product_of_columns(large, small):
+    """`large.T @ small`, as the transpose of `small.T @ large`; the barrier keeps XLA from undoing that."""
+    return _turned(jax.lax.optimization_barrier(_turned(small) @ large))
 
 
 def _turned(x):

@@ -1,5 +1,6 @@
 """What the converters of pdearena and of its descendants share: layouts of tensors, names and checkpoints."""
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -8,6 +9,7 @@ import numpy as np
 
 from physml.convert.families import Tensors, arguments, inputs_of, take
 from physml.errors import ConversionError
+from physml.fields import Signature
 
 PADDING = {"zeros": "zero", "circular": "periodic", "replicate": "replicate", "reflect": "reflect"}
 
@@ -69,6 +71,15 @@ def unframed(fields, config: Mapping[str, Any]):
     """The network's result as the source returns it."""
     kwargs = arguments(config)
     return unflat(fields, channels(kwargs)[1] // int(arguments(config)["time_future"]))
+
+
+def signature_of(signature: Signature, tensors: Tensors) -> Signature:
+    """`signature` with as many inputs and outputs as the first and last convolution of a network have."""
+    tensors = network_tensors(tensors)
+    ends = [tensors.get(f"{name}.weight") for name in ("image_proj", "final")]
+    if any(np.ndim(end) < 3 for end in ends):
+        raise ConversionError("The weights have no convolutions 'image_proj' and 'final': they are of another network.")
+    return dataclasses.replace(signature, inputs=ends[0].shape[1], outputs=ends[1].shape[0])
 
 
 def network_tensors(tensors: Tensors) -> dict[str, np.ndarray]:

@@ -23,12 +23,15 @@ class Family:
         replay: `(model, config, io) -> outputs`: feeds recorded inputs (names and layout of the source) to the model
             and returns the tensors that were recorded from the source, under the same names.
         inputs: names of recorded inputs, besides those that start with "in.".
+        adopt: `(config, signature, tensors) -> model` for a config of ours and weights that come without theirs; the
+            numbers of inputs and outputs are those of the weights. None where weights always come with a config.
         prefer: entries of a checkpoint file whose tensors are taken rather than its state dict: averaged weights.
     """
 
     build: Callable[[dict[str, Any], Tensors], nnx.Module]
     replay: Callable[[nnx.Module, dict[str, Any], Tensors], dict[str, np.ndarray]]
     inputs: tuple[str, ...] = ()
+    adopt: Callable[[Any, Signature, Tensors], nnx.Module] | None = None
     prefer: tuple[str, ...] = ()
 
 

@@ -8,7 +8,17 @@ import numpy as np
 from flax import nnx
 
 from physml.convert.apply import Rule, fill, rule
-from physml.convert.arena import PADDING, channels, frames, kernel, matrix, network_tensors, transposed_kernel, unframed
+from physml.convert.arena import (
+    PADDING,
+    channels,
+    frames,
+    kernel,
+    matrix,
+    network_tensors,
+    signature_of,
+    transposed_kernel,
+    unframed,
+)
 from physml.convert.families import (
     Family,
     Tensors,
@@ -94,6 +104,13 @@ def build(config: Mapping[str, Any], tensors: Tensors) -> ModernUNet:
     return model
 
 
+def adopt(config: ModernUNetConfig, signature: Signature, tensors: Tensors) -> ModernUNet:
+    """The model of a known config. See `Family.adopt`."""
+    model = config.build(signature_of(signature, tensors), nnx.Rngs(0))
+    load(model, tensors)
+    return model
+
+
 def load(model: ModernUNet, tensors: Tensors) -> None:
     """Fills the model from upstream weights."""
     tensors = network_tensors(tensors)
@@ -167,4 +184,4 @@ def _record(model: ModernUNet, fields, scalars) -> dict[str, jnp.ndarray]:
     }  # fmt: skip
 
 
-MODERN_UNET_FAMILY = Family(build, replay)
+MODERN_UNET_FAMILY = Family(build, replay, adopt=adopt)

@@ -24,10 +24,12 @@ def load(source: str | Path, grid=None, *, weights: str | Path | None = None):
     """A model or stepper: from a folder of physml's own, or by name with published weights.
 
     Args:
-        source: a run or saved folder (see `physml.saving.load`), or a name of `physml.models.named.NAMED`.
+        source: a run or saved folder (see `physml.saving.load`), or with `weights` a name of
+            `physml.models.named.NAMED` or of `physml.convert.FAMILIES` (then of whatever size config.json says).
         grid: for folders: another resolution.
         weights: for names: the folder that was downloaded from the hub, with config.json and model.safetensors or
-            pytorch_model.bin; or one of these weights files, with config.json beside it. Nothing in it is executed.
+            pytorch_model.bin; or one of these weights files, with config.json beside it. Weights of families that are
+            published without a config (SineNet, U-Nets, PDE-Refiner) do without. Nothing in it is executed.
 
     Returns the model itself for names: `model(fields, scalars)`. Raises CheckpointError for folders, see
     `physml.saving.load`; ConfigError for an unknown name or a name without weights; ConversionError when files are
@@ -40,26 +42,29 @@ def load(source: str | Path, grid=None, *, weights: str | Path | None = None):
                 f"folder as weights=..., or take physml.models.named.NAMED[{str(source)!r}].build(rngs) untrained."
             )
         return saving.load(source, grid)
-    if source not in NAMED:
-        raise ConfigError(f"There is no named model {str(source)!r}." + suggest(str(source), NAMED))
+    from physml.convert import FAMILIES
+
+    if source not in NAMED and source not in FAMILIES:
+        raise ConfigError(f"There is no named model {str(source)!r}." + suggest(str(source), [*NAMED, *FAMILIES]))
     if grid is not None:
         raise ConfigError("`grid` goes with folders. Named models take fields on any grid they can resample.")
-    return load_named(str(source), weights)
+    return load_published(str(source), weights)
 
 
-def load_named(name: str, weights: str | Path):
-    """The published model `name` of `NAMED`, see `load`."""
+def load_published(name: str, weights: str | Path):
+    """The model that authors published, by a name of `NAMED` or of `FAMILIES`, see `load`."""
     from physml.convert import FAMILIES, read_config
 
-    named = NAMED[name]
+    named = NAMED.get(name)
     folder, tensors = _read(Path(weights))
     config = read_config(folder / CONFIG)
-    family: Family = FAMILIES[named.family]
+    family: Family = FAMILIES[named.family if named else name]
     try:
         model = family.build(config, tensors)
     except ConversionError as error:
         raise ConversionError(f"{weights} as {name}: {error}") from error
-    _check_size(name, named, model, weights)
+    if named:
+        _check_size(name, named, model, weights)
     return model
 
 
@@ -82,15 +87,15 @@ def _shape(config) -> dict[str, Any]:
     return {key: value for key, value in dataclasses.asdict(config).items() if key not in FREE}
 
 
-def _read(path: Path) -> tuple[Path, Mapping[str, np.ndarray]]:
+def _read(path: Path, prefer: tuple[str, ...]) -> tuple[Path, Mapping[str, np.ndarray]]:
     """The folder with config.json, and the tensors."""
     if path.is_file():
-        return path.parent, read_tensors(path)
+        return path.parent, read_tensors(path, prefer)
     if not path.is_dir():
         raise ConversionError(f"There is no folder {path}. Download the model from the hub and give its folder.")
     for name in WEIGHTS:
         if (path / name).is_file():
-            return path, read_tensors(path / name)
+            return path, read_tensors(path / name, prefer)
         if (path / f"{name}.index.json").is_file():
             return path, _read_parts(path, path / f"{name}.index.json")
     found = sorted(entry.name for entry in path.iterdir())[:10]

@@ -20,7 +20,7 @@ from physml.convert.families import (
     take,
     unit_grid,
 )
-from physml.convert.modern_unet import count_parameters, load, network
+from physml.convert.modern_unet import adopt, count_parameters, load, network
 from physml.errors import ConversionError
 from physml.fields import Signature
 from physml.models.modern_unet import ModernUNet, ModernUNetConfig
@@ -111,4 +111,4 @@ def replay(model: ModernUNet, config: Mapping[str, Any], io: Tensors) -> dict[st
     return pick(available, outputs_of(config, io))
 
 
-PDEREFINER_FAMILY = Family(build, replay, prefer=("ema",))  # the source scores its averaged weights
+PDEREFINER_FAMILY = Family(build, replay, adopt=adopt, prefer=("ema",))  # the source scores its averaged weights

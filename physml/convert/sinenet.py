@@ -9,7 +9,7 @@ import numpy as np
 from flax import nnx
 
 from physml.convert.apply import Rule, fill, rule
-from physml.convert.arena import PADDING, channels, frames, kernel, matrix, network_tensors, unframed
+from physml.convert.arena import PADDING, channels, frames, kernel, matrix, network_tensors, signature_of, unframed
 from physml.convert.families import (
     Family,
     Tensors,
@@ -75,6 +75,13 @@ def config_of(config: Mapping[str, Any]) -> tuple[SineNetConfig, Signature]:
 def build(config: Mapping[str, Any], tensors: Tensors) -> SineNet:
     """The model with upstream weights. See `Family.build`."""
     model = construct(config_of, config)
+    fill(model, network_tensors(tensors), rules(model))
+    return model
+
+
+def adopt(config: SineNetConfig, signature: Signature, tensors: Tensors) -> SineNet:
+    """The model of a known config. See `Family.adopt`."""
+    model = config.build(signature_of(signature, tensors), nnx.Rngs(0))
     fill(model, network_tensors(tensors), rules(model))
     return model
 
@@ -163,4 +170,4 @@ def _record(model: SineNet, fields, scalars) -> dict[str, jnp.ndarray]:
     }  # fmt: skip
 
 
-SINENET_FAMILY = Family(build, replay)
+SINENET_FAMILY = Family(build, replay, adopt=adopt)

@@ -7,7 +7,9 @@ from typing import Any
 from flax import nnx
 
 from physml.fields import Axis, Grid, Signature
+from physml.models.modern_unet import ModernUNetConfig
 from physml.models.poseidon_scot import ScOTConfig
+from physml.models.sinenet import SineNetConfig
 
 
 @dataclass(frozen=True)
@@ -41,8 +43,39 @@ def _poseidon(width: int, depth: int, parameters: int) -> Named:
     return Named(config, Signature(Grid(axes), inputs=4, scalars=1, outputs=4), parameters, "poseidon_scot")
 
 
+def _sinenet(parameters: int, **choices) -> Named:
+    """Four frames of smoke density and two velocities in, one out, on 128 x 128 points. Zhang et al. 2024."""
+    axes = tuple(Axis.uniform(name, 128, periodic=choices["boundary"] == "periodic") for name in "xy")
+    return Named(
+        SineNetConfig(**choices), Signature(Grid(axes), inputs=12, scalars=0, outputs=3), parameters, "sinenet"
+    )
+
+
+def _modern_unet(parameters: int, scalars: int = 0, **choices) -> Named:
+    """As `_sinenet`, but in a box with walls: the U-Nets of Gupta & Brandstetter 2022."""
+    axes = tuple(Axis.uniform(name, 128, periodic=False) for name in "xy")
+    config = ModernUNetConfig(boundary="zero", **choices)
+    return Named(config, Signature(Grid(axes), inputs=12, scalars=scalars, outputs=3), parameters, "modern_unet")
+
+
+def _refiner() -> Named:
+    """Kuramoto-Sivashinsky on 256 points; last frame and noisy target in; step, time step and spacing as scalars."""
+    signature = Signature(Grid((Axis.uniform("x", 256, 64.0),)), inputs=2, scalars=3, outputs=1)
+    return Named(ModernUNetConfig(boundary="periodic"), signature, 53_924_225, "pderefiner")
+
+
 NAMED: Mapping[str, Named] = {
+    "modern-unet-64": _modern_unet(144_263_683),
+    "modern-unet-attention-64": _modern_unet(148_462_083, middle_attention=True),
+    "pde-refiner-ks": _refiner(),
     "poseidon-b": _poseidon(96, 8, 157_729_988),
     "poseidon-l": _poseidon(192, 8, 628_575_524),
     "poseidon-t": _poseidon(48, 4, 20_774_444),
+    "sinenet-2": _sinenet(35_499_989, waves=2, growth=1.8075, boundary="zero"),
+    "sinenet-4": _sinenet(35_493_699, waves=4, growth=1.611, boundary="zero"),
+    "sinenet-6": _sinenet(35_475_499, waves=6, growth=1.5, boundary="zero"),
+    "sinenet-8": _sinenet(35_490_219, waves=8, growth=1.425, boundary="zero"),
+    "sinenet-8-circular": _sinenet(35_490_219, waves=8, growth=1.425, boundary="periodic"),
+    "sinenet-8-tangled": _sinenet(32_831_403, waves=8, growth=1.425, disentangled=False, boundary="zero"),
+    "sinenet-unet-8": _sinenet(28_628_084, waves=1, blocks=8, growth=1.425, boundary="zero"),
 }

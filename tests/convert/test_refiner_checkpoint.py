@@ -3,6 +3,7 @@
 Written by torch 2.13 with `files/make_refiner.py`: averaged weights are all 0.25, raw ones all 1.
 """
 
+import dataclasses
 import json
 import pickle
 import shutil
@@ -14,10 +15,13 @@ import numpy as np
 import pytest
 from flax import nnx
 
+import physml
 from physml import saving
 from physml.convert import FAMILIES, convert
+from physml.convert.pderefiner import config_of
 from physml.convert.torch_file import read_tensors, state_dict
 from physml.errors import ConversionError
+from physml.models.named import NAMED, Named
 
 FILES = Path(__file__).parent / "files"
 CONFIG = json.loads((FILES / "refiner.json").read_text())
@@ -73,3 +77,15 @@ def test_configs_that_do_not_fit_are_refused(change, message):
     tensors = read_tensors(FILES / "refiner.ckpt", ("ema",))
     with pytest.raises(ConversionError, match=message):
         FAMILIES["pderefiner"].build({**CONFIG, **change}, tensors)
+
+
+def test_a_checkpoint_without_config_is_loaded_by_name(monkeypatch):
+    """The name tells the network, the weights the numbers of inputs and outputs; averaged weights come first."""
+    config, signature = config_of(CONFIG)
+    other = dataclasses.replace(signature, inputs=7, outputs=5)
+    monkeypatch.setitem(NAMED, "tiny-refiner", Named(config, other, config.parameters(signature), "pderefiner"))
+    model = physml.load("tiny-refiner", weights=FILES / "refiner.ckpt")
+    assert model.signature == signature
+    assert all(np.all(array == 0.25) for array in numbers_of(model))
+    with pytest.raises(ConversionError, match="another network"):
+        FAMILIES["pderefiner"].adopt(config, signature, {"weight": np.ones(2)})

@@ -30,9 +30,9 @@ class Frozen(nnx.Variable):
 def turns(coordinates: np.ndarray, frequencies: Float[Array, " wave"]) -> Float[Array, "point wave"]:
     """`coordinates * frequencies` less its nearest integer: the phase of a wave, in [-1/2, 1/2].
 
-    `coordinates` (float64) are known when the program is traced. Right to 1e-7 however large the product is, while a
-    float32 product of a thousand turns is off by 1e-4: both factors are cut into pieces of 12 bits, whose products are
-    exact, and each loses its whole turns before they are added.
+    `coordinates` (float64) are known when the program is traced. Right to 1e-6 also for a million turns, while a
+    float32 product of a thousand is off by 1e-4: both factors are cut into pieces of 12 bits, whose products are exact,
+    and each loses its whole turns before they are added.
     """
     frequencies = frequencies.astype(jnp.float32)
     bits = jax.lax.bitcast_convert_type(frequencies, jnp.uint32) & np.uint32(0xFFFFF000)
@@ -46,9 +46,9 @@ def turns(coordinates: np.ndarray, frequencies: Float[Array, " wave"]) -> Float[
 
 
 def _pieces(numbers: np.ndarray) -> list[np.ndarray]:
-    """Float32 arrays of 12 significant bits each that add up to `numbers` to 36 bits."""
+    """Float32 arrays of 12 significant bits each that add up to `numbers` to 48 bits."""
     pieces = []
-    for _ in range(3):
+    for _ in range(4):
         fraction, exponent = np.frexp(numbers)
         pieces.append(np.ldexp(np.trunc(np.ldexp(fraction, 12)), exponent - 12))
         numbers = numbers - pieces[-1]

@@ -56,11 +56,12 @@ def load_published(name: str, weights: str | Path):
     from physml.convert import FAMILIES, read_config
 
     named = NAMED.get(name)
-    folder, tensors = _read(Path(weights))
-    config = read_config(folder / CONFIG)
     family: Family = FAMILIES[named.family if named else name]
+    folder, tensors = _read(Path(weights), family.prefer)
     try:
-        model = family.build(config, tensors)
+        if named and family.adopt and not (folder / CONFIG).is_file():
+            return family.adopt(named.config, named.signature, tensors)
+        model = family.build(read_config(folder / CONFIG), tensors)
     except ConversionError as error:
         raise ConversionError(f"{weights} as {name}: {error}") from error
     if named:
@@ -97,12 +98,12 @@ def _read(path: Path, prefer: tuple[str, ...]) -> tuple[Path, Mapping[str, np.nd
         if (path / name).is_file():
             return path, read_tensors(path / name, prefer)
         if (path / f"{name}.index.json").is_file():
-            return path, _read_parts(path, path / f"{name}.index.json")
+            return path, _read_parts(path, path / f"{name}.index.json", prefer)
     found = sorted(entry.name for entry in path.iterdir())[:10]
     raise ConversionError(f"{path} holds none of {', '.join(WEIGHTS)}; it holds {found}. Download the weights too.")
 
 
-def _read_parts(folder: Path, index: Path) -> dict[str, np.ndarray]:
+def _read_parts(folder: Path, index: Path, prefer: tuple[str, ...]) -> dict[str, np.ndarray]:
     """Weights in several files, as the index says."""
     try:
         places = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
@@ -114,5 +115,5 @@ def _read_parts(folder: Path, index: Path) -> dict[str, np.ndarray]:
         raise ConversionError(f"{index} names files outside of its folder: {outside}.")
     tensors: dict[str, np.ndarray] = {}
     for name in names:
-        tensors |= read_tensors(folder / name)
+        tensors |= read_tensors(folder / name, prefer)
     return tensors

@@ -244,10 +244,10 @@ def attend(
 
 def _weights(query, key, scale, bias, mask):
     """Attention weights that are not divided by their total yet, and that total."""
+    # The mask joins the bias first: by itself XLA would spread it over the whole batch.
+    shift = bias if mask is None else bias + mask[:, None].astype(bias.dtype)
     # Scaled after the product: cosines times 100 are where float32 loses most.
-    scores = jnp.matmul(query, _turned(key), preferred_element_type=_wide(query)) * scale + bias
-    if mask is not None:
-        scores = scores + mask[:, None].astype(scores.dtype)
+    scores = jnp.matmul(query, _turned(key), preferred_element_type=_wide(query)) * scale + shift
     weights = jnp.exp(scores - scores.max(axis=-1, keepdims=True))
     return weights, weights.sum(axis=-1, keepdims=True)
 

@@ -113,7 +113,36 @@ ROWS = {
         finer=False,  # predicts from the coordinates of its grid
         deep={"depth": 4},
     ),
+    "modern_unet": Row(
+        "modern_unet",
+        {"width": 8, "multipliers": (1, 2), "blocks": 1},
+        shape=(6, 8),
+        shapes={(10,): {}, (4, 2, 6): {}},
+        refused={(9, 12): "multiple of 2 points"},
+        deep={"blocks": 2},
+        still="its last convolution starts from zero, as published",
+    ),
+    "poseidon_scot": Row(
+        "poseidon_scot",
+        {"width": 8, "depths": (2, 1), "heads": (2, 1), "skip_blocks": (1, 1), "patch": 3, "window": 2},
+        shapes={(15, 15): {"window": 3}, (8, 7): {"patch": 1, "window": 4}},
+        refused={
+            (11,): "two spatial axes",
+            (6, 5, 7): "two spatial axes",
+            (10, 12): "patch=3 does not divide",
+            (3, 12): r"at least 6 points .* image_size=\(6, 12\)",
+        },
+        deep={"depths": (9, 1)},
+    ),
     "resnet": Row("resnet", {"width": 6, "depth": 2, "dilations": (1, 2)}, shapes=ANY, deep={"depth": 4}),
+    "sinenet": Row(
+        "sinenet",
+        {"width": 4, "growth": 1.0, "waves": 1},
+        shape=(32, 16),
+        shapes={(32,): {}, (16, 16, 16): {"boundary": "zero"}},
+        refused={(9, 12): "multiple of 16", (16, 16): r"at least \(32, 16\)"},
+        deep={"waves": 8},
+    ),
 }
 # ... and one for every variant with parts of its own.
 VARIANTS = {
@@ -137,7 +166,28 @@ VARIANTS = {
     "ifactformer_chained": ROWS["ifactformer"].but(
         {"form": "chained", "rotary": False, "history": 2, "frame_channels": 1, "whole_waves": True, "depth": 2}
     ),
+    "modern_unet_plain": ROWS["modern_unet"].but({"norm": False, "boundary": "reflect"}, scalars=0, still=""),
+    "modern_unet_attention": ROWS["modern_unet"].but(
+        {"attention": (False, True), "middle_attention": True, "modulation": "scale_shift", "pointwise_ends": True}
+    ),
+    "poseidon_scot_plain": ROWS["poseidon_scot"].but(
+        {"position_embedding": True, "boundary": "zero", "image_size": (12, 6), "attention_bias": False},
+        scalars=0,
+        refused={},  # fields on every grid are resampled
+    ),
+    "poseidon_scot_resnet": ROWS["poseidon_scot"].but(
+        {"skip": "resnet", "residual": True, "mask_token": True, "depths": (3,), "heads": (2,), "skip_blocks": (2,)},
+        silent={"mask_token": "no token is masked here"},
+        shapes={},
+        refused={},
+    ),
     "resnet_norm": ROWS["resnet"].but({"norm": "group_norm", "positions": True, "boundary": "reflect"}),
+    "sinenet_tangled": ROWS["sinenet"].but(
+        {"disentangled": False, "blocks": 2, "pool": "max", "interpolation": "bilinear"}, shapes={}, scalars=0
+    ),
+    "sinenet_scaled": ROWS["sinenet"].but(
+        {"modulation": "scale_shift", "boundary": "periodic"}, shape=(32, 32), shapes={}, refused={}
+    ),
 }
 CASES = {**ROWS, **VARIANTS}
 every_case = pytest.mark.parametrize("row", CASES.values(), ids=CASES)

@@ -58,7 +58,8 @@ def test_first_block_of_a_decoder_is_shifted_at_even_depth_and_the_last_never():
             if shifts is not None:
                 assert order == shifts
             else:
-                assert order[0] == first and not order[-1]
+                assert order[0] == first
+                assert not order[-1]
 
 
 def test_loop_over_blocks_is_blocks_in_turn(monkeypatch):

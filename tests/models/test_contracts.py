@@ -149,14 +149,20 @@ VARIANTS = {
     "auto_edeeponet": ROWS["auto_deeponet"].but(
         {"branches": "separate", "standardize": True, "activate_output": True, "frame": None, "mask": 2}
     ),
-    "auto_ffn_standardized": ROWS["auto_ffn"].but({"standardize": True, "frame": 1}),
-    "classic_unet_hidden": ROWS["classic_unet"].but({"conditioning": "hidden", "mask": 2, "boundary": "zero"}),
+    "classic_unet_hidden": ROWS["classic_unet"].but(
+        {"conditioning": "hidden", "mask": 2, "boundary": "zero", "levels": 1}, refused={}
+    ),
     "classic_unet_bilinear": ROWS["classic_unet"].but({"upsampling": "bilinear", "frame": None}),
     "ffno_shared": ROWS["ffno"].but(
-        {"share_fourier": True, "share_feedforward": True, "weight_norm": False, "layer_norm": True, "depth": 8}
+        {
+            "share_fourier": True,
+            "share_feedforward": True,
+            "weight_norm": False,
+            "layer_norm": True,
+            "spectral": "matmul",
+        }
     ),
     "ffno_low_pass": ROWS["ffno"].but({"mixing": "low-pass", "positions": False, "normalize": True, "spectral": "fft"}),
-    "ffno_matmul": ROWS["ffno"].but({"spectral": "matmul", "feedforward_layers": 3, "share_fourier": True}),
     "fno_tucker": ROWS["fno"].but({"factorization": "tucker", "rank": 0.4}),
     "fno_preactivation": ROWS["fno"].but({"preactivation": True, "norm": "group_norm", "stabilizer": "tanh"}),
     "fno_padded": ROWS["fno"].but({"domain_padding": (0.2,), "norm": "instance_norm", "lifting_ratio": 0.0}),

@@ -15,7 +15,8 @@ class Stack(nnx.Module):
     """`depth` blocks, equal but for their numbers. Every parameter has a leading axis, one entry for each block.
 
     From `LOOP_FROM` blocks on they run in a loop, so that time and size of a compilation do not grow with their number;
-    fewer blocks run one after another, which spares the copies of a loop.
+    fewer blocks run one after another, which spares the copies of a loop. Blocks that are recomputed always run in one,
+    whose end keeps XLA from computing early, and holding, what the backward pass needs late.
 
     Attributes:
         blocks: one module that holds the parameters of all.
@@ -51,7 +52,7 @@ class Stack(nnx.Module):
             return jax.checkpoint(run) if remat else run
 
         steps, loops = [step(variant) for variant in variants], 0
-        if self.depth >= LOOP_FROM and visit is None:
+        if self.depth >= (period + 1 if remat else LOOP_FROM) and visit is None:
             loops = self.depth // period
 
             def body(x, entries):

@@ -15,7 +15,7 @@ weights are not the same; the shapes of all large products are.
 Both take turns, so that other load hits them alike; reported are medians, and the median of the ratios of neighboring
 runs. CPU time counts all threads and depends less on other load. Expected: at most 0.8 of PyTorch's time for both (the
 authors' own code took 336 ms forward and 760 ms per step on two quiet cores); B compiles within 60 s; remat halves the
-memory.
+memory. `physml.parallel.memory.keep_freed_memory` is not called: it makes scOT slower (see README.md here).
 """
 
 import argparse
@@ -30,10 +30,6 @@ THREADS = 2
 os.environ.setdefault("OMP_NUM_THREADS", str(THREADS))
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # waiting threads of PyTorch must not take the cores from XLA
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-
-from physml.parallel.memory import keep_freed_memory  # noqa: E402
-
-keep_freed_memory()  # as the command line does
 
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402

@@ -77,7 +77,7 @@ def test_they_follow_the_batches(tmp_path, fields, parts):
 def test_the_batch_of_four_devices_is_one(tmp_path):
     one, four = (train(tmp_path / str(n), Layout(data=n), steps=6) for n in (1, 4))
     for a, b in zip(statistics(one), statistics(four), strict=True):
-        assert_allclose(a, b, rtol=1e-5)
+        assert_allclose(a, b, rtol=1e-5, atol=1e-6)  # the mean of whole waves is zero
 
 
 def test_interrupted_and_resumed_is_uninterrupted(tmp_path):

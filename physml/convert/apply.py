@@ -106,6 +106,26 @@ def as_pairs(array: np.ndarray) -> np.ndarray:
     return np.stack([array.real, array.imag], axis=-1) if np.iscomplexobj(array) else array
 
 
+def weight_and_bias(ours: str, theirs: str, change: Callable[..., np.ndarray] = same) -> list[Rule]:
+    """The rules of a layer's weight, which is changed, and of its bias."""
+    return [rule(f"{ours}.weight", f"{theirs}.weight", change=change), rule(f"{ours}.bias", f"{theirs}.bias")]
+
+
+def kernel(weight: np.ndarray) -> np.ndarray:
+    """(out, in, *kernel) -> (*kernel, in, out)."""
+    return np.moveaxis(weight, (1, 0), (-2, -1))
+
+
+def transposed_kernel(weight: np.ndarray) -> np.ndarray:
+    """(in, out, *kernel) of a transposed convolution -> (*kernel, in, out)."""
+    return np.moveaxis(weight, (0, 1), (-2, -1))
+
+
+def matrix(weight: np.ndarray) -> np.ndarray:
+    """(out, in), with or without axes of length one -> (in, out)."""
+    return weight.reshape(weight.shape[:2]).T
+
+
 def pointwise(array: np.ndarray) -> np.ndarray:
     """The matrix `(out, in)` of a convolution with kernels of one point, `(out, in, 1, ...)`."""
     return array.reshape(array.shape[:2]) if array.size == array.shape[0] * array.shape[1] else array

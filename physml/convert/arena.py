@@ -7,26 +7,11 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from physml.convert.families import Tensors, arguments, inputs_of, take
+from physml.convert.families import Tensors, arguments, inputs_of, outputs_of, pick, take
 from physml.errors import ConversionError
 from physml.fields import Signature
 
 PADDING = {"zeros": "zero", "circular": "periodic", "replicate": "replicate", "reflect": "reflect"}
-
-
-def kernel(weight: np.ndarray) -> np.ndarray:
-    """(out, in, *kernel) -> (*kernel, in, out)."""
-    return np.moveaxis(weight, (1, 0), (-2, -1))
-
-
-def transposed_kernel(weight: np.ndarray) -> np.ndarray:
-    """(in, out, *kernel) of a transposed convolution -> (*kernel, in, out)."""
-    return np.moveaxis(weight, (0, 1), (-2, -1))
-
-
-def matrix(weight: np.ndarray) -> np.ndarray:
-    """(out, in), with or without axes of length one -> (in, out)."""
-    return weight.reshape(weight.shape[:2]).T
 
 
 def channels(kwargs: dict[str, Any]) -> tuple[int, int]:
@@ -65,6 +50,14 @@ def frames(io: Tensors, scalars: int) -> tuple[jnp.ndarray, jnp.ndarray]:
     names = ("in.time", "in.z")[: min(scalars, 2)]
     columns = [value.reshape(len(x), -1) for value in inputs_of(io, *names)]
     return flat(x), jnp.asarray(np.concatenate([np.zeros((len(x), 0), np.float32), *columns], axis=1))
+
+
+def replay_recorded(model, record, config: Mapping[str, Any], io: Tensors) -> dict[str, np.ndarray]:
+    """What was recorded, from `record(model, fields, scalars)`: hidden fields by name, and the result as "out.y"."""
+    recorded = record(model, *frames(io, model.signature.scalars))
+    available = {name: lambda value=value: jnp.moveaxis(value, -1, 1) for name, value in recorded.items()}
+    available["out.y"] = lambda: unframed(recorded["out.y"], config)
+    return pick(available, outputs_of(config, io))
 
 
 def unframed(fields, config: Mapping[str, Any]):

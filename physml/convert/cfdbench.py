@@ -12,7 +12,7 @@ import numpy as np
 from flax import nnx
 
 from physml.convert import cfdbench_grids, cfdbench_points
-from physml.convert.apply import Rule, as_pairs, fill, pointwise, rule
+from physml.convert.apply import Rule, as_pairs, fill, pointwise, rule, weight_and_bias
 from physml.convert.cfdbench_cases import case_of, constructor, points, scores
 from physml.convert.families import (
     Family,
@@ -60,16 +60,16 @@ def build_fno(config: Mapping[str, Any], tensors: Tensors) -> ClassicFNO:
 
 def rules(model: ClassicFNO) -> list[Rule]:
     """Which upstream tensors make which parameter."""
-    table = _linear("lifting", "fc0") + _linear("projection.first", "fc1") + _linear("projection.second", "fc2")
+    table = (
+        weight_and_bias("lifting", "fc0", pointwise)
+        + weight_and_bias("projection.first", "fc1", pointwise)
+        + weight_and_bias("projection.second", "fc2", pointwise)
+    )
     for i in range(len(model.blocks)):
         blocks = (f"blocks.{i}.conv0.weights1", f"blocks.{i}.conv0.weights2")
         table.append(rule(f"blocks.{i}.convolution.weight", *blocks, change=_join))
-        table += _linear(f"blocks.{i}.linear", f"blocks.{i}.w0")
+        table += weight_and_bias(f"blocks.{i}.linear", f"blocks.{i}.w0", pointwise)
     return table
-
-
-def _linear(ours: str, theirs: str) -> list[Rule]:
-    return [rule(f"{ours}.weight", f"{theirs}.weight", change=pointwise), rule(f"{ours}.bias", f"{theirs}.bias")]
 
 
 def _join(positive: np.ndarray, negative: np.ndarray) -> np.ndarray:

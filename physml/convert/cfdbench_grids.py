@@ -9,7 +9,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from physml.convert.apply import Rule, fill, rule
+from physml.convert.apply import Rule, fill, kernel, rule, transposed_kernel, weight_and_bias
 from physml.convert.cfdbench_cases import case_of, constructor, points, scores
 from physml.convert.families import Tensors, construct, outputs_of, pick, refuse, take, unit_grid
 from physml.errors import ConversionError
@@ -47,13 +47,13 @@ def config_of_unet(config: Mapping[str, Any]) -> tuple[ClassicUNetConfig, Signat
 def build_unet(config: Mapping[str, Any], tensors: Tensors) -> ClassicUNet:
     """The model with upstream weights. See `Family.build`."""
     model = construct(config_of_unet, config)
-    table = _convolution("readout", "out_conv.conv")
+    table = weight_and_bias("readout", "out_conv.conv", kernel)
     for i in range(len(model.down)):
         table += _pair(f"down.{i}", f"down{i}.maxpool_conv.1" if i else "in_conv")
     for i, step in enumerate(model.up):
         table += _pair(f"up.{i}.pair", f"up{i + 1}.conv")
         if step.grow is not None:
-            table.append(rule(f"up.{i}.grow.weight", f"up{i + 1}.up.weight", change=_inputs_first))
+            table.append(rule(f"up.{i}.grow.weight", f"up{i + 1}.up.weight", change=transposed_kernel))
             table.append(rule(f"up.{i}.grow.bias", f"up{i + 1}.up.bias"))
     if model.conditions is not None:
         table.append(rule("conditions.weight", "case_params_fc.weight", change=np.transpose))
@@ -66,28 +66,12 @@ def _pair(ours: str, theirs: str) -> list[Rule]:
     table = []
     for i, name in enumerate(("first", "second")):
         place = f"{theirs}.conv{i + 1}"
-        table += _convolution(f"{ours}.{name}", f"{place}.0")
+        table += weight_and_bias(f"{ours}.{name}", f"{place}.0", kernel)
         for here, there in (
             ("weight", "weight"), ("bias", "bias"), ("mean", "running_mean"), ("variance", "running_var")
         ):  # fmt: skip
             table.append(rule(f"{ours}.norms.{i}.{here}", f"{place}.1.{there}"))
     return table
-
-
-def _convolution(ours: str, theirs: str) -> list[Rule]:
-    return [
-        rule(f"{ours}.weight", f"{theirs}.weight", change=_outputs_last), rule(f"{ours}.bias", f"{theirs}.bias")
-    ]  # fmt: skip
-
-
-def _outputs_last(weight: np.ndarray) -> np.ndarray:
-    """(out, in, *kernel) -> (*kernel, in, out)."""
-    return np.moveaxis(weight, (1, 0), (-2, -1))
-
-
-def _inputs_first(weight: np.ndarray) -> np.ndarray:
-    """(in, out, *kernel) of a transposed convolution -> (*kernel, in, out)."""
-    return np.moveaxis(weight, (0, 1), (-2, -1))
 
 
 def replay_unet(model: ClassicUNet, config: Mapping[str, Any], io: Tensors) -> dict[str, np.ndarray]:
@@ -129,10 +113,10 @@ def build_resnet(config: Mapping[str, Any], tensors: Tensors) -> CFDBenchResNet:
     model = construct(config_of_resnet, config)
     table = []
     for i, block in enumerate(model.blocks):
-        table += _convolution(f"blocks.{i}.first", f"blocks.{i}.conv1")
-        table += _convolution(f"blocks.{i}.second", f"blocks.{i}.conv2")
+        table += weight_and_bias(f"blocks.{i}.first", f"blocks.{i}.conv1", kernel)
+        table += weight_and_bias(f"blocks.{i}.second", f"blocks.{i}.conv2", kernel)
         if block.shortcut is not None:
-            table += _convolution(f"blocks.{i}.shortcut", f"blocks.{i}.res_conv")
+            table += weight_and_bias(f"blocks.{i}.shortcut", f"blocks.{i}.res_conv", kernel)
     fill(model, tensors, table, ignored=[name for name in tensors if ".bn1." in name or ".bn2." in name])
     return model
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from physml.convert.apply import Rule, fill, rule
+from physml.convert.apply import fill, matrix, rule, weight_and_bias
 from physml.convert.cfdbench_cases import constructor, points, scores
 from physml.convert.families import Tensors, construct, inputs_of, outputs_of, pick, refuse, take, unit_grid
 from physml.errors import ConversionError
@@ -83,15 +83,9 @@ def build_deeponet(config: Mapping[str, Any], tensors: Tensors) -> AutoDeepONet:
     table = [rule("bias", "bias")]
     for ours, theirs in {**names, "trunk": "trunk_net"}.items():
         for i in range(len(getattr(model, ours).maps)):
-            table += _dense(f"{ours}.maps.{i}", f"{theirs}.layers.{2 * i}")
+            table += weight_and_bias(f"{ours}.maps.{i}", f"{theirs}.layers.{2 * i}", matrix)
     fill(model, tensors, table)
     return model
-
-
-def _dense(ours: str, theirs: str) -> list[Rule]:
-    return [
-        rule(f"{ours}.weight", f"{theirs}.weight", change=np.transpose), rule(f"{ours}.bias", f"{theirs}.bias")
-    ]  # fmt: skip
 
 
 def replay_deeponet(model: AutoDeepONet, config: Mapping[str, Any], io: Tensors) -> dict[str, np.ndarray]:
@@ -139,9 +133,9 @@ def config_of_ffn(config: Mapping[str, Any]) -> tuple[AutoFFNConfig, Signature]:
 def build_ffn(config: Mapping[str, Any], tensors: Tensors) -> AutoFFN:
     """The model with upstream weights. See `Family.build`."""
     model = construct(config_of_ffn, config)
-    table = _dense("entry", "ffn.layers.0")
+    table = weight_and_bias("entry", "ffn.layers.0", matrix)
     for i in range(len(model.rest.maps)):
-        table += _dense(f"rest.maps.{i}", f"ffn.layers.{2 * i + 2}")
+        table += weight_and_bias(f"rest.maps.{i}", f"ffn.layers.{2 * i + 2}", matrix)
     fill(model, tensors, table)
     return model
 

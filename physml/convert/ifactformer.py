@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from physml.convert.apply import Rule, fill, pointwise, rule
+from physml.convert.apply import Rule, fill, matrix, rule, weight_and_bias
 from physml.convert.families import Family, Tensors, arguments, construct, inputs_of, outputs_of, pick, refuse, take
 from physml.errors import ConversionError
 from physml.fields import Axis, Grid, Signature
@@ -70,8 +70,8 @@ def rules(model: IFactFormer) -> list[Rule]:
         rule("entry_weight", "to_in.0.weight", change=np.ravel),
         rule("entry_bias", "to_in.0.bias"),
         rule("entry.weight", "to_in.2.weight", change=_time_major),
-        rule("narrow.weight", "simple_to_out.1.weight", change=_matrix),
-        rule("readout.weight", "simple_to_out.3.weight", change=_matrix),
+        rule("narrow.weight", "simple_to_out.1.weight", change=matrix),
+        rule("readout.weight", "simple_to_out.3.weight", change=matrix),
         rule("readout.bias", "simple_to_out.3.bias"),
     ]
     for i, layer in enumerate(model.layers):
@@ -90,7 +90,7 @@ def _layer(ours: str, theirs: str, attention) -> list[Rule]:
 
     table = [
         rule(f"{ours}.positions.waves", f"{theirs}.0.0._B"),
-        *_linear(f"{ours}.positions.linear", f"{theirs}.0.1"),
+        *weight_and_bias(f"{ours}.positions.linear", f"{theirs}.0.1", matrix),
         *_norm(f"{here}.norm", f"{block}.in_norm"),
         rule(f"{here}.value", f"{block}.to_v.weight"),
         rule(f"{here}.entry.weight", f"{block}.to_in.weight", change=np.transpose),
@@ -103,8 +103,8 @@ def _layer(ours: str, theirs: str, attention) -> list[Rule]:
         table += [
             rule(f"{kernel}.pool.weight", f"{pool}.to_in.weight", change=np.transpose),
             *_norm(f"{kernel}.norm", f"{pool}.out_ffn.norm"),
-            *_linear(f"{kernel}.gated", f"{pool}.out_ffn.fn.net.0"),
-            *_linear(f"{kernel}.mixed", f"{pool}.out_ffn.fn.net.3"),
+            *weight_and_bias(f"{kernel}.gated", f"{pool}.out_ffn.fn.net.0", matrix),
+            *weight_and_bias(f"{kernel}.mixed", f"{pool}.out_ffn.fn.net.3", matrix),
             rule(f"{kernel}.query.weight", f"{low}.to_q.weight", change=np.transpose),
             rule(f"{kernel}.key.weight", f"{low}.to_k.weight", change=np.transpose),
         ]
@@ -113,17 +113,8 @@ def _layer(ours: str, theirs: str, attention) -> list[Rule]:
     return table
 
 
-def _linear(ours: str, theirs: str) -> list[Rule]:
-    return [rule(f"{ours}.weight", f"{theirs}.weight", change=_matrix), rule(f"{ours}.bias", f"{theirs}.bias")]
-
-
 def _norm(ours: str, theirs: str) -> list[Rule]:
     return [rule(f"{ours}.scale", f"{theirs}.weight"), rule(f"{ours}.shift", f"{theirs}.bias")]
-
-
-def _matrix(weight: np.ndarray) -> np.ndarray:
-    """(out, in, 1, ...) -> (in, out)."""
-    return pointwise(weight).T
 
 
 def _time_major(weight: np.ndarray) -> np.ndarray:

@@ -7,25 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from physml.convert.apply import Rule, fill, rule
-from physml.convert.arena import (
-    PADDING,
-    channels,
-    frames,
-    kernel,
-    matrix,
-    network_tensors,
-    signature_of,
-    transposed_kernel,
-    unframed,
-)
+from physml.convert.apply import Rule, fill, kernel, matrix, transposed_kernel, weight_and_bias
+from physml.convert.arena import PADDING, channels, network_tensors, replay_recorded, signature_of
 from physml.convert.families import (
     Family,
     Tensors,
     arguments,
     construct,
-    outputs_of,
-    pick,
     refuse,
     take,
     unit_grid,
@@ -123,53 +111,47 @@ def rules(model: ModernUNet, tensors: Tensors) -> list[Rule]:
     """Which upstream tensors make which parameter."""
     config, table = model.config, []
     levels, blocks = len(config.multipliers), config.blocks
-    table += _layer("first", "image_proj", kernel) + _layer("last", "final", kernel)
+    table += weight_and_bias("first", "image_proj", kernel) + weight_and_bias("last", "final", kernel)
     if config.norm:
-        table += _layer("norm", "norm", np.asarray)
+        table += weight_and_bias("norm", "norm")
     for i in range(model.signature.scalars):
         # The class with one parameter at most has no number in its names.
         theirs = "time_embed" if i == 0 else f"pde_emb.{i - 1}" if "pde_emb.0.0.weight" in tensors else "pde_emb"
-        for layer, j in (("first", 0), ("second", 2)):
-            table += _layer(f"embedding.perceptrons.{i}.{layer}", f"{theirs}.{j}", matrix)
+        for part, j in (("first", 0), ("second", 2)):
+            table += weight_and_bias(f"embedding.perceptrons.{i}.{part}", f"{theirs}.{j}", matrix)
     for i, block in enumerate(model.downs):
         table += _block(f"downs.{i}", f"down.{i + i // blocks}", block)
     for level in range(levels - 1):
-        table += _layer(f"coarsen.{level}", f"down.{blocks + level * (blocks + 1)}.conv", kernel)
+        table += weight_and_bias(f"coarsen.{level}", f"down.{blocks + level * (blocks + 1)}.conv", kernel)
     for i, block in enumerate(model.ups):
         table += _block(f"ups.{i}", f"up.{i + i // (blocks + 1)}", block)
     for level in range(levels - 1):
         theirs = f"up.{(levels - 1 - level) * (blocks + 2) - 1}.conv"
-        table += _layer(f"refine.{level}", theirs, transposed_kernel)
+        table += weight_and_bias(f"refine.{level}", theirs, transposed_kernel)
     for i, block in enumerate(model.middle):
         table += _block(f"middle.{i}", "middle", block, residual=f"res{i + 1}")
     return table
 
 
-def _layer(ours: str, theirs: str, change) -> list[Rule]:
-    return [rule(f"{ours}.weight", f"{theirs}.weight", change=change), rule(f"{ours}.bias", f"{theirs}.bias")]
-
-
 def _block(ours: str, theirs: str, block, residual: str = "res") -> list[Rule]:
     inner = f"{theirs}.{residual}"
-    table = _layer(f"{ours}.first", f"{inner}.conv1", kernel) + _layer(f"{ours}.second", f"{inner}.conv2", kernel)
+    table = weight_and_bias(f"{ours}.first", f"{inner}.conv1", kernel)
+    table += weight_and_bias(f"{ours}.second", f"{inner}.conv2", kernel)
     for i, norm in enumerate(block.norms):
-        table += [] if norm is None else _layer(f"{ours}.norms.{i}", f"{inner}.norm{i + 1}", np.asarray)
+        table += [] if norm is None else weight_and_bias(f"{ours}.norms.{i}", f"{inner}.norm{i + 1}")
     if block.shortcut is not None:
-        table += _layer(f"{ours}.shortcut", f"{inner}.shortcut", matrix)
+        table += weight_and_bias(f"{ours}.shortcut", f"{inner}.shortcut", matrix)
     if block.condition is not None:
-        table += _layer(f"{ours}.condition", f"{inner}.cond_emb", matrix)
+        table += weight_and_bias(f"{ours}.condition", f"{inner}.cond_emb", matrix)
     if block.attention is not None:
-        table += _layer(f"{ours}.attention.projection", f"{theirs}.attn.projection", matrix)
-        table += _layer(f"{ours}.attention.output", f"{theirs}.attn.output", matrix)
+        table += weight_and_bias(f"{ours}.attention.projection", f"{theirs}.attn.projection", matrix)
+        table += weight_and_bias(f"{ours}.attention.output", f"{theirs}.attn.output", matrix)
     return table
 
 
 def replay(model: ModernUNet, config: Mapping[str, Any], io: Tensors) -> dict[str, np.ndarray]:
     """Recomputes what was recorded. See `Family.replay`."""
-    recorded = _record(model, *frames(io, model.signature.scalars))
-    available = {name: lambda value=value: jnp.moveaxis(value, -1, 1) for name, value in recorded.items()}
-    available["out.y"] = lambda: unframed(recorded["out.y"], config)
-    return pick(available, outputs_of(config, io))
+    return replay_recorded(model, _record, config, io)
 
 
 @nnx.jit

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from physml.convert.apply import Rule, fill, rule
+from physml.convert.apply import Rule, fill, kernel, rule
 from physml.convert.families import Family, Tensors, construct, inputs_of, pick, refuse, take, unit_grid
 from physml.errors import ConversionError
 from physml.fields import Channel, Signature, Spec
@@ -112,12 +112,12 @@ def rules(model: ScOT) -> list[Rule]:
     """Which upstream tensors make which parameter; those of equal blocks are stacked."""
     scalars, stages = model.signature.scalars, len(model.config.depths)
     table = [
-        rule("embedding.patches.weight", "embeddings.patch_embeddings.projection.weight", change=_kernel),
+        rule("embedding.patches.weight", "embeddings.patch_embeddings.projection.weight", change=kernel),
         rule("embedding.patches.bias", "embeddings.patch_embeddings.projection.bias"),
         *_norm("embedding.norm", ["embeddings.norm"], scalars, alone=True),
         rule("recovery.weight", "patch_recovery.projection.weight", change=lambda w: np.transpose(w, (0, 2, 3, 1))),
         rule("recovery.bias", "patch_recovery.projection.bias"),
-        rule("recovery.mixing.weight", "patch_recovery.mixup.weight", change=_kernel),
+        rule("recovery.mixing.weight", "patch_recovery.mixup.weight", change=kernel),
     ]
     if model.config.mask_token:
         table.append(rule("embedding.mask_token", "embeddings.mask_token", change=np.ravel))
@@ -192,7 +192,7 @@ def _norm(ours: str, theirs: list[str], scalars: int, *, alone: bool = False) ->
 
 def _convnext(ours: str, theirs: str, scalars: int) -> list[Rule]:
     return [
-        rule(f"{ours}.convolution.weight", f"{theirs}.dwconv.weight", change=_kernel),
+        rule(f"{ours}.convolution.weight", f"{theirs}.dwconv.weight", change=kernel),
         rule(f"{ours}.convolution.bias", f"{theirs}.dwconv.bias"),
         *_norm(f"{ours}.norm", [f"{theirs}.norm"], scalars, alone=True),
         rule(f"{ours}.mlp.first.weight", f"{theirs}.pwconv1.weight", change=np.transpose),
@@ -207,15 +207,10 @@ def _resnet(ours: str, theirs: str, scalars: int) -> list[Rule]:
     table = []
     for layer, number in (("first", 1), ("second", 2)):
         norm = ("weight", "weight"), ("bias", "bias"), ("mean", "running_mean"), ("variance", "running_var")
-        table.append(rule(f"{ours}.{layer}.weight", f"{theirs}.conv{number}.weight", change=_kernel))
+        table.append(rule(f"{ours}.{layer}.weight", f"{theirs}.conv{number}.weight", change=kernel))
         table.append(rule(f"{ours}.{layer}.bias", f"{theirs}.conv{number}.bias"))
         table += [rule(f"{ours}.{layer}_norm.{target}", f"{theirs}.bn{number}.{source}") for target, source in norm]
     return table
-
-
-def _kernel(weight: np.ndarray) -> np.ndarray:
-    """(out, in, rows, columns) -> (rows, columns, in, out)."""
-    return np.transpose(weight, (2, 3, 1, 0))
 
 
 def _stack(change: Callable, parts: int = 1) -> Callable[..., np.ndarray]:

@@ -8,15 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from physml.convert.apply import Rule, fill, rule
-from physml.convert.arena import PADDING, channels, frames, kernel, matrix, network_tensors, signature_of, unframed
+from physml.convert.apply import Rule, fill, kernel, matrix, rule, weight_and_bias
+from physml.convert.arena import PADDING, channels, network_tensors, replay_recorded, signature_of
 from physml.convert.families import (
     Family,
     Tensors,
     arguments,
     construct,
-    outputs_of,
-    pick,
     refuse,
     take,
     unit_grid,
@@ -90,20 +88,18 @@ def rules(model: SineNet) -> list[Rule]:
     """Which upstream tensors make which parameter."""
     config, table = model.config, []
     for ours, theirs in (("first", "image_proj"), ("last", "final")):
-        table += [rule(f"{ours}.weight", f"{theirs}.weight", change=kernel), rule(f"{ours}.bias", f"{theirs}.bias")]
+        table += weight_and_bias(ours, theirs, kernel)
     if model.embedding is not None:
         for i, theirs in enumerate(("time_embed", "pde_emb")[: model.signature.scalars]):
-            for layer, j in (("first", 0), ("second", 2)):
-                ours = f"embedding.perceptrons.{i}.{layer}"
-                table.append(rule(f"{ours}.weight", f"{theirs}.{j}.weight", change=matrix))
-                table.append(rule(f"{ours}.bias", f"{theirs}.{j}.bias"))
+            for part, j in (("first", 0), ("second", 2)):
+                table += weight_and_bias(f"embedding.perceptrons.{i}.{part}", f"{theirs}.{j}", matrix)
     for way in ("down", "up"):
         for level in range(LEVELS):
             ours = f"waves.blocks.{way}s.{level}"
             theirs = [f"{way}.{wave}.{level}" for wave in range(config.waves)]
             table += _pair(f"{ours}.pair", [f"{name}.conv.0" for name in theirs], config, model.embedding is not None)
             if config.residual:
-                table += _layer(f"{ours}.shortcut", [f"{name}.shortcut" for name in theirs], _stack(_shortcut))
+                table += _layers(f"{ours}.shortcut", [f"{name}.shortcut" for name in theirs], _stack(matrix))
             if config.blocks > 1:
                 rest = [f"{name}.conv.{block}" for name in theirs for block in range(1, config.blocks)]
                 shape = (config.waves, config.blocks - 1)
@@ -113,18 +109,18 @@ def rules(model: SineNet) -> list[Rule]:
 
 def _pair(ours: str, theirs: list[str], config: SineNetConfig, conditioned: bool, shape=()) -> list[Rule]:
     table = []
-    for i, layer in enumerate(("first", "second")):
-        table += _layer(f"{ours}.{layer}", [f"{name}.conv{i + 1}" for name in theirs], _stack(kernel, shape), shape)
+    for i, part in enumerate(("first", "second")):
+        table += _layers(f"{ours}.{part}", [f"{name}.conv{i + 1}" for name in theirs], _stack(kernel, shape), shape)
         if config.norm:
-            table += _layer(
+            table += _layers(
                 f"{ours}.norms.{i}", [f"{name}.norm{i + 1}" for name in theirs], _stack(np.asarray, shape), shape
             )
     if conditioned:
-        table += _layer(f"{ours}.condition", [f"{name}.cond_emb" for name in theirs], _stack(matrix, shape), shape)
+        table += _layers(f"{ours}.condition", [f"{name}.cond_emb" for name in theirs], _stack(matrix, shape), shape)
     return table
 
 
-def _layer(ours: str, theirs: list[str], change, shape=()) -> list[Rule]:
+def _layers(ours: str, theirs: list[str], change, shape=()) -> list[Rule]:
     return [
         rule(f"{ours}.weight", *(f"{name}.weight" for name in theirs), change=change),
         rule(f"{ours}.bias", *(f"{name}.bias" for name in theirs), change=_stack(np.asarray, shape)),
@@ -141,16 +137,9 @@ def _stack(change, shape=()):
     return together
 
 
-def _shortcut(weight: np.ndarray) -> np.ndarray:
-    return matrix(weight.reshape(weight.shape[:2]))
-
-
 def replay(model: SineNet, config: Mapping[str, Any], io: Tensors) -> dict[str, np.ndarray]:
     """Recomputes what was recorded. See `Family.replay`."""
-    recorded = _record(model, *frames(io, model.signature.scalars))
-    available = {name: lambda value=value: jnp.moveaxis(value, -1, 1) for name, value in recorded.items()}
-    available["out.y"] = lambda: unframed(recorded["out.y"], config)
-    return pick(available, outputs_of(config, io))
+    return replay_recorded(model, _record, config, io)
 
 
 @nnx.jit

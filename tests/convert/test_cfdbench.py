@@ -173,7 +173,8 @@ def norm_weights(random, name, channels):
 
 
 def torch_convolution(w, name, x, padding=0):
-    functional = pytest.importorskip("torch.nn.functional")
+    from torch.nn import functional
+
     x = functional.pad(x, [padding] * 4, mode="replicate") if padding else x
     return functional.conv2d(x, w[f"{name}.weight"], w[f"{name}.bias"])
 
@@ -181,7 +182,8 @@ def torch_convolution(w, name, x, padding=0):
 @pytest.mark.peers
 @pytest.mark.parametrize(("bilinear", "insertion"), [(False, "hidden"), (False, "input"), (True, "input")])
 def test_unet_is_its_torch_layers(bilinear, insertion):
-    torch = pytest.importorskip("torch")
+    import torch
+
     functional, random, dim = torch.nn.functional, np.random.default_rng(0), 2
     half = 2 if bilinear else 1
     tensors = convolution_weights(random, "out_conv.conv", dim, 1, 1)
@@ -245,7 +247,8 @@ def test_unet_is_its_torch_layers(bilinear, insertion):
 
 @pytest.mark.peers
 def test_resnet_is_its_torch_layers():
-    torch = pytest.importorskip("torch")
+    import torch
+
     random, tensors = np.random.default_rng(0), {}
     kwargs = {"in_chan": 2, "out_chan": 1, "n_case_params": CASES, "hidden_chan": 6, "num_blocks": 2}
     channels = [2 + 1 + CASES, 6, 6, 6, 1]

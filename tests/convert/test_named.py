@@ -4,8 +4,10 @@ import json
 import shutil
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
+from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 import physml
@@ -87,7 +89,9 @@ def test_errors_name_the_remedy(folder):
 def test_pytorch_files_are_read(folder):
     import torch
 
-    tensors = load_file(folder / "model.safetensors")
+    tensors, expected = load_file(folder / "model.safetensors"), nnx.state(physml.load("tiny", weights=folder))
     (folder / "model.safetensors").unlink()
     torch.save({name: torch.from_numpy(value) for name, value in tensors.items()}, folder / "pytorch_model.bin")
-    physml.load("tiny", weights=folder)
+    got = nnx.state(physml.load("tiny", weights=folder))
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_array_equal(a, b)

@@ -143,7 +143,8 @@ def test_layers_that_cannot_be_are_refused(options, message):
 )
 @pytest.mark.parametrize("options", [{}, {"stride": 2}, {"groups": 3}, {"dilation": 2, "padding": 2}], ids=str)
 def test_convolution_is_pytorchs(boundary, mode, options):
-    torch = pytest.importorskip("torch")
+    import torch
+
     padding = options.get("padding", 1)
     theirs = torch.nn.Conv2d(3, 6, 3, padding_mode=mode, **{**options, "padding": padding})
     ours = convolution.Convolution(3, 6, 3, [boundary] * 2, **options, rngs=nnx.Rngs(0))
@@ -157,7 +158,8 @@ def test_convolution_is_pytorchs(boundary, mode, options):
 @pytest.mark.peers
 @pytest.mark.parametrize("ndim", [1, 2, 3])
 def test_transposed_convolution_is_pytorchs(ndim):
-    torch = pytest.importorskip("torch")
+    import torch
+
     theirs = getattr(torch.nn, f"ConvTranspose{ndim}d")(3, 5, 4, 2, 1)
     ours = convolution.TransposedConvolution(3, 5, 4, 2, 1, ndim, rngs=nnx.Rngs(0))
     # Both start from a uniform law, whose bound the largest of so many numbers nearly reaches.

@@ -173,7 +173,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    from physml.parallel.memory import keep_freed_memory
-
-    keep_freed_memory()
     main()

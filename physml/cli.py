@@ -444,10 +444,8 @@ def _execute(verb: Common) -> int:
     for noisy in ("absl", "jax", "orbax", "grain"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
     from physml.errors import DivergedError, PhysmlError
-    from physml.parallel.memory import keep_freed_memory
 
     try:
-        keep_freed_memory()  # before jax starts its threads
         _compile_cache()
         result = verb.run()
     except KeyboardInterrupt:

@@ -5,33 +5,23 @@ python experiments/benchmarks/fno_speed.py          needs the extra `peers`; one
 FNO in 2-D: 64 x 64 points, width 32, 16 modes, 4 blocks, batch 16, float32, 2 threads. Forward pass and AdamW training
 step of both libraries take turns, so that other load on the machine hits them alike; reported are medians, the ratio of
 medians, and the median of the ratios of neighboring runs. CPU time counts all threads and depends less on other load.
-Expected: forward at most 0.6 of PyTorch's time, step at most 0.8. `--give-back` leaves the memory allocator as it is.
+Expected: forward at most 0.6 of PyTorch's time, step at most 0.8.
 """
 
+# ruff: noqa: E402
 import argparse
 import json
-import os
-import statistics
-import sys
 import time
 
-THREADS = 2
-os.environ.setdefault("OMP_NUM_THREADS", str(THREADS))
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # waiting threads of PyTorch must not take the cores from XLA
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
+from turns import THREADS, compare, markdown  # isort: split
 
-from physml.parallel.memory import keep_freed_memory  # noqa: E402
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
 
-if "--give-back" not in sys.argv:
-    keep_freed_memory()  # as the command line does
-
-import jax  # noqa: E402
-import jax.numpy as jnp  # noqa: E402
-import numpy as np  # noqa: E402
-import optax  # noqa: E402
-from flax import nnx  # noqa: E402
-
-from physml.convert import FAMILIES  # noqa: E402
+from physml.convert import FAMILIES
 
 POINTS, WIDTH, MODES, DEPTH, BATCH, INPUTS, OUTPUTS = 64, 32, 16, 4, 16, 3, 1
 KWARGS = {
@@ -103,26 +93,11 @@ def ours(weights, path, x, y):
     return forward, step, seconds
 
 
-def measure(functions, rounds):
-    """Wall and CPU milliseconds of each function, taking turns."""
-    times = {name: {"wall": [], "cpu": []} for name in functions}
-    for function in functions.values():
-        function(), function()
-    for _ in range(rounds):
-        for name, function in functions.items():
-            wall, cpu = time.perf_counter(), time.process_time()
-            function()
-            times[name]["wall"].append(1e3 * (time.perf_counter() - wall))
-            times[name]["cpu"].append(1e3 * (time.process_time() - cpu))
-    return times
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=25)
     parser.add_argument("--paths", nargs="+", default=["auto", "fft"])
     parser.add_argument("--json", action="store_true")
-    parser.add_argument("--give-back", action="store_true", help="leave the memory allocator as it is")
     arguments = parser.parse_args()
     random = np.random.default_rng(0)
     x, y = (random.standard_normal((BATCH, POINTS, POINTS, c)).astype(np.float32) for c in (INPUTS, OUTPUTS))
@@ -135,28 +110,10 @@ def main():
         assert error < 1e-5, f"{path}: outputs differ by {error:.1e} of their range, so the times compare nothing"
         losses = [steps[path]() for _ in first]
         assert np.allclose(losses, first, rtol=1e-4), f"{path}: losses {losses}, but {first} in PyTorch"
-    rows = []
-    for kind, functions in (("forward", forwards), ("step", steps)):
-        times = measure(functions, arguments.rounds)
-        for name, clocks in times.items():
-            row = {
-                "what": kind,
-                "who": name,
-                "compile_s": round(compiling.get(name, 0.0), 1) if kind == "step" else None,
-            }
-            for clock, values in clocks.items():
-                base = times["torch"][clock]
-                row[f"{clock}_ms"] = round(statistics.median(values), 1)
-                row[f"{clock}_ratio"] = round(statistics.median(values) / statistics.median(base), 2)
-                row[f"{clock}_paired"] = round(statistics.median(a / b for a, b in zip(values, base)), 2)
-            rows.append(row)
-    if arguments.json:
-        print(json.dumps(rows))
-        return
-    print("| | | wall ms | ratio | paired | CPU ms | ratio | compile s |\n|---|---|---|---|---|---|---|---|")
-    for row in rows:
-        names = ("what", "who", "wall_ms", "wall_ratio", "wall_paired", "cpu_ms", "cpu_ratio", "compile_s")
-        print("| " + " | ".join(str(row[name] if row[name] is not None else "") for name in names) + " |")
+    table = compare({"forward": forwards, "step": steps}, arguments.rounds)
+    for row in table:
+        row["compile_s"] = round(compiling[row["who"]], 1) if row["what"] == "step" and row["who"] in compiling else ""
+    print(json.dumps(table) if arguments.json else markdown(table))
 
 
 if __name__ == "__main__":

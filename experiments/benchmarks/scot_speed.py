@@ -15,29 +15,25 @@ weights are not the same; the shapes of all large products are.
 Both take turns, so that other load hits them alike; reported are medians, and the median of the ratios of neighboring
 runs. CPU time counts all threads and depends less on other load. Expected: at most 0.8 of PyTorch's time for both (the
 authors' own code took 336 ms forward and 760 ms per step on two quiet cores); B compiles within 60 s; remat halves the
-memory. `physml.parallel.memory.keep_freed_memory` is not called: it makes scOT slower (see README.md here).
+memory.
 """
 
+# ruff: noqa: E402
 import argparse
 import dataclasses
 import json
-import os
-import statistics
 import sys
 import time
 
-THREADS = 2
-os.environ.setdefault("OMP_NUM_THREADS", str(THREADS))
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # waiting threads of PyTorch must not take the cores from XLA
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
+from turns import THREADS, compare  # isort: split
 
-import jax  # noqa: E402
-import jax.numpy as jnp  # noqa: E402
-import numpy as np  # noqa: E402
-import optax  # noqa: E402
-from flax import nnx  # noqa: E402
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
 
-from physml.models.named import NAMED  # noqa: E402
+from physml.models.named import NAMED
 
 BATCH, RATE = 4, 1e-4
 
@@ -187,35 +183,8 @@ def speed(rounds: int) -> list[dict]:
     print(
         f"parameters: {own_count:,} here, {count:,} in the peer; the step compiled in {seconds:.0f} s", file=sys.stderr
     )
-    rows = []
-    for what, functions in (
-        ("forward", {"torch": forward, "physml": own_forward}),
-        ("step", {"torch": step, "physml": own_step}),
-    ):
-        times = measure(functions, rounds)
-        for who, clocks in times.items():
-            row = {"what": what, "who": who}
-            for clock, values in clocks.items():
-                base = times["torch"][clock]
-                row[f"{clock}_ms"] = round(statistics.median(values), 1)
-                row[f"{clock}_least"] = round(min(values), 1)
-                row[f"{clock}_paired"] = round(statistics.median(a / b for a, b in zip(values, base, strict=True)), 2)
-            rows.append(row)
-    return rows
-
-
-def measure(functions, rounds: int):
-    """Wall and CPU milliseconds of each function, taking turns."""
-    times = {name: {"wall": [], "cpu": []} for name in functions}
-    for function in functions.values():
-        function(), function()
-    for _ in range(rounds):
-        for name, function in functions.items():
-            wall, cpu = time.perf_counter(), time.process_time()
-            function()
-            times[name]["wall"].append(1e3 * (time.perf_counter() - wall))
-            times[name]["cpu"].append(1e3 * (time.process_time() - cpu))
-    return times
+    cases = {"forward": {"torch": forward, "physml": own_forward}, "step": {"torch": step, "physml": own_step}}
+    return compare(cases, rounds)
 
 
 def compile_times() -> list[dict]:

@@ -8,11 +8,6 @@ process; the ratio of the median times per step should be at most 1.10. Seconds 
 tell the same story on a machine that others use. About 4 minutes on 2 cores.
 """
 
-# ruff: noqa: E402
-from physml.parallel.memory import keep_freed_memory
-
-keep_freed_memory()  # before jax starts its threads
-
 import argparse
 import json
 import statistics

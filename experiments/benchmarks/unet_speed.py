@@ -9,30 +9,22 @@ step. `--full` compiles the training step of the published sinenet-8 (width 64, 
 running it. `--unrolled` runs waves one after another.
 """
 
+# ruff: noqa: E402
 import argparse
 import json
-import os
-import statistics
 import sys
 import time
 
-THREADS = 2
-os.environ.setdefault("OMP_NUM_THREADS", str(THREADS))
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # waiting threads of PyTorch must not take the cores from XLA
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
+from turns import THREADS, compare  # isort: split
 
-from physml.parallel.memory import keep_freed_memory  # noqa: E402
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
 
-keep_freed_memory()  # as the command line does
-
-import jax  # noqa: E402
-import jax.numpy as jnp  # noqa: E402
-import numpy as np  # noqa: E402
-import optax  # noqa: E402
-from flax import nnx  # noqa: E402
-
-from physml.convert import FAMILIES  # noqa: E402
-from physml.models.named import NAMED  # noqa: E402
+from physml.convert import FAMILIES
+from physml.models.named import NAMED
 
 BATCH = 2
 FIELDS = {
@@ -136,21 +128,8 @@ def measure(family: str, rounds: int) -> dict:
     *mine, compiling = ours(family, kwargs, weights, x, y)
     difference = np.abs(theirs[0]() - mine[0]()).max() / np.abs(theirs[0]()).max()
     found = {"compile step s": compiling, "largest difference": float(difference)}
-    for label, (peers, own) in {"forward": (theirs[0], mine[0]), "step": (theirs[1], mine[1])}.items():
-        times = {(name, clock): [] for name in ("torch", "physml") for clock in ("elapsed", "processor")}
-        peers(), own()
-        for _ in range(rounds):
-            for name, call in (("torch", peers), ("physml", own)):
-                start = time.perf_counter(), time.process_time()
-                call()
-                times[name, "elapsed"].append(1e3 * (time.perf_counter() - start[0]))
-                times[name, "processor"].append(1e3 * (time.process_time() - start[1]))
-        medians = {key: statistics.median(values) for key, values in times.items()}
-        for clock in ("elapsed", "processor"):
-            ratio = medians["physml", clock] / medians["torch", clock]
-            row = {name: round(medians[name, clock], 1) for name in ("torch", "physml")}
-            found[f"{label}, {clock} ms"] = {**row, "ratio": round(ratio, 3)}
-    return found
+    cases = {what: {"torch": theirs[i], "physml": mine[i]} for i, what in enumerate(("forward", "step"))}
+    return found | {"times": compare(cases, rounds)}
 
 
 def main():

@@ -87,6 +87,14 @@ def to_dict(config: Any, registry: Registry | None = None, path: str = "config")
     )
 
 
+def check_choices(config: Any) -> None:
+    """Raises ConfigError where a field of the dataclass that is annotated with `Literal` holds none of its values."""
+    for name, annotation in typing.get_type_hints(type(config)).items():
+        value, valid = getattr(config, name), typing.get_args(annotation)
+        if typing.get_origin(annotation) is Literal and value not in valid:
+            raise ConfigError(f"{name} is {value!r}, which it cannot be.{suggest(value, valid)}")
+
+
 def from_dict(target: Any, data: Any, path: str = "config") -> Any:
     """Builds `target` from plain containers.
 

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import numpy as np
 import pytest
 
-from physml.coding import from_dict, override, tagged, to_dict
+from physml.coding import check_choices, from_dict, override, tagged, to_dict
 from physml.errors import ConfigError
 
 
@@ -144,3 +144,14 @@ def test_dates_in_assignments_stay_text():
         "data": {"train": ["2019-03-01", "2019-03-25T23"]},
         "start": "2019-03-01T06:00:00",
     }
+
+
+def test_choices_are_those_of_the_annotation():
+    @dataclass(frozen=True)
+    class Choosing:
+        way: Literal["left", "right"] = "left"
+        steps: int = 1
+
+    check_choices(Choosing("right", steps="many"))  # other fields are not its business
+    with pytest.raises(ConfigError, match="way is 'rigt'.*Did you mean 'right'. Valid: left, right."):
+        check_choices(Choosing("rigt"))

@@ -13,7 +13,7 @@ import argparse
 import json
 import time
 
-from turns import THREADS, compare, markdown  # isort: split
+from turns import THREADS, compare, markdown, of_torch  # isort: split
 
 import jax
 import jax.numpy as jnp
@@ -41,22 +41,8 @@ def peer(x, y):
     torch.set_num_threads(THREADS)
     torch.manual_seed(0)
     model = FNO(**KWARGS)
-    weights = {name: t.detach().clone().numpy() for name, t in model.state_dict().items() if torch.is_tensor(t)}
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=1e-4)
-    fields, target = (torch.from_numpy(np.moveaxis(a, -1, 1).copy()) for a in (x, y))
-
-    def forward():
-        with torch.inference_mode():
-            return np.moveaxis(model(fields).numpy(), 1, -1)
-
-    def step():
-        optimizer.zero_grad()
-        loss = ((model(fields) - target) ** 2).mean()
-        loss.backward()
-        optimizer.step()
-        return float(loss.detach())
-
-    return weights, forward, step
+    return of_torch(model, optimizer, x, y)
 
 
 def ours(weights, path, x, y):

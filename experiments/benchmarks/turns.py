@@ -30,6 +30,28 @@ def take_turns(functions: dict, rounds: int) -> dict:
     return times
 
 
+def of_torch(model, optimizer, x, y):
+    """Of a PyTorch network: its weights as arrays, one forward pass, one training step of the mean square error."""
+    import numpy as np
+    import torch
+
+    weights = {name: t.detach().clone().numpy() for name, t in model.state_dict().items() if torch.is_tensor(t)}
+    fields, target = (torch.from_numpy(np.moveaxis(a, -1, 1).copy()) for a in (x, y))
+
+    def forward():
+        with torch.inference_mode():
+            return np.moveaxis(model(fields).numpy(), 1, -1)
+
+    def step():
+        optimizer.zero_grad()
+        loss = ((model(fields) - target) ** 2).mean()
+        loss.backward()
+        optimizer.step()
+        return float(loss.detach())
+
+    return weights, forward, step
+
+
 def compare(cases: dict, rounds: int, base: str = "torch") -> list[dict]:
     """Rows for `{what: {who: function}}`: median times, their ratio to `base`, the median ratio within one round."""
     table = []

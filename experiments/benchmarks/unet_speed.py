@@ -15,7 +15,7 @@ import json
 import sys
 import time
 
-from turns import THREADS, compare  # isort: split
+from turns import THREADS, compare, of_torch  # isort: split
 
 import jax
 import jax.numpy as jnp
@@ -45,22 +45,8 @@ def peer(family, kwargs, x, y):
     torch.set_num_threads(THREADS)
     torch.manual_seed(0)
     model = {"sinenet": SineNet, "modern_unet": ModernUNet}[family](x.shape[-1], y.shape[-1], **kwargs)
-    weights = {name: tensor.detach().clone().numpy() for name, tensor in model.state_dict().items()}
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=1e-5)
-    fields, target = (torch.from_numpy(np.moveaxis(a, -1, 1).copy()) for a in (x, y))
-
-    def forward():
-        with torch.inference_mode():
-            return np.moveaxis(model(fields).numpy(), 1, -1)
-
-    def step():
-        optimizer.zero_grad()
-        loss = ((model(fields) - target) ** 2).mean()
-        loss.backward()
-        optimizer.step()
-        return float(loss.detach())
-
-    return weights, forward, step
+    return of_torch(model, optimizer, x, y)
 
 
 def ours(family, kwargs, weights, x, y):

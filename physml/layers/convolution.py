@@ -21,6 +21,13 @@ from physml.layers.pointwise import uniform
 BOUNDARIES = {"periodic": "wrap", "zero": "constant", "replicate": "edge", "reflect": "reflect"}
 
 
+def resolve_boundaries(boundary: str, periodic: Sequence[bool], beyond: str) -> tuple[str, ...]:
+    """Of every axis: `boundary`, or for "auto" what the axis is: "periodic", or `beyond` where it is not."""
+    if boundary == "auto":
+        return tuple("periodic" if wraps else beyond for wraps in periodic)
+    return (boundary,) * len(periodic)
+
+
 def pad_boundary(
     x: Float[Array, "batch *space channel"], width: int | Sequence[tuple[int, int]], boundaries: Sequence[str]
 ) -> Float[Array, "batch *padded channel"]:

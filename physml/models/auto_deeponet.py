@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from physml.coding import check_choices
 from physml.errors import ConfigError
 from physml.fields import ArrayLike, Signature
 from physml.layers.increment import add_and_mask, check_frame_and_mask
@@ -56,9 +57,7 @@ class AutoDeepONetConfig:
         if min(self.width, self.branch_depth, self.trunk_depth) < 1 or (self.standardize and self.width < 2):
             raise ConfigError(f"Sizes must be positive, and width 2 to standardize, but {self} was given.")
         activation(self.activation)
-        for name, valid in (("branches", ("joint", "separate")), ("dtype", ("float32", "bfloat16"))):
-            if getattr(self, name) not in valid:
-                raise ConfigError(f"{name} is {getattr(self, name)!r}, but it must be one of {valid}.")
+        check_choices(self)
 
     def widths(self, signature: Signature) -> dict[str, list[int]]:
         """Of the layers of every network."""

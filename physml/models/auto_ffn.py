@@ -13,6 +13,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
+from physml.coding import check_choices
 from physml.errors import ConfigError
 from physml.fields import ArrayLike, Signature
 from physml.layers.dense import Dense
@@ -54,8 +55,7 @@ class AutoFFNConfig:
         if min(self.width, self.depth) < 1 or (self.standardize and self.width < 2):
             raise ConfigError(f"Sizes must be positive, and width 2 to standardize, but {self} was given.")
         activation(self.activation)
-        if self.dtype not in ("float32", "bfloat16"):
-            raise ConfigError(f"dtype is {self.dtype!r}, but hidden numbers are 'float32' or 'bfloat16'.")
+        check_choices(self)
 
     def widths(self, signature: Signature) -> list[int]:
         """Of all layers."""

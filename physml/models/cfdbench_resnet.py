@@ -11,10 +11,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from physml.coding import check_choices
 from physml.errors import ConfigError
 from physml.fields import ArrayLike, Grid, Signature
 from physml.layers.conditioning import append_scalars
-from physml.layers.convolution import BOUNDARIES, Convolution
+from physml.layers.convolution import Convolution, resolve_boundaries
 from physml.layers.dropout import drop
 from physml.layers.increment import add_and_mask, check_frame_and_mask
 from physml.layers.pointwise import gelu
@@ -54,15 +55,11 @@ class CFDBenchResNetConfig:
             raise ConfigError(f"Sizes must be positive (depth may be 0), but {self} was given.")
         if not 0 <= self.dropout < 1:
             raise ConfigError(f"dropout is {self.dropout}, but it is a share: 0 or more and below 1.")
-        for name, valid in (("boundary", ("auto", *BOUNDARIES)), ("dtype", ("float32", "bfloat16"))):
-            if getattr(self, name) not in valid:
-                raise ConfigError(f"{name} is {getattr(self, name)!r}, but it must be one of {valid}.")
+        check_choices(self)
 
     def boundaries(self, grid: Grid) -> tuple[str, ...]:
         """Of every axis."""
-        if self.boundary == "auto":
-            return tuple("periodic" if periodic else "replicate" for periodic in grid.periodic)
-        return (self.boundary,) * grid.ndim
+        return resolve_boundaries(self.boundary, grid.periodic, beyond="replicate")
 
     def channels(self, signature: Signature) -> list[int]:
         """Before and after every block."""

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from physml.coding import check_choices
 from physml.errors import ConfigError
 from physml.fields import ArrayLike, Signature
 from physml.layers.conditioning import append_positions, append_scalars
@@ -52,8 +53,7 @@ class ClassicFNOConfig:
         numbers = (self.width, self.depth, self.projection, len(self.modes), *self.modes)
         if min(numbers) < 1 or self.padding < 0:
             raise ConfigError(f"Sizes must be positive (padding may be 0), but {self} was given.")
-        if self.dtype not in ("float32", "bfloat16"):
-            raise ConfigError(f"dtype is {self.dtype!r}, but hidden fields are 'float32' or 'bfloat16'.")
+        check_choices(self)
 
     def kept(self, ndim: int) -> tuple[int, ...]:
         """Frequencies kept along each of `ndim` axes."""

@@ -12,11 +12,12 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from physml.coding import check_choices
 from physml.errors import ConfigError
 from physml.fields import ArrayLike, Grid, Signature
 from physml.layers.batch_norm import BatchNorm
 from physml.layers.conditioning import append_scalars
-from physml.layers.convolution import BOUNDARIES, Convolution, TransposedConvolution
+from physml.layers.convolution import Convolution, TransposedConvolution, resolve_boundaries
 from physml.layers.dense import Dense
 from physml.layers.increment import add_and_mask, check_frame_and_mask
 from physml.layers.interpolation import interpolate_corners, max_pool
@@ -54,18 +55,11 @@ class ClassicUNetConfig:
     def __post_init__(self):
         if min(self.width, self.levels) < 1:
             raise ConfigError(f"Sizes must be positive, but {self} was given.")
-        for name, valid in (
-            ("conditioning", ("input", "hidden")), ("upsampling", ("transposed", "bilinear")),
-            ("boundary", ("auto", *BOUNDARIES)), ("dtype", ("float32", "bfloat16")),
-        ):  # fmt: skip
-            if getattr(self, name) not in valid:
-                raise ConfigError(f"{name} is {getattr(self, name)!r}, but it must be one of {valid}.")
+        check_choices(self)
 
     def boundaries(self, grid: Grid) -> tuple[str, ...]:
         """Of every axis."""
-        if self.boundary == "auto":
-            return tuple("periodic" if periodic else "replicate" for periodic in grid.periodic)
-        return (self.boundary,) * grid.ndim
+        return resolve_boundaries(self.boundary, grid.periodic, beyond="replicate")
 
     def down(self, inputs: int) -> list[tuple[int, int]]:
         """Channels in and out of the convolutions on each grid on the way down, the finest first."""

@@ -14,6 +14,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
+from physml.coding import check_choices
 from physml.errors import ConfigError
 from physml.fields import ArrayLike, Signature
 from physml.layers.conditioning import LayerNorm, append_scalars, grid_positions
@@ -83,13 +84,7 @@ class FFNOConfig:
                 raise ConfigError(f"{name} is {getattr(self, name)}, but it is a share: 0 or more and below 1.")
         if self.noise < 0:
             raise ConfigError(f"noise is {self.noise}, but a standard deviation is not negative.")
-        for name, valid in (
-            ("mixing", ("full", "low-pass", "none")),
-            ("spectral", ("auto", "fft", "matmul")),
-            ("dtype", ("float32", "bfloat16")),
-        ):
-            if getattr(self, name) not in valid:
-                raise ConfigError(f"{name} is {getattr(self, name)!r}, but it must be one of {valid}.")
+        check_choices(self)
 
     def modes_on(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Frequencies kept along each axis of a grid. Raises ConfigError when they do not fit it."""

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from physml.coding import check_choices
 from physml.errors import ConfigError
 from physml.fields import ArrayLike, Signature
 from physml.layers.conditioning import append_positions, append_scalars
@@ -87,11 +88,7 @@ class FNOConfig:
             )
         if any(fraction < 0 for fraction in self.domain_padding):
             raise ConfigError(f"domain_padding={self.domain_padding} must not be negative.")
-        for name, valid in (("factorization", ("dense", "tucker")), ("stabilizer", ("none", "tanh"))):
-            if getattr(self, name) not in valid:
-                raise ConfigError(f"{name} is {getattr(self, name)!r}, but it must be one of {valid}.")
-        if self.dtype not in ("float32", "bfloat16"):
-            raise ConfigError(f"dtype is {self.dtype!r}, but hidden fields are 'float32' or 'bfloat16'.")
+        check_choices(self)
 
     @property
     def lifting_channels(self) -> int:

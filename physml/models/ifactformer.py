@@ -14,6 +14,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
+from physml.coding import check_choices
 from physml.errors import ConfigError
 from physml.fields import ArrayLike, Signature
 from physml.layers.conditioning import append_scalars
@@ -71,9 +72,7 @@ class IFactFormerConfig:
                 f"kernel_multiplier * head_width = {self.kernel_width} channels cannot be turned in pairs: make it "
                 "even, or set rotary=False."
             )
-        for name, valid in (("form", ("parallel", "chained")), ("dtype", ("float32", "bfloat16"))):
-            if getattr(self, name) not in valid:
-                raise ConfigError(f"{name} is {getattr(self, name)!r}, but it must be one of {valid}.")
+        check_choices(self)
 
     @property
     def kernel_width(self) -> int:

@@ -12,10 +12,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from physml.coding import check_choices
 from physml.errors import ConfigError
 from physml.fields import ArrayLike, Grid, Signature
 from physml.layers.attention import SpatialAttention
-from physml.layers.convolution import BOUNDARIES, Convolution, TransposedConvolution
+from physml.layers.convolution import Convolution, TransposedConvolution, resolve_boundaries
 from physml.layers.dense import Dense
 from physml.layers.group_norm import GroupNorm, modulate, per_sample
 from physml.layers.pointwise import activation
@@ -78,12 +79,7 @@ class ModernUNetConfig:
                 "give one per level, or none."
             )
         activation(self.activation)
-        for name, valid in (
-            ("boundary", ("auto", *BOUNDARIES)), ("modulation", ("add", "scale_shift")),
-            ("dtype", ("float32", "bfloat16")),
-        ):  # fmt: skip
-            if getattr(self, name) not in valid:
-                raise ConfigError(f"{name} is {getattr(self, name)!r}, but it must be one of {valid}.")
+        check_choices(self)
 
     @property
     def widths(self) -> tuple[int, ...]:
@@ -95,9 +91,7 @@ class ModernUNetConfig:
 
     def boundaries(self, grid: Grid) -> tuple[str, ...]:
         """Of every axis."""
-        if self.boundary == "auto":
-            return tuple("periodic" if periodic else "zero" for periodic in grid.periodic)
-        return (self.boundary,) * grid.ndim
+        return resolve_boundaries(self.boundary, grid.periodic, beyond="zero")
 
     def build(self, signature: Signature, rngs: nnx.Rngs) -> "ModernUNet":
         """The model for a grid. Raises ConfigError for a grid that cannot be halved often enough."""

@@ -16,11 +16,12 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
+from physml.coding import check_choices
 from physml.errors import ConfigError
 from physml.fields import ArrayLike, Signature
 from physml.layers.batch_norm import BatchNorm
 from physml.layers.conditioning import LayerNorm
-from physml.layers.convolution import Convolution
+from physml.layers.convolution import Convolution, resolve_boundaries
 from physml.layers.dense import MLP, constant, normal
 from physml.layers.fourier import fourier_resample
 from physml.layers.patches import PatchEmbedding, PatchMerging, PatchRecovery, PatchUnmerging
@@ -112,13 +113,7 @@ class ScOTConfig:
                 raise ConfigError(f"{name} is {getattr(self, name)}, but it is a share: 0 or more and below 1.")
         if not (self.deviation > 0 and self.epsilon > 0):
             raise ConfigError(f"deviation={self.deviation} and epsilon={self.epsilon} must be positive.")
-        for name, valid in (
-            ("skip", ("convnext", "resnet")),
-            ("boundary", ("auto", "periodic", "zero")),
-            ("dtype", ("float32", "bfloat16")),
-        ):
-            if getattr(self, name) not in valid:
-                raise ConfigError(f"{name} is {getattr(self, name)!r}, but it must be one of {valid}.")
+        check_choices(self)
         activation(self.activation)
 
     def channels(self, stage: int) -> int:
@@ -200,8 +195,8 @@ class ScOT(nnx.Module):
                 f"residual=True adds the first {signature.outputs} of the inputs to the outputs, but there are only "
                 f"{signature.inputs} inputs. Set residual=False."
             )
-        wraps = {"auto": signature.grid.periodic, "periodic": (True, True), "zero": (False, False)}[config.boundary]
-        boundaries = ["periodic" if wrap else "zero" for wrap in wraps]
+        boundaries = resolve_boundaries(config.boundary, signature.grid.periodic, beyond="zero")
+        wraps = [boundary == "periodic" for boundary in boundaries]
         stages, scalars = range(len(config.depths)), signature.scalars
         options = {"deviation": config.deviation, "start": config.scale_start, "rngs": rngs}
         tokens = tuple(points // config.patch for points in self.grid)

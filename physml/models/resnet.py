@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from physml.coding import check_choices
 from physml.errors import ConfigError
 from physml.fields import ArrayLike, Signature
 from physml.layers.conditioning import append_positions, append_scalars
@@ -55,13 +56,7 @@ class ResNetConfig:
             raise ConfigError(f"Sizes must be positive, but {self} was given.")
         if not 0 <= self.dropout < 1:
             raise ConfigError(f"dropout is {self.dropout}, but it is a share of the channels: 0 or more and below 1.")
-        for name, valid in (
-            ("boundary", ("zero", "replicate", "reflect")),
-            ("norm", ("none", "group_norm")),
-            ("dtype", ("float32", "bfloat16")),
-        ):
-            if getattr(self, name) not in valid:
-                raise ConfigError(f"{name} is {getattr(self, name)!r}, but it must be one of {valid}.")
+        check_choices(self)
 
     def build(self, signature: Signature, rngs: nnx.Rngs) -> "ResNet":
         return ResNet(self, signature, rngs=rngs)

@@ -11,12 +11,13 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from physml.coding import check_choices
 from physml.errors import ConfigError
 from physml.fields import ArrayLike, Grid, Signature
-from physml.layers.convolution import BOUNDARIES, Convolution
+from physml.layers.convolution import Convolution, resolve_boundaries
 from physml.layers.dense import Dense
 from physml.layers.group_norm import GroupNorm, modulate, per_sample
-from physml.layers.interpolation import TAPS, average_pool, double, max_pool
+from physml.layers.interpolation import average_pool, double, max_pool
 from physml.layers.pointwise import activation
 from physml.layers.scalar_embedding import ScalarEmbedding
 from physml.layers.stack import Stack
@@ -71,12 +72,7 @@ class SineNetConfig:
                 f"has {self.widths} channels."
             )
         activation(self.activation)
-        for name, valid in (
-            ("pool", tuple(POOLS)), ("interpolation", tuple(TAPS)), ("boundary", ("auto", *BOUNDARIES)),
-            ("modulation", ("add", "scale_shift")), ("dtype", ("float32", "bfloat16")),
-        ):  # fmt: skip
-            if getattr(self, name) not in valid:
-                raise ConfigError(f"{name} is {getattr(self, name)!r}, but it must be one of {valid}.")
+        check_choices(self)
 
     @property
     def widths(self) -> tuple[int, ...]:
@@ -85,9 +81,7 @@ class SineNetConfig:
 
     def boundaries(self, grid: Grid) -> tuple[str, ...]:
         """Of every axis."""
-        if self.boundary == "auto":
-            return tuple("periodic" if periodic else "zero" for periodic in grid.periodic)
-        return (self.boundary,) * grid.ndim
+        return resolve_boundaries(self.boundary, grid.periodic, beyond="zero")
 
     def build(self, signature: Signature, rngs: nnx.Rngs) -> "SineNet":
         """The model for a grid. Raises ConfigError for a grid that cannot be halved four times."""

@@ -84,7 +84,7 @@ def test_complex_tensors_are_taken_as_well_as_pairs():
     [
         ({"separable": True}, "separable=True is not supported"),
         ({"factorization": "CP"}, "only dense and Tucker"),
-        ({"norm": "batch_norm"}, "no normalization layer 'batch_norm'"),
+        ({"norm": "batch_norm"}, "norm is 'batch_norm'"),
         ({"n_mode": 3}, "does not know: .*n_mode"),
         ({"fno_skip": "dense"}, "fno_skip='dense' is not supported"),
         ({"domain_padding": "wide"}, "no model that can be built"),

@@ -105,11 +105,11 @@ def test_lengths_alone_scale_a_weight_normalized_map():
     [
         ({"modes": (6,)}, r"at most \(5, 5\)"),
         ({"modes": (2, 2, 2)}, "has 3 numbers, but the grid has 2 axes"),
-        ({"mixing": "high-pass"}, "must be one of"),
+        ({"mixing": "high-pass"}, "Did you mean 'low-pass'"),
         ({"dropout": 1.0}, "below 1"),
         ({"noise": -0.1}, "not negative"),
         ({"depth": 0}, "must be positive"),
-        ({"spectral": "dft"}, "must be one of"),
+        ({"spectral": "dft"}, "spectral is 'dft'"),
     ],
 )
 def test_bad_options_are_named(options, message):

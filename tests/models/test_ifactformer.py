@@ -90,7 +90,7 @@ def test_iterations_share_weights_and_the_drawn_waves_are_not_trained():
         ({"history": 2}, 3, "3 inputs are not history=2 frames"),
         ({"history": 2, "frame_channels": 2}, 3, "of 2 channels"),
         ({}, 9, "width to at least 18"),
-        ({"form": "serial"}, 2, "must be one of"),
+        ({"form": "serial"}, 2, "form is 'serial'"),
         ({"iterations": 0}, 2, "must be positive"),
     ],
 )

@@ -7,13 +7,16 @@ the state of the solver is stored; `physml.data.generate` turns that into files.
 from typing import Any
 
 from physml.coding import from_dict
+from physml.solvers.dispersive import Advection, KortewegDeVries
 from physml.solvers.fourier import resample, velocity_of
 from physml.solvers.periodic import Burgers, DecayingNavierStokes, Kolmogorov, KuramotoSivashinsky
 
 SOLVERS = {
+    "advection": Advection,
     "burgers": Burgers,
     "decaying_navier_stokes": DecayingNavierStokes,
     "kolmogorov": Kolmogorov,
+    "korteweg_de_vries": KortewegDeVries,
     "kuramoto_sivashinsky": KuramotoSivashinsky,
 }
 
@@ -34,6 +37,6 @@ def name_of(solver: Any) -> str:
 
 
 __all__ = [
-    "SOLVERS", "Burgers", "DecayingNavierStokes", "Kolmogorov", "KuramotoSivashinsky", "make_solver", "name_of",
-    "resample", "velocity_of",
+    "SOLVERS", "Advection", "Burgers", "DecayingNavierStokes", "Kolmogorov", "KortewegDeVries", "KuramotoSivashinsky",
+    "make_solver", "name_of", "resample", "velocity_of",
 ]  # fmt: skip

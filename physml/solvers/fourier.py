@@ -49,16 +49,21 @@ def repeated(solver: exponax.BaseStepper, substeps: int) -> Step:
     def step(state):
         state = jnp.asarray(state)
         if state.shape != (*(points,) * dims, 1):
-            raise ConfigError(
-                f"The state has shape {state.shape}, but the solver works on {(*(points,) * dims, 1)}: "
-                "resample it (physml.solvers.resample) or change solver_points. Use jax.vmap for batches."
-            )
+            raise wrong_shape(state.shape, (*(points,) * dims, 1))
         own = _in_precision(solver, state.dtype)
         spectrum = exponax.fft(jnp.moveaxis(state, -1, 0), num_spatial_dims=dims)
         spectrum = jax.lax.fori_loop(0, substeps, lambda _, field: own.step_fourier(field), spectrum)
         return jnp.moveaxis(exponax.ifft(spectrum, num_spatial_dims=dims, num_points=points), 0, -1)
 
     return step
+
+
+def wrong_shape(given: tuple[int, ...], expected: tuple[int, ...]) -> ConfigError:
+    """What to say of a state that is not the solver's."""
+    return ConfigError(
+        f"The state has shape {given}, but the solver works on {expected}: resample it (physml.solvers.resample) or "
+        "change solver_points. Use jax.vmap for batches."
+    )
 
 
 def _in_precision(solver: exponax.BaseStepper, dtype) -> exponax.BaseStepper:
@@ -120,6 +125,12 @@ def root_mean_square(series: jax.Array) -> jax.Array:
     return jnp.sqrt(jnp.sum(series**2))  # the basis is orthonormal
 
 
+def random_state(solver: Any, key: jax.Array, envelope: Callable) -> jax.Array:
+    """A random field with one channel in one dimension; its root mean square is `initial_speed`."""
+    series = random_series(key, solver.initial_modes, 1, envelope)
+    return evaluate(series * solver.initial_speed / root_mean_square(series), solver.solver_points)
+
+
 def random_vorticity(solver: Any, key: jax.Array) -> jax.Array:
     """Energy at wavenumbers around half of `initial_modes`; scaled to `initial_speed`."""
     peak = solver.initial_modes / 2
@@ -159,8 +170,9 @@ def check(solver: Any) -> None:
     for name in solver.parameters:
         value = getattr(solver, name)
         low, high = value if isinstance(value, tuple) else (value, value)
-        enough = low > 0 if name == "viscosity" else low >= 0
-        expected = f"{'positive' if name == 'viscosity' else 'zero or positive'}, or an increasing pair of such numbers"
+        lowest = {"viscosity": "positive", "speed": "finite"}.get(name, "zero or positive")
+        enough = {"positive": low > 0, "finite": low > -math.inf, "zero or positive": low >= 0}[lowest]
+        expected = f"{lowest}, or an increasing pair of such numbers"
         _require(enough and low <= high < math.inf, name, value, expected)
     if solver.points > solver.solver_points:
         raise ConfigError(

@@ -76,10 +76,7 @@ class Burgers:
 
     def initial(self, key: jax.Array) -> Float[ArrayLike, "x 1"]:
         """A random smooth state on the solver's grid, of zero mean; the same field at every `solver_points`."""
-        series = fourier.random_series(
-            key, self.initial_modes, 1, lambda k: jnp.exp(-2 * (k / self.initial_modes) ** 2)
-        )
-        return fourier.evaluate(series * self.initial_speed / fourier.root_mean_square(series), self.solver_points)
+        return fourier.random_state(self, key, lambda k: jnp.exp(-2 * (k / self.initial_modes) ** 2))
 
     def stepper(self, **parameters: Any) -> Step:
         """One stored step. `viscosity`, `length` and `time_step` may be given (also traced) instead of the config's."""
@@ -143,8 +140,7 @@ class KuramotoSivashinsky:
 
     def initial(self, key: jax.Array) -> Float[ArrayLike, "x 1"]:
         """A random smooth state on the solver's grid, of zero mean; the same field at every `solver_points`."""
-        series = fourier.random_series(key, self.initial_modes, 1, jnp.ones_like)
-        return fourier.evaluate(series * self.initial_speed / fourier.root_mean_square(series), self.solver_points)
+        return fourier.random_state(self, key, jnp.ones_like)
 
     def stepper(self, **parameters: Any) -> Step:
         """One stored step. `viscosity`, `length` and `time_step` may be given (also traced) instead of the config's."""

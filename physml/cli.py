@@ -355,7 +355,7 @@ class DataList(Common):
         cards = sorted(path.parent.name for path in Path("datasets").glob("*/CARD.md"))
         return {
             "generated": {name: _first_line(config) for name, config in SOLVERS.items()},
-            "formats": {name: _first_line(reader) for name, reader in FORMATS.items()},
+            "formats": {name: _first_line(format.open) for name, format in FORMATS.items()},
             "cards": cards,
         }
 
@@ -371,11 +371,13 @@ class Info(Common):
     """File, folder or URL."""
     format: str | None = None
     """Detected from the content if not given."""
+    option: Assignments = ()
+    """An option of the format, e.g. --option split=train; may be repeated."""
 
     def run(self) -> dict[str, Any]:
-        from physml.data import describe, open_dataset
+        from physml.data import describe
 
-        return describe(open_dataset(self.path, self.format))
+        return describe(_open(self.path, self.format, self.option))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -391,12 +393,47 @@ class Stats(Common):
     """Channels; all gridded variables if not given."""
     format: str | None = None
     """Detected from the content if not given."""
+    option: Assignments = ()
+    """An option of the format, e.g. --option split=train; may be repeated."""
 
     def run(self) -> dict[str, Any]:
-        from physml.data import XarrayDataset, labelled, open_dataset, statistics
+        from physml.data import XarrayDataset, labelled, statistics
 
-        dataset = open_dataset(self.path, self.format)
+        dataset = _open(self.path, self.format, self.option)
         return statistics(XarrayDataset(dataset, labelled.spec_of(dataset, variables=self.variables or None)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConvert(Common):
+    """Write a dataset of any readable format as netCDF or zarr, chunk by chunk.
+
+    Example: physml data convert cfdbench/cavity cavity.zarr
+    """
+
+    source: tyro.conf.Positional[str]
+    """File, folder or URL."""
+    out: tyro.conf.Positional[Path]
+    """A .nc file or a .zarr folder."""
+    to: Literal["netcdf", "zarr"] | None = None
+    """Told by the suffix if not given."""
+    format: str | None = None
+    """Of the source; detected from the content if not given."""
+    option: Assignments = ()
+    """An option of the source's format, e.g. --option split=train; may be repeated."""
+    zarr_format: Literal[2, 3] = 3
+    """2 for readers that are older than zarr 3."""
+    overwrite: bool = False
+    """Replace an existing output."""
+
+    def run(self) -> dict[str, Any]:
+        from physml.data.export import save_dataset
+
+        dataset = _open(self.source, self.format, self.option)
+        sizes = {str(dim): size for dim, size in dataset.sizes.items()}
+        if self.dry_run:
+            return {"would write": str(self.out), "sizes": sizes, "variables": list(map(str, dataset.data_vars))}
+        path = save_dataset(dataset, self.out, self.to, zarr_format=self.zarr_format, overwrite=self.overwrite)
+        return {"data": str(path), "sizes": sizes, "bytes": _size(path)}
 
 
 VERBS = {
@@ -408,12 +445,12 @@ VERBS = {
     "models": Models,
     "doctor": Doctor,
 }
-DATA_VERBS = {"generate": Generate, "list": DataList, "info": Info, "stats": Stats}
+DATA_VERBS = {"generate": Generate, "list": DataList, "info": Info, "stats": Stats, "convert": DataConvert}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Data:
-    """Generate, list, inspect: `physml data generate|list|info|stats`."""
+    """Generate, list, inspect, convert: `physml data generate|list|info|stats|convert`."""
 
     words: Words = field(default=())
 
@@ -428,7 +465,7 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(0)
     if arguments[:1] == ["data"]:
         verbs, program, rest = DATA_VERBS, "physml data", arguments[1:]
-        about = "Datasets: generate, list, inspect."
+        about = "Datasets: generate, list, inspect, convert."
     else:
         verbs, program, rest = {**VERBS, "data": Data}, "physml", arguments
         about = "Neural surrogates for PDEs and climate: generate data, train, roll out, score, report."
@@ -494,6 +531,13 @@ def _progress(verb: Common, what: str):
     from physml.progress import open_progress
 
     return open_progress(what, quiet=verb.quiet or verb.json)
+
+
+def _open(path: str, format: str | None, options: Assignments) -> Any:
+    from physml import coding
+    from physml.data import open_dataset
+
+    return open_dataset(path, format, **coding.override({}, options))
 
 
 def _start(data: Any, at: str | None, trajectory: int | None) -> Any:

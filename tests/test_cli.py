@@ -9,8 +9,9 @@ import time
 from pathlib import Path
 
 import pytest
+import xarray as xr
 
-from physml import cli
+from physml import cli, open_dataset
 
 ALL = {**cli.VERBS, **{f"data {name}": verb for name, verb in cli.DATA_VERBS.items()}}
 TINY = """
@@ -141,6 +142,10 @@ def test_rollout_evaluate_report_follow(capsys, trained, tmp_path):
     code, out, _ = call(capsys, "data", "info", data, "--json")
     assert code == 0
     assert "trajectory" in json.dumps(json.loads(out))
+    words = ["data", "convert", data, tmp_path / "copy.zarr", "--option", "decode_times=false"]
+    assert call(capsys, *words)[0] == 0
+    xr.testing.assert_equal(open_dataset(tmp_path / "copy.zarr").compute(), open_dataset(data).compute())
+    assert "exists" in call(capsys, *words)[2]
     assert call(capsys, "data", "stats", data, "--json")[0] == 0
 
     out_path = tmp_path / "forecast.nc"

@@ -3,6 +3,7 @@
 from physml.data.arrays import from_array
 from physml.data.config import FORMATS, DataConfig, open_dataset
 from physml.data.dataset import XarrayDataset
+from physml.data.export import save_dataset
 from physml.data.labelled import from_frames, spec_of, to_window
 from physml.data.loader import Loader
 from physml.data.sampling import Sample, Samples
@@ -22,6 +23,7 @@ __all__ = [
     "from_array",
     "from_frames",
     "open_dataset",
+    "save_dataset",
     "spec_of",
     "statistics",
     "to_window",

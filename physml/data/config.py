@@ -1,9 +1,11 @@
 """Which data, which fields, which split: `DataConfig`, and what a path opens to."""
 
 import dataclasses
+import inspect
 import json
+import os
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import xarray as xr
@@ -12,11 +14,12 @@ from physml.data import axes as ax
 from physml.data import clock as ck
 from physml.data import netcdf
 from physml.data.dataset import XarrayDataset
+from physml.data.formats import FORMATS, recognize
 from physml.data.labelled import source_of, spec_of
+from physml.data.place import Place
 from physml.errors import ConfigError, DataError, SpecError, suggest
 from physml.fields import Spec
 
-FORMATS = {"netcdf": netcdf.open_netcdf, "zarr": netcdf.open_zarr}  # name -> function(path, **options) -> xr.Dataset
 SPLITS = ("train", "valid", "test")
 
 
@@ -25,12 +28,11 @@ def read_files(path, format: str | None = None, rename: dict[str, str] | None = 
     if format is not None and format not in FORMATS:
         raise ConfigError(f"There is no data format {format!r}." + suggest(format, FORMATS))
     storage = options.get("storage_options")
-    files = netcdf.expand(path, storage)
-
-    def opener(file, **options):
-        return FORMATS[format or netcdf.detect(file, storage)](file, **options)
-
-    ds = opener(files[0], **options) if len(files) == 1 else netcdf.open_many(files, opener, **options)
+    format = format or recognize(path, storage)
+    if format is not None and FORMATS[format].recognizes is not None:
+        ds = _read_benchmark(path, format, options)
+    else:
+        ds = _read_plain(netcdf.expand(path, storage), format, options)
     source = source_of(ds)
     if rename:
         if unknown := set(rename) - set(ds.variables) - set(ds.dims):
@@ -43,32 +45,63 @@ def read_files(path, format: str | None = None, rename: dict[str, str] | None = 
     return ds
 
 
-def open_dataset(path, format: str | None = None, **options) -> xr.Dataset:
-    """Opens netCDF or zarr data lazily: a file, a folder, a glob, a list of them, or an fsspec URL.
+def _read_plain(files: list[str], format: str | None, options: dict) -> xr.Dataset:
+    def opener(file, **options):
+        return FORMATS[format or netcdf.detect(file, options.get("storage_options"))].open(file, **options)
 
-    Fields get dimensions `trajectory`, `time`, then space (names, order and direction as in the file); `time` is left
-    out where the file has none. Several files are joined along time, or along trajectory where their times are equal.
+    return opener(files[0], **options) if len(files) == 1 else netcdf.open_many(files, opener, **options)
+
+
+def _read_benchmark(path, format: str, options: dict) -> xr.Dataset:
+    """The data set at one place. Raises ConfigError for options that the format does not have."""
+    if not isinstance(path, str | os.PathLike):
+        raise ConfigError(f"{format} is opened from one file or folder, but {netcdf.as_text(path)} was given.")
+    place = Place(path, options.pop("storage_options", None))
+    chunks = options.pop("chunks", None)
+    known = inspect.signature(FORMATS[format].open).parameters
+    if unknown := set(options) - set(known):
+        raise ConfigError(f"{format} has no option {min(unknown)!r}." + suggest(min(unknown), [*known][1:]))
+    ds = FORMATS[format].open(place, **options)
+    ds.attrs.setdefault("format", format)
+    ds.encoding["source"] = str(place)
+    return ds.chunk(chunks) if chunks else ds
+
+
+def open_dataset(path, format: str | None = None, **options) -> xr.Dataset:
+    """Opens data lazily: a file, a folder, a glob, a list of them, or an fsspec URL.
+
+    netCDF and zarr: fields get dimensions `trajectory`, `time`, then space (names, order and direction as in the file);
+    `time` is left out where the file has none. Several files are joined along time, or along trajectory where their
+    times are equal. The formats of benchmarks: dimensions `trajectory, time, <space>` as far as the data have them,
+    spatial ones named `x y z` or `level latitude longitude`, components as `velocity_x`.
 
     Args:
         path: where the data are.
         format: a key of `FORMATS`; told by the content when None.
-        options: `rename={"old": "new"}` for dimensions and variables with unusual names, `decode_times=False`, `group`,
-            `storage_options` for URLs, `chunks` (dask; the chunks of the file by default).
+        options: `rename={"old": "new"}` for dimensions and variables with unusual names, `storage_options` for URLs,
+            `chunks` (dask; the chunks of the file by default); `decode_times=False` and `group` for netCDF and zarr;
+            else those of the format, such as `split="train"`.
 
-    Raises DataError when the path is missing, is neither netCDF nor zarr, is damaged, or mixes grids.
+    Raises DataError when the path is missing, is of no known format, is damaged, or mixes grids.
     """
     ds = read_files(path, format, **options)
     source = source_of(ds)
     ds = ds if options.get("chunks") else netcdf.in_chunks(ds)
+    if ds.attrs.get("format") not in FORMATS:
+        ds = _with_leading(ds)
+    ds.encoding["source"] = source
+    return ds
+
+
+def _with_leading(ds: xr.Dataset) -> xr.Dataset:
+    """With dimensions `trajectory, time` before the others."""
     if "time" in ds.coords and ds["time"].ndim == 0:
         ds = ds.expand_dims("time")
     if "trajectory" not in ds.dims:
         fields = [n for n, v in ds.data_vars.items() if v.ndim and ("time" in v.dims or "time" not in ds.dims)]
         ds = ds.assign({name: ds[name].expand_dims("trajectory") for name in fields})
     leading = [dim for dim in ("trajectory", "time") if dim in ds.dims]
-    ds = ds.transpose(*leading, ...)
-    ds.encoding["source"] = source
-    return ds
+    return ds.transpose(*leading, ...)
 
 
 @dataclass(frozen=True)
@@ -81,6 +114,7 @@ class DataConfig:
     - "trajectory": numbers (0, 800) or fractions (0.0, 0.8), the end excluded; or one file that lists numbers (.txt,
       .json, .npy);
     - "file": one or more paths (`path` is then not needed);
+    - "format": the split that the format itself has, such as ("train",) or ("valid",): its option `split`;
     - "auto": "file" without `path`, "time" where a bound is text or there is one trajectory, else "trajectory".
 
     Attributes:
@@ -101,6 +135,7 @@ class DataConfig:
         time_step: distance of frames; from the time axis when None.
         mask: variable that is 0 where fields do not exist, besides NaN.
         rename: dimensions or variables to rename, old -> new.
+        options: of the format, such as {"mask": "geometric"}; see its card.
         group: group inside the file. decode_times: False to use times as plain numbers.
     """
 
@@ -110,7 +145,7 @@ class DataConfig:
     forcing: tuple[str, ...] = ()
     static: tuple[str, ...] = ()
     parameters: tuple[str, ...] = ()
-    split_by: Literal["auto", "time", "trajectory", "file"] = "auto"
+    split_by: Literal["auto", "time", "trajectory", "file", "format"] = "auto"
     train: tuple[str | int | float, ...] = (0.0, 0.8)
     valid: tuple[str | int | float, ...] = (0.8, 0.9)
     test: tuple[str | int | float, ...] = (0.9, 1.0)
@@ -126,6 +161,7 @@ class DataConfig:
     time_step: float | None = None
     mask: str | None = None
     rename: dict[str, str] = field(default_factory=dict, hash=False)
+    options: dict[str, Any] = field(default_factory=dict, hash=False)
     group: str | None = None
     decode_times: bool = True
 
@@ -136,7 +172,11 @@ class DataConfig:
         splits = {name: tuple(getattr(self, name)) for name in SPLITS if len(getattr(self, name))}
         if not splits:
             raise ConfigError("No split is given. Set train, valid and test.")
-        if self._by_file(splits):
+        if self.split_by == "format":
+            parts = {
+                name: self.select(self.read(self.path, **_own_split(name, bounds))) for name, bounds in splits.items()
+            }
+        elif self._by_file(splits):
             parts = {name: self.select(self.read(bounds)) for name, bounds in splits.items()}
         else:
             whole = self.select(self.read(self.path))
@@ -146,11 +186,11 @@ class DataConfig:
             _check_disjoint(parts, whole, by_time)
         return self._datasets(parts)
 
-    def read(self, path) -> xr.Dataset:
+    def read(self, path, **options) -> xr.Dataset:
         """Opens `path` with the options of this config, before any selection."""
-        return read_files(
-            path, self.format or None, self.rename or None, group=self.group, decode_times=self.decode_times
-        )  # fmt: skip
+        plain = {"group": self.group} if self.group is not None else {}
+        plain |= {} if self.decode_times else {"decode_times": False}
+        return read_files(path, self.format or None, self.rename or None, **plain, **self.options, **options)
 
     def spec(self, ds: xr.Dataset) -> Spec:
         """The spec of selected data."""
@@ -245,6 +285,12 @@ class DataConfig:
                 own = first.on(own.grid)
             result[name] = XarrayDataset(ds, own, self.mask)
         return result
+
+
+def _own_split(name: str, bounds: tuple) -> dict[str, str]:
+    if len(bounds) != 1 or not isinstance(bounds[0], str):
+        raise ConfigError(f"Split {name!r} = {bounds}, but split_by='format' wants a name of the format: ('{name}',).")
+    return {"split": bounds[0]}
 
 
 def _frames(ds: xr.Dataset) -> ck.Clock:

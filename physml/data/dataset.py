@@ -33,7 +33,7 @@ class XarrayDataset:
         self.reader.check_units()
         self.reader.check_step()
         self.runs = ck.segments(self.reader.times, spec.time_step)
-        self.lengths = tuple(len(run) for _ in range(self.reader.trajectories) for run in self.runs)
+        self.lengths = tuple(max(0, min(run.stop, n) - run.start) for n in self.reader.lengths for run in self.runs)
         self._arrays: list[tuple[np.ndarray, np.ndarray, np.ndarray]] | None = None
         self._lock = threading.Lock()
 
@@ -95,15 +95,22 @@ class XarrayDataset:
         return self._arrays is not None
 
     def _whole(self) -> tuple[np.ndarray, np.ndarray]:
-        """All frames and forcing `(trajectory, time, *space, channel)`, read in blocks of trajectories."""
-        total, frames = self.reader.trajectories, range(self.reader.frames)
+        """All frames and forcing `(trajectory, time, *space, channel)`, read in blocks of equally long trajectories.
+
+        Zero after the end of a shorter one.
+        """
+        reader, total = self.reader, self.reader.trajectories
         block = max(1, int(CHUNK_BYTES * total // max(self.nbytes, 1)))
         arrays: list[np.ndarray] = []
-        for start in range(0, total, block):
-            part = self.reader.arrays(range(start, min(start + block, total)), frames)
-            arrays = arrays or [np.empty((total, *p.shape[1:]), np.float32) for p in part]
+        start = 0
+        while start < total:
+            length, end = reader.lengths[start], min(start + block, total)
+            stop = next((i for i in range(start, end) if reader.lengths[i] != length), end)
+            part = reader.arrays(range(start, stop), range(length))
+            arrays = arrays or [np.zeros((total, reader.frames, *p.shape[2:]), np.float32) for p in part]
             for array, values in zip(arrays, part, strict=True):
-                array[start : start + block] = values
+                array[start:stop, :length] = values
+            start = stop
         for array in arrays:
             array.flags.writeable = False  # windows are views of it
         return arrays[0], arrays[1]

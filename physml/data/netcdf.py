@@ -17,6 +17,7 @@ import numpy as np
 import xarray as xr
 
 from physml.data import axes as ax
+from physml.data.heaps import HEAD, check_heaps
 from physml.errors import DataError, suggest
 
 HDF5 = b"\x89HDF\r\n\x1a\n"
@@ -26,25 +27,25 @@ CHUNK_BYTES = 8 * 2**20
 
 def detect(path: str, storage_options: dict | None = None) -> str:
     """ "netcdf" or "zarr", by content. Raises DataError when the path is missing or is neither."""
-    if _is_zarr(path, storage_options):
+    if is_zarr(path, storage_options):
         return "zarr"
-    _magic(path, storage_options)
+    magic(path, storage_options)
     return "netcdf"
 
 
 def open_netcdf(path: str, *, chunks=None, group: str | None = None, decode_times: bool = True, storage_options=None):
     """One netCDF file, lazily. `group` is a group inside the file."""
-    magic = _magic(path, storage_options)
+    signature = magic(path, storage_options)
     options = {"chunks": chunks, "decode_times": decode_times, "cache": False}
     if group is not None:
         options["group"] = group
-    if _is_url(path):
+    if is_url(path):
         import fsspec
 
         target = fsspec.open(path, "rb", **(storage_options or {})).open()
-        options["engine"] = "h5netcdf" if magic == HDF5 else "scipy"
+        options["engine"] = "h5netcdf" if signature == HDF5 else "scipy"
     else:
-        if magic != HDF5:
+        if signature != HDF5:
             _check_classic_length(path)
         target, options["engine"] = path, "netcdf4"
     return _open(path, lambda: xr.open_dataset(target, **options))
@@ -52,13 +53,13 @@ def open_netcdf(path: str, *, chunks=None, group: str | None = None, decode_time
 
 def open_zarr(path: str, *, chunks=None, group: str | None = None, decode_times: bool = True, storage_options=None):
     """One zarr store (folder, zip file or URL), lazily. `group` is a group inside the store."""
-    if not _is_zarr(path, storage_options):
-        _magic(path, storage_options)  # says what is wrong with the path
+    if not is_zarr(path, storage_options):
+        magic(path, storage_options)  # says what is wrong with the path
         raise DataError(f"{path} is a netCDF file, not a zarr store. Leave out format='zarr'.")
     import zarr
 
     target = path
-    if not _is_url(path) and os.path.isfile(path):
+    if not is_url(path) and os.path.isfile(path):
         target, storage_options = zarr.storage.ZipStore(path, mode="r"), None
     options = {"group": group, "chunks": chunks, "decode_times": decode_times, "storage_options": storage_options}
     with warnings.catch_warnings():
@@ -95,7 +96,7 @@ def expand(path, storage_options: dict | None = None) -> list[str]:
     path = os.fspath(path)
     if not path:
         raise DataError("The path of the data is empty. Give a file, a folder, a glob or a URL.")
-    if _is_url(path):
+    if is_url(path):
         return _expand_url(path, storage_options)
     path = os.path.expanduser(path)
     if not os.path.exists(path) and glob.has_magic(path):
@@ -103,7 +104,7 @@ def expand(path, storage_options: dict | None = None) -> list[str]:
         if not files:
             raise DataError(f"No file matches {path!r}. Check the pattern; ** stands for any folders.")
         return files
-    if os.path.isdir(path) and not _is_zarr(path, None):
+    if os.path.isdir(path) and not is_zarr(path, None):
         return _expand_folder(path)
     return [path]
 
@@ -113,7 +114,9 @@ def in_chunks(ds: xr.Dataset) -> xr.Dataset:
     chunked = {}
     for name, variable in ds.data_vars.items():
         if variable.ndim and not variable.chunks:
-            own = variable.encoding.get("preferred_chunks") or _runs(ds, variable)
+            own = variable.encoding.get("preferred_chunks")
+            if not own or not {*own} <= {*variable.dims}:  # those of the file may have been renamed
+                own = _runs(ds, variable)
             # A name of our own: dask would read the whole variable to make one from its content.
             chunked[name] = variable.chunk(own, token=uuid.uuid4().hex)
     result = ds.assign(chunked)
@@ -140,7 +143,14 @@ def name_dimensions(ds: xr.Dataset) -> xr.Dataset:
         same = [d for d in ds.dims if ax.role(ds, d) == target and d not in ("lead", "lead_time")]
         if len(same) == 1 and target not in ds.variables:
             rename[same[0]] = target
-    return ds.rename(rename) if rename else ds
+    if not rename:
+        return ds
+    result = ds.rename(rename)
+    for variable in result.variables.values():
+        if chunks := variable.encoding.get("preferred_chunks"):
+            own = {rename.get(dim, dim): size for dim, size in chunks.items()}
+            variable.encoding = {**variable.encoding, "preferred_chunks": own}
+    return result
 
 
 # --- one path ---------------------------------------------------------------------------------------------------------
@@ -167,7 +177,7 @@ def _open(path: str, read):
         if isinstance(error, OSError) and "group" in str(error).lower() and "not" in str(error).lower():
             raise DataError(f"{path}: {error}.") from error
         raise DataError(
-            f"{path} cannot be opened: it is damaged or incomplete ({type(error).__name__}: {_first_line(error)}). "
+            f"{path} cannot be opened: it is damaged or incomplete ({type(error).__name__}: {first_line(error)}). "
             "Copy, download or generate it again."
         ) from error
     if isinstance(ds, xr.Dataset):
@@ -175,30 +185,34 @@ def _open(path: str, read):
     return ds
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """Of its message."""
     return (str(error).strip().splitlines() or [""])[0][:200]
 
 
-def _is_url(path: str) -> bool:
+def is_url(path: str) -> bool:
+    """Whether a path is an fsspec URL."""
     return "://" in path or "::" in path
 
 
-def _file_system(url: str, storage_options: dict | None):
+def file_system(url: str, storage_options: dict | None):
+    """The fsspec file system of a path or URL, and the path in it. Raises DataError when there is no such protocol."""
     import fsspec
 
     try:
         return fsspec.core.url_to_fs(url, **(storage_options or {}))
     except (ValueError, ImportError) as error:
-        raise DataError(f"{url} cannot be reached: {_first_line(error)}") from error
+        raise DataError(f"{url} cannot be reached: {first_line(error)}") from error
 
 
-def _is_zarr(path: str, storage_options: dict | None) -> bool:
-    if _is_url(path):
-        file_system, root = _file_system(path, storage_options)
+def is_zarr(path: str, storage_options: dict | None) -> bool:
+    """Whether a path is a zarr store: a folder, a zip file or a URL."""
+    if is_url(path):
+        system, root = file_system(path, storage_options)
         try:
-            return any(file_system.exists(f"{root.rstrip('/')}/{name}") for name in ZARR_FILES)
+            return any(system.exists(f"{root.rstrip('/')}/{name}") for name in ZARR_FILES)
         except OSError as error:
-            raise DataError(f"{path} cannot be reached: {_first_line(error)}") from error
+            raise DataError(f"{path} cannot be reached: {first_line(error)}") from error
     if os.path.isdir(path):
         return any(os.path.exists(os.path.join(path, name)) for name in ZARR_FILES)
     if not os.path.isfile(path):
@@ -215,28 +229,29 @@ def _is_zarr(path: str, storage_options: dict | None) -> bool:
         raise DataError(f"{path} is a damaged zip file ({error}). Copy or download it again.") from error
 
 
-def _magic(path: str, storage_options: dict | None) -> bytes:
+def magic(path: str, storage_options: dict | None) -> bytes:
     """The signature of a netCDF or HDF5 file. Raises DataError for anything else."""
     try:
-        if _is_url(path):
-            file_system, root = _file_system(path, storage_options)
-            size, head = file_system.size(root), file_system.cat_file(root, 0, 4096)
+        if is_url(path):
+            system, root = file_system(path, storage_options)
+            size, head = system.size(root), system.cat_file(root, 0, HEAD)
         else:
             size = os.path.getsize(path)
             with open(path, "rb") as file:
-                head = file.read(4096)
+                head = file.read(HEAD)
     except FileNotFoundError as error:
-        raise DataError(_missing(path)) from error
+        raise DataError(missing(path)) from error
     except IsADirectoryError as error:
         raise DataError(f"{path} is a folder, but neither a zarr store nor a folder of netCDF files.") from error
     except OSError as error:
-        raise DataError(f"{path} cannot be read: {_first_line(error)}") from error
+        raise DataError(f"{path} cannot be read: {first_line(error)}") from error
     if size == 0:
         raise DataError(f"{path} is empty (0 bytes). Copy, download or generate it again.")
     if head[:3] == b"CDF" and head[3:4] in (b"\x01", b"\x02", b"\x05"):
         return head[:4]
     # The signature may come after a user block of 512, 1024, 2048, ... bytes.
     if any(head[at : at + 8] == HDF5 for at in (0, 512, 1024, 2048)):
+        check_heaps(head, path)
         return HDF5
     raise DataError(
         f"{path} is neither netCDF nor zarr: it begins with {head[:16]!r}. Expected a file written by netCDF, HDF5 or "
@@ -245,33 +260,34 @@ def _magic(path: str, storage_options: dict | None) -> bytes:
     )
 
 
-def _missing(path: str) -> str:
+def missing(path: str) -> str:
+    """What to say when a path does not exist, with the nearest name that does."""
     folder = os.path.dirname(path) or "."
-    if _is_url(path) or not os.path.isdir(folder):
-        return f"There is no file {path}, nor its folder." if not _is_url(path) else f"There is no file {path}."
+    if is_url(path) or not os.path.isdir(folder):
+        return f"There is no file {path}, nor its folder." if not is_url(path) else f"There is no file {path}."
     return f"There is no file {path}." + suggest(os.path.basename(path), sorted(os.listdir(folder))[:20])
 
 
 def _expand_url(url: str, storage_options: dict | None) -> list[str]:
     if not glob.has_magic(url.split("?")[0]) or "?" in url:
         return [url]
-    file_system, root = _file_system(url, storage_options)
-    found = sorted(file_system.glob(root))
+    system, root = file_system(url, storage_options)
+    found = sorted(system.glob(root))
     if not found:
         raise DataError(f"No file matches {url!r}.")
     chain = url.split("::")[:-1]
-    return ["::".join([*chain, file_system.unstrip_protocol(file)]) for file in map(str, found)]
+    return ["::".join([*chain, system.unstrip_protocol(file)]) for file in map(str, found)]
 
 
 def _expand_folder(path: str) -> list[str]:
     inside = sorted(os.path.join(path, name) for name in os.listdir(path) if not name.startswith("."))
     files = []
     for item in inside:
-        if _is_zarr(item, None):
+        if is_zarr(item, None):
             files.append(item)
         elif os.path.isfile(item) and os.path.getsize(item):
             try:
-                _magic(item, None)
+                magic(item, None)
             except DataError:
                 continue  # cards, checksums and the like lie beside data
             files.append(item)
@@ -286,7 +302,7 @@ def _check_classic_length(path: str) -> None:
     with open(path, "rb") as file:
         try:
             expected = _classic_length(file)
-        except (struct.error, ValueError, IndexError, OverflowError) as error:
+        except (struct.error, ValueError, LookupError, OverflowError) as error:
             raise DataError(f"{path} is truncated inside its header. Copy or download it again.") from error
     size = os.path.getsize(path)
     if size < expected:
@@ -309,9 +325,15 @@ def _classic_length(file) -> int:
         if length < 0 or len(file.read(padded)) != padded:
             raise ValueError("header ends early")
 
+    def count():
+        size = number()
+        if size < 0:  # the C library would take it as billions
+            raise ValueError("negative count")
+        return range(size)
+
     def items():
         number(">i")  # tag of the list, or zero when it is absent
-        return range(number())
+        return count()
 
     def skip_attributes():
         for _ in items():
@@ -329,7 +351,7 @@ def _classic_length(file) -> int:
     variables = []
     for _ in items():
         skip(number())
-        shape = [dims[number()] for _ in range(number())]
+        shape = [dims[number()] for _ in count()]
         skip_attributes()
         kind = number(">i")
         number()  # vsize: recomputed below, because it overflows for big variables
@@ -450,7 +472,7 @@ def _merge(datasets: list[xr.Dataset], names: list[str]) -> xr.Dataset:
         return xr.merge(datasets, join="exact", compat="no_conflicts", combine_attrs="drop_conflicts")
     except (ValueError, xr.MergeError) as error:
         raise DataError(
-            f"{names[0]} and {names[1]} hold different variables, but cannot be merged: {_first_line(error)}. Their "
+            f"{names[0]} and {names[1]} hold different variables, but cannot be merged: {first_line(error)}. Their "
             "coordinates "
             "must be equal; open them one by one otherwise."
         ) from error

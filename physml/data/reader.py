@@ -18,7 +18,9 @@ class Reader:
     """Reads windows of one dataset in the order of a spec. Stateless apart from remembered masks; safe in threads.
 
     Attributes:
-        trajectories, frames: how many the dataset has.
+        trajectories, frames: how many the dataset has; `frames` of the longest trajectory.
+        lengths: frames of every trajectory: the variable `frames` of the dataset says so where they differ, and what
+            follows in a shorter trajectory is padding that is never read.
         times: the clock of the frames.
         masked: whether fields are missing somewhere.
         parameters: `(trajectory, parameter)` float32.
@@ -37,6 +39,7 @@ class Reader:
         self.times = ck.clock(ds, self.time_dim)
         self.frames = len(self.times)
         self._check_not_empty()
+        self.lengths = self._lengths()
         self.parameters = self._parameters()
         self._static: np.ndarray | None = None
         self._remembered: dict[int, tuple[np.ndarray, np.ndarray]] = {}
@@ -187,6 +190,18 @@ class Reader:
     def _space_index(self, field: Field) -> dict[str, slice | np.ndarray]:
         dims = [(field.dims[axis.name], axis) for axis in self.spec.grid.axes]
         return {dim: ax.positions(self.ds, dim, axis, self.source) for dim, axis in dims}
+
+    def _lengths(self) -> tuple[int, ...]:
+        variable = self.ds.variables.get("frames")
+        if variable is None or not self.trajectory_dim or variable.dims != (self.trajectory_dim,):
+            return (self.frames,) * self.trajectories
+        lengths = np.asarray(variable.values)
+        if lengths.dtype.kind not in "iu" or lengths.min() < 1 or lengths.max() > self.frames:
+            raise DataError(
+                f"{self.source}: the variable 'frames' counts the frames of every trajectory, whole numbers from 1 to "
+                f"{self.frames}, but it holds {lengths.dtype} from {lengths.min()} to {lengths.max()}."
+            )
+        return tuple(lengths.tolist())
 
     def _parameters(self) -> np.ndarray:
         result = np.empty((self.trajectories, len(self.spec.parameters)), np.float32)

@@ -17,7 +17,24 @@ HEADINGS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ["ncep_slp", "era5_t2m_uk", "darcy"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "ncep_slp",
+        "era5_t2m_uk",
+        "darcy",
+        "weatherbench2",
+        "carbonbench",
+        "cfdbench",
+        "pdebench",
+        "graphcast",
+        "merra2",
+        "the_well",
+        "pdearena",
+        "poseidon",
+        "jax_cfd",
+    ],
+)
 def test_cards_follow_one_template(name):
     text = (DATASETS / name / "CARD.md").read_text()
     assert [line[3:] for line in text.splitlines() if line.startswith("## ")] == HEADINGS

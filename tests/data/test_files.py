@@ -314,3 +314,13 @@ def test_damaged_zip(tmp_path):
         archive.writestr("note.txt", "hello")
     with pytest.raises(DataError, match="neither netCDF nor zarr"):
         open_dataset(tmp_path / "other.zip")
+
+
+def test_chunked_fields_can_be_renamed(tmp_path):
+    """The chunks of a file are named after its dimensions, which may be renamed."""
+    stored = xr.Dataset({"u": (("sample", "t", "a"), np.random.default_rng(0).standard_normal((2, 6, 8)))})
+    stored.to_netcdf(tmp_path / "u.nc", encoding={"u": {"chunksizes": (1, 2, 8)}})
+    assert open_dataset(tmp_path / "u.nc").u.chunks == ((1, 1), (2, 2, 2), (8,))
+    ds = open_dataset(tmp_path / "u.nc", rename={"a": "x"})
+    assert ds.u.dims == ("trajectory", "time", "x")
+    assert_array_equal(ds.u, stored.u)

@@ -1,6 +1,7 @@
 import jax
 import numpy as np
 import pytest
+import xarray as xr
 from numpy.testing import assert_array_equal
 
 from physml.data import Loader, Samples, XarrayDataset, spec_of
@@ -114,6 +115,32 @@ def test_masked_windows_and_runs_give_the_same_batches_from_memory(make):
     equal(take(a, 8), take(b, 8))
     for window in take(a, 5):  # no window crosses the jump
         assert_array_equal(window.times, np.broadcast_to(np.arange(3) * 86400.0, (4, 3)))
+
+
+def test_padding_of_shorter_trajectories_is_never_read(make):
+    lengths = [9, 4, 4, 1, 7]
+    ds = make.waves(trajectories=5, frames=9)
+    for name in ("u", "wind"):
+        ds[name] = ds[name].where(ds["time"].copy(data=np.arange(9)) < xr.DataArray(lengths, dims="trajectory"))
+    ds["frames"] = ("trajectory", lengths)
+
+    def build():
+        return XarrayDataset(ds, spec_of(ds, ("u",), forcing=("wind",), static=("a",), parameters=("viscosity",)))
+
+    from_file, in_memory = build(), build()
+    assert from_file.lengths == tuple(lengths)
+    first, second = Loader(from_file, 3, 4, seed=0, memory=0), Loader(in_memory, 3, 4, seed=0)
+    assert in_memory._arrays is not None
+    assert len(first.samples) == 7 + 2 + 2 + 0 + 5
+    for a, b in zip(take(first, 6), take(second, 6), strict=True):
+        assert not np.isnan(a.frames).any()
+        equal(a, b)
+    assert sum(len(window.times) for window in in_memory.windows(chunk=100)) == sum(lengths)
+    with pytest.raises(DataError, match="has 4 frames"):
+        from_file.read(1, range(3, 5))
+    ds["frames"] = ("trajectory", [9, 4, 10, 1, 7])
+    with pytest.raises(DataError, match="from 1 to 9, but it holds int64 from 1 to 10"):
+        build()
 
 
 def test_a_pass_ends_keeps_its_last_batch_and_can_begin_again(make):

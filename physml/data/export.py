@@ -1,0 +1,126 @@
+"""Any labelled data to netCDF-4 or zarr: chunk by chunk, whole or not at all, every number as it was."""
+
+import contextlib
+import json
+import os
+import shutil
+import tempfile
+import warnings
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import xarray as xr
+
+from physml.data.store import replace
+from physml.errors import ConfigError, DataError, suggest
+
+SUFFIXES = {".nc": "netcdf", ".nc4": "netcdf", ".zarr": "zarr"}
+COMPRESSION = 4
+CONVENTIONS = "CF-1.11"
+
+
+def save_dataset(
+    ds: xr.Dataset,
+    out: str | os.PathLike,
+    to: str | None = None,
+    *,
+    zarr_format: Literal[2, 3] = 3,
+    overwrite: bool = False,
+) -> Path:
+    """Writes a dataset to netCDF-4 or zarr and returns the path. Reading it back gives the same numbers and labels.
+
+    Holds a few chunks in memory at a time. Packed numbers (scale_factor) are stored unpacked.
+
+    Args:
+        ds: what to write, lazy or not.
+        out: a .nc file or a .zarr folder; it appears when it is complete.
+        to: "netcdf" or "zarr"; told by the suffix of `out` when None.
+        zarr_format: 2 for readers that are older than zarr 3.
+        overwrite: replaces what is there.
+
+    Raises ConfigError for a format that cannot be told, DataError where `out` exists or cannot be written.
+    """
+    out = Path(out)
+    to = to or SUFFIXES.get(out.suffix)
+    if to is None:
+        raise ConfigError(f"{out} does not tell its format. End the name with .nc or .zarr, or say to='netcdf'.")
+    if to not in SUFFIXES.values():
+        raise ConfigError(f"There is no output format {to!r}." + suggest(to, set(SUFFIXES.values())))
+    if out.exists() and not overwrite:
+        raise DataError(f"{out} exists. Choose another name, or pass overwrite=True to replace it.")
+    ds = _portable(ds)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        folder = tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent)
+    except OSError as error:
+        raise DataError(f"{out} cannot be written: {error}. Choose a folder that you may write to.") from error
+    temporary = Path(folder) / out.name
+    try:
+        if to == "netcdf":
+            ds.to_netcdf(temporary, engine="netcdf4", format="NETCDF4", encoding=_packing(ds))
+        else:
+            _write_zarr(ds, temporary, zarr_format)
+        replace(temporary, out)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    return out
+
+
+def _write_zarr(ds: xr.Dataset, path: Path, zarr_format: int) -> None:
+    encoding = {str(name): {"_FillValue": None} for name, v in ds.variables.items() if v.dtype.kind == "f"}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Consolidated metadata")  # not in the specification of format 3 yet
+        ds.to_zarr(path, mode="w-", zarr_format=zarr_format, consolidated=True, encoding=encoding)
+
+
+def _packing(ds: xr.Dataset) -> dict[str, dict[str, Any]]:
+    encoding: dict[str, dict[str, Any]] = {}
+    for name, variable in ds.variables.items():
+        own: dict[str, Any] = {"_FillValue": None} if variable.dtype.kind == "f" else {}
+        if variable.ndim and variable.dtype.kind in "iuf" and name not in ds.dims:
+            own |= {"zlib": True, "complevel": COMPRESSION, "shuffle": True}
+            if variable.chunks:
+                own["chunksizes"] = tuple(sizes[0] for sizes in variable.chunks)
+        encoding[str(name)] = own
+    return encoding
+
+
+def _portable(ds: xr.Dataset) -> xr.Dataset:
+    """Without what belongs to the file it came from, with attributes that both formats can hold."""
+    ds = ds.copy()
+    for variable in ds.variables.values():
+        kept = {key: variable.encoding[key] for key in ("units", "calendar") if key in variable.encoding}
+        variable.encoding = kept if variable.dtype.kind in "Mm" or _is_time(variable) else {}
+        variable.attrs = {str(key): _attribute(value) for key, value in variable.attrs.items()}
+        if variable.dtype.kind == "U" and not isinstance(variable, xr.IndexVariable):
+            variable.data = variable.values.astype(object)  # zarr 3 has text of any length, not of a fixed one
+        if variable.chunks and any(len(set(sizes[:-1])) > 1 or sizes[-1] > sizes[0] for sizes in variable.chunks):
+            # Files have one chunk size per axis.
+            variable.data = variable.data.rechunk(tuple(max(sizes) for sizes in variable.chunks))
+    ds.attrs = {"Conventions": CONVENTIONS, **{str(key): _attribute(value) for key, value in ds.attrs.items()}}
+    ds.encoding = {}
+    return ds
+
+
+def _is_time(variable: xr.Variable) -> bool:
+    return variable.dtype.kind == "O" and variable.size > 0 and hasattr(variable.values.flat[0], "calendar")
+
+
+def _attribute(value: Any) -> Any:
+    """Numbers, text and lists of them as they are; others as JSON text."""
+    if isinstance(value, np.generic):
+        value = value.item()
+    if isinstance(value, bool):
+        return int(value)
+    if isinstance(value, str | int | float):
+        return value
+    if isinstance(value, np.ndarray | list | tuple):
+        plain = np.asarray(value).tolist()
+        flat = plain if isinstance(plain, list) else [plain]
+        if flat and (all(isinstance(v, str) for v in flat) or all(isinstance(v, int | float) for v in flat)):
+            return [int(v) if isinstance(v, bool) else v for v in flat]
+        value = plain
+    with contextlib.suppress(TypeError, ValueError):
+        return json.dumps(value)
+    return str(value)

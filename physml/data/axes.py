@@ -213,11 +213,27 @@ def _marked_periodic(ds: xr.Dataset, dim: str, name: str) -> bool:
     return bool(np.all(marked))
 
 
+def area_weights(latitude) -> np.ndarray:
+    """Area of the cells around latitudes (degrees, any direction), with mean one.
+
+    Cells are bounded by the middles between latitudes and by the poles: the weight is the difference of sin(latitude)
+    at the bounds. Rows at the poles have half a cell; where the grid has none, this equals cos(latitude) / mean.
+    """
+    degrees = np.asarray(latitude, np.float64)
+    ascending = np.sort(degrees)
+    steps = np.diff(ascending)
+    inner = ascending[:-1] + steps / 2
+    ends = (ascending[0] - steps[0] / 2, ascending[-1] + steps[-1] / 2) if len(steps) else (-90.0, 90.0)
+    bounds = np.clip([ends[0], *inner, ends[1]], -90, 90)
+    weights = np.diff(np.sin(np.deg2rad(bounds)))
+    weights = weights[np.argsort(np.argsort(degrees))]
+    return weights / weights.mean()
+
+
 def _weights(name: str, centers: np.ndarray) -> np.ndarray:
     """Relative cell sizes with mean one; empty where they are uniform."""
     if name == "latitude":
-        cosine = np.clip(np.cos(np.deg2rad(centers)), 0.0, None)
-        return cosine / cosine.mean()
+        return area_weights(centers)
     if name in ("x", "y", "z") and len(centers) > 2:
         steps = np.diff(centers)
         if np.ptp(steps) > 1e-3 * steps.mean():

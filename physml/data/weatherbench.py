@@ -95,23 +95,6 @@ def at_times(climatology: xr.Dataset, times) -> xr.Dataset:
     return picked.drop_vars([n for n in SEASONS if n in picked.coords]).assign_coords(time=times).transpose(*names, ...)
 
 
-def area_weights(latitude) -> np.ndarray:
-    """Area of the cells around latitudes (degrees, any direction), with mean one.
-
-    Cells are bounded by the middles between latitudes and by the poles: the weight is the difference of sin(latitude)
-    at the bounds. Rows at the poles have half a cell; where the grid has none, this equals cos(latitude) / mean.
-    """
-    degrees = np.asarray(latitude, np.float64)
-    ascending = np.sort(degrees)
-    steps = np.diff(ascending)
-    inner = ascending[:-1] + steps / 2
-    ends = (ascending[0] - steps[0] / 2, ascending[-1] + steps[-1] / 2) if len(steps) else (-90.0, 90.0)
-    bounds = np.clip([ends[0], *inner, ends[1]], -90, 90)
-    weights = np.diff(np.sin(np.deg2rad(bounds)))
-    weights = weights[np.argsort(np.argsort(degrees))]
-    return weights / weights.mean()
-
-
 def _forecast(ds: xr.Dataset, lead: str, place: Place) -> xr.Dataset:
     initial = next((dim for dim in INITIAL if dim in ds.dims), None)
     if initial is None:

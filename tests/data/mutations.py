@@ -5,9 +5,14 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 import physml
 from physml.errors import PhysmlError
+
+SEEDS = pytest.mark.parametrize(
+    "seeds", [range(40), pytest.param(range(40, 2040), marks=pytest.mark.slow)], ids=["40", "2000"]
+)
 
 
 def damage(source: Path, target: Path, seed: int) -> Path:

@@ -6,7 +6,7 @@ import h5py
 import numpy as np
 import pytest
 import xarray as xr
-from mutations import damage, survives
+from mutations import SEEDS, damage, survives
 from numpy.testing import assert_allclose, assert_array_equal
 
 import physml
@@ -331,7 +331,8 @@ def test_a_heap_of_zeros_does_not_hang(tmp_path):
         physml.open_dataset(tmp_path)
 
 
-def fuzz(tmp_path, seeds):
+@SEEDS
+def test_damage_ends_in_a_typed_error(tmp_path, seeds):
     sources = [SMOKE, KS, SHALLOW, SHALLOW / "train", SMOKE / "NavierStokes2D_valid_197910_0.50000.h5"]
     outcomes = set()
     for seed in seeds:
@@ -341,12 +342,3 @@ def fuzz(tmp_path, seeds):
         with contextlib.suppress(PhysmlError):
             pdearena.recognizes(Place(copy))
     assert outcomes == {"opened", "DataError"}
-
-
-def test_damaged_copies(tmp_path):
-    fuzz(tmp_path, range(40))
-
-
-@pytest.mark.slow
-def test_many_damaged_copies(tmp_path):
-    fuzz(tmp_path, range(2000))

@@ -6,7 +6,7 @@ import h5py
 import numpy as np
 import pytest
 import xarray as xr
-from mutations import damage, survives
+from mutations import SEEDS, damage, survives
 from numpy.testing import assert_allclose, assert_array_equal
 
 import physml
@@ -453,7 +453,8 @@ def test_a_heap_of_zeros_does_not_hang(tmp_path):
         physml.open_dataset(tmp_path / "heap.hdf5", format="the_well")
 
 
-def fuzz(tmp_path, seeds):
+@SEEDS
+def test_damage_ends_in_a_typed_error(tmp_path, seeds):
     outcomes = set()
     for seed in seeds:
         outcomes.add(survives(damage(SHEAR, tmp_path / "fuzzed", seed), "the_well"))
@@ -461,15 +462,6 @@ def fuzz(tmp_path, seeds):
             with contextlib.suppress(PhysmlError):
                 read(Place(tmp_path / "fuzzed"))
     assert outcomes == {"opened", "DataError"}
-
-
-def test_damaged_copies(tmp_path):
-    fuzz(tmp_path, range(40))
-
-
-@pytest.mark.slow
-def test_many_damaged_copies(tmp_path):
-    fuzz(tmp_path, range(2000))
 
 
 def test_joined_reading_equals_concatenation(tmp_path):

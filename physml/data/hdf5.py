@@ -164,6 +164,19 @@ def component(variable: xr.Variable, dim: str, index: int) -> xr.Variable:
     return part
 
 
+def common_sizes(source: Any, fields: Mapping[str, xr.Variable]) -> dict[str, int]:
+    """The size of every dimension of some fields. Raises DataError where they do not agree."""
+    sizes: dict[str, int] = {}
+    for name, field in fields.items():
+        for dim, size in field.sizes.items():
+            if sizes.setdefault(str(dim), size) != size:
+                raise DataError(
+                    f"{source}: {name!r} has {size} entries along {str(dim)!r}, but other fields have "
+                    f"{sizes[str(dim)]}. Download it again."
+                )
+    return sizes
+
+
 def _open(path: str, mode: str, storage_options: dict | None = None) -> h5py.File:
     if netcdf.is_url(path):
         import fsspec

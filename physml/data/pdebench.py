@@ -12,7 +12,7 @@ import numpy as np
 import xarray as xr
 
 from physml.data import hdf5, members, netcdf
-from physml.data.hdf5 import Hdf5
+from physml.data.hdf5 import Hdf5, common_sizes
 from physml.data.place import Place
 from physml.errors import ConfigError, DataError, suggest
 
@@ -123,7 +123,7 @@ def _arrays(file: Hdf5) -> xr.Dataset:
         fields["tensor"] = hdf5.component(fields["tensor"], "time", 0)
     if "nu" in keys:
         fields["nu"] = file.variable("nu", ("trajectory", *space), DIMENSIONLESS)
-    sizes = _sizes(file, fields)
+    sizes = common_sizes(file, fields)
     name = file.place.name().lower()
     periodic = "nu" not in keys and ("periodic" in name or (len(space) == 1 and "trans" not in name))
     coords = {axis: _axis(file, f"{axis}-coordinate", axis, sizes[axis], periodic) for axis in space}
@@ -177,7 +177,7 @@ def _incompressible(file: Hdf5) -> xr.Dataset:
         if whole.sizes["component"] != len(suffixes):
             raise DataError(f"{file}: {name!r} has shape {whole.shape}, whose last axis should be {len(suffixes)}.")
         fields |= {name + suffix: hdf5.component(whole, "component", i) for i, suffix in enumerate(suffixes)}
-    sizes = _sizes(file, fields)
+    sizes = common_sizes(file, fields)
     times = file.values("t")
     if times.ndim != 2 or times.shape[0] != sizes["trajectory"] or _differ(times):
         raise DataError(
@@ -197,19 +197,6 @@ def _incompressible(file: Hdf5) -> xr.Dataset:
 
 def _differ(rows: np.ndarray) -> bool:
     return any(not np.array_equal(row, rows[0], equal_nan=True) for row in rows)
-
-
-def _sizes(file: Hdf5, fields: dict[str, xr.Variable]) -> dict[str, int]:
-    """The size of every dimension. Raises DataError where fields do not agree."""
-    sizes: dict[str, int] = {}
-    for name, field in fields.items():
-        for dim, size in field.sizes.items():
-            if sizes.setdefault(str(dim), size) != size:
-                raise DataError(
-                    f"{file}: {name!r} has {size} entries along {dim}, but other fields have {sizes[str(dim)]}. "
-                    "Download it again."
-                )
-    return sizes
 
 
 def _axis(file: Hdf5, key: str, axis: str, size: int, periodic: bool) -> tuple:

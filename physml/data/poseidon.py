@@ -13,7 +13,7 @@ import xarray as xr
 
 from physml.data import members
 from physml.data.derived import derive
-from physml.data.hdf5 import Hdf5, component
+from physml.data.hdf5 import Hdf5, common_sizes, component
 from physml.data.place import Place
 from physml.errors import ConfigError, DataError, suggest
 
@@ -293,16 +293,10 @@ def _dataset(hdf5: Hdf5, name: str) -> xr.Dataset:
     if "airfoil" in variables:
         shape = variables["airfoil"]
         variables["mask"] = derive(_outside, [shape], shape, attrs={"units": "1"}, dtype="i1")
-    sizes: dict[str, int] = {}
-    for field, variable in variables.items():
-        for dim, size in variable.sizes.items():
-            if sizes.setdefault(str(dim), size) != size:
-                raise DataError(
-                    f"{hdf5}: {field!r} has {size} entries along {dim!r}, but the arrays before it have "
-                    f"{sizes[str(dim)]}. Download or assemble the file again."
-                )
-            if dim != "trajectory" and size > LONGEST:
-                raise DataError(f"{hdf5}: {field!r} has {size} entries along {dim!r}. Download the file again.")
+    sizes = common_sizes(hdf5, variables)
+    for dim, size in sizes.items():
+        if dim != "trajectory" and size > LONGEST:
+            raise DataError(f"{hdf5}: its fields have {size} entries along {dim!r}. Download the file again.")
     if "forcing" in own.channels:
         variables["forcing"] = _forcing(sizes)
     ring = {"periodic": 1, "period": 1.0} if own.periodic else {"periodic": 0}

@@ -12,14 +12,14 @@ import jax.numpy as jnp
 from jaxtyping import Float
 
 from physml.errors import ConfigError
-from physml.fields import ArrayLike, Channel, Grid
+from physml.fields import ArrayLike, Channel
 from physml.solvers import fourier
 from physml.solvers.etdrk4 import build_step
-from physml.solvers.fourier import Range, Step
+from physml.solvers.fourier import Range, Spectral, Step
 
 
 @dataclass(frozen=True)
-class Advection:
+class Advection(Spectral):
     """u_t + speed u_x = 0 on [0, length): the initial state, shifted. Exact for every time step.
 
     Attributes:
@@ -54,13 +54,6 @@ class Advection:
     equation: ClassVar[str] = "u_t + speed u_x = 0"
     channels: ClassVar[tuple[Channel, ...]] = (Channel("u"),)
 
-    def __post_init__(self):
-        fourier.check(self)
-
-    @property
-    def grid(self) -> Grid:
-        return fourier.grid(self)
-
     def initial(self, key: jax.Array) -> Float[ArrayLike, "x 1"]:
         """A random smooth state on the solver's grid, of zero mean; the same field at every `solver_points`."""
         return fourier.random_state(self, key, lambda k: jnp.exp(-2 * (k / self.initial_modes) ** 2))
@@ -72,13 +65,9 @@ class Advection:
         shift = jnp.exp(-derivative * given["speed"] * given["time_step"])
         return _on_spectrum(self.solver_points, lambda spectrum: shift.astype(spectrum.dtype) * spectrum)
 
-    def observe(self, state: Float[ArrayLike, "x 1"]) -> Float[ArrayLike, "points 1"]:
-        """The state as it is stored."""
-        return fourier.downsample(self, state)
-
 
 @dataclass(frozen=True)
-class KortewegDeVries:
+class KortewegDeVries(Spectral):
     """u_t + steepening u u_x + dispersion u_xxx = 0 on [0, length), 2/3 rule, ETDRK4.
 
     Solitons pass through each other. With the default coefficients a soliton of speed c is
@@ -120,13 +109,9 @@ class KortewegDeVries:
     channels: ClassVar[tuple[Channel, ...]] = (Channel("u"),)
 
     def __post_init__(self):
-        fourier.check(self)
+        super().__post_init__()
         if not abs(self.steepening) < float("inf"):
             raise ConfigError(f"steepening is {self.steepening}, but it must be finite.")
-
-    @property
-    def grid(self) -> Grid:
-        return fourier.grid(self)
 
     def initial(self, key: jax.Array) -> Float[ArrayLike, "x 1"]:
         """A random smooth state on the solver's grid, of zero mean; the same field at every `solver_points`."""
@@ -150,10 +135,6 @@ class KortewegDeVries:
             return jax.lax.fori_loop(0, self.substeps, lambda _, v: step(v).astype(v.dtype), start)
 
         return _on_spectrum(points, advance)
-
-    def observe(self, state: Float[ArrayLike, "x 1"]) -> Float[ArrayLike, "points 1"]:
-        """The state as it is stored."""
-        return fourier.downsample(self, state)
 
 
 def _derivative(points: int, length: Any) -> jax.Array:

@@ -18,6 +18,21 @@ Range = float | tuple[float, float]  # a number, or the interval it is drawn fro
 TAU = 2 * math.pi
 
 
+class Spectral:
+    """What the configs of spectral solvers share: checked sizes, a periodic grid, and storing by resampling."""
+
+    def __post_init__(self):
+        check(self)
+
+    @property
+    def grid(self) -> Grid:
+        return grid(self)
+
+    def observe(self, state: Float[ArrayLike, "*space channel"]) -> Float[ArrayLike, "*stored channel"]:
+        """The state as it is stored."""
+        return downsample(self, state)
+
+
 def velocity_of(vorticity: Float[ArrayLike, "y x 1"], length: float = TAU) -> Float[ArrayLike, "y x 2"]:
     """The divergence-free velocity (u along x, v along y), of zero mean, whose curl dv/dx - du/dy is `vorticity`.
 

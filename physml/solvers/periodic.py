@@ -23,13 +23,13 @@ import jax.numpy as jnp
 from jaxtyping import Float
 
 from physml.errors import ConfigError
-from physml.fields import ArrayLike, Channel, Grid
+from physml.fields import ArrayLike, Channel
 from physml.solvers import fourier
-from physml.solvers.fourier import TAU, Range, Step
+from physml.solvers.fourier import TAU, Range, Spectral, Step
 
 
 @dataclass(frozen=True)
-class Burgers:
+class Burgers(Spectral):
     """u_t + u u_x = viscosity u_xx on [0, length).
 
     Without forcing, shocks form and decay. A shock is about viscosity / speed wide: the defaults resolve 0.01 with 1024
@@ -67,13 +67,6 @@ class Burgers:
     equation: ClassVar[str] = "u_t + u u_x = viscosity u_xx"
     channels: ClassVar[tuple[Channel, ...]] = (Channel("u"),)
 
-    def __post_init__(self):
-        fourier.check(self)
-
-    @property
-    def grid(self) -> Grid:
-        return fourier.grid(self)
-
     def initial(self, key: jax.Array) -> Float[ArrayLike, "x 1"]:
         """A random smooth state on the solver's grid, of zero mean; the same field at every `solver_points`."""
         return fourier.random_state(self, key, lambda k: jnp.exp(-2 * (k / self.initial_modes) ** 2))
@@ -87,13 +80,9 @@ class Burgers:
         )  # fmt: skip
         return fourier.repeated(solver, self.substeps)
 
-    def observe(self, state: Float[ArrayLike, "x 1"]) -> Float[ArrayLike, "points 1"]:
-        """The state as it is stored."""
-        return fourier.downsample(self, state)
-
 
 @dataclass(frozen=True)
-class KuramotoSivashinsky:
+class KuramotoSivashinsky(Spectral):
     """u_t + u u_x + u_xx + viscosity u_xxxx = 0 on [0, length), in conservative form.
 
     Chaotic from length ~ 22 on; the leading Lyapunov exponent is 0.085-0.089 at length 60-64. The defaults are close to
@@ -131,13 +120,6 @@ class KuramotoSivashinsky:
     equation: ClassVar[str] = "u_t + u u_x + u_xx + viscosity u_xxxx = 0"
     channels: ClassVar[tuple[Channel, ...]] = (Channel("u"),)
 
-    def __post_init__(self):
-        fourier.check(self)
-
-    @property
-    def grid(self) -> Grid:
-        return fourier.grid(self)
-
     def initial(self, key: jax.Array) -> Float[ArrayLike, "x 1"]:
         """A random smooth state on the solver's grid, of zero mean; the same field at every `solver_points`."""
         return fourier.random_state(self, key, jnp.ones_like)
@@ -151,13 +133,9 @@ class KuramotoSivashinsky:
         )  # fmt: skip
         return fourier.repeated(solver, self.substeps)
 
-    def observe(self, state: Float[ArrayLike, "x 1"]) -> Float[ArrayLike, "points 1"]:
-        """The state as it is stored."""
-        return fourier.downsample(self, state)
-
 
 @dataclass(frozen=True)
-class DecayingNavierStokes:
+class DecayingNavierStokes(Spectral):
     """omega_t + u . grad(omega) = viscosity laplace(omega) on [0, length)^2, omega = dv/dx - du/dy.
 
     Two-dimensional turbulence without forcing: energy E = <|u|^2>/2 obeys dE/dt = -2 viscosity Z with the enstrophy
@@ -196,13 +174,6 @@ class DecayingNavierStokes:
     parameters: ClassVar[tuple[str, ...]] = ("viscosity",)
     equation: ClassVar[str] = "omega_t + u . grad(omega) = viscosity laplace(omega), omega = dv/dx - du/dy, div u = 0"
 
-    def __post_init__(self):
-        fourier.check(self)
-
-    @property
-    def grid(self) -> Grid:
-        return fourier.grid(self)
-
     @property
     def channels(self) -> tuple[Channel, ...]:
         return fourier.flow_channels(self.store)
@@ -226,7 +197,7 @@ class DecayingNavierStokes:
 
 
 @dataclass(frozen=True)
-class Kolmogorov:
+class Kolmogorov(Spectral):
     """Two-dimensional flow driven by forcing_scale sin(2 pi forcing_mode y / length) along x, with linear drag.
 
     omega_t + u . grad(omega) = viscosity laplace(omega) - drag omega + curl(forcing) on [0, length)^2. Forcing and drag
@@ -277,16 +248,12 @@ class Kolmogorov:
     )
 
     def __post_init__(self):
-        fourier.check(self)
+        super().__post_init__()
         if not 1 <= self.forcing_mode < self.solver_points // 3:
             raise ConfigError(
                 f"forcing_mode is {self.forcing_mode}, but {self.solver_points} solver_points carry the modes 1 to "
                 f"{self.solver_points // 3 - 1}. Raise solver_points to at least {3 * self.forcing_mode + 3}."
             )
-
-    @property
-    def grid(self) -> Grid:
-        return fourier.grid(self)
 
     @property
     def channels(self) -> tuple[Channel, ...]:

@@ -13,6 +13,7 @@ import physml
 from physml.data import DataConfig, cfdbench, npy
 from physml.data.cfdbench import PARAMETERS, steady_frames
 from physml.data.formats import recognize
+from physml.data.npy import Npy
 from physml.data.place import Place
 from physml.errors import ConfigError, DataError
 
@@ -394,10 +395,17 @@ def test_other_byte_orders_and_nan(cavity):
     assert_array_equal(physml.open_dataset(cavity).u[8], values)
 
 
-def test_a_thousand_cases_open_fast(tmp_path):
+def test_many_cases_open_without_reading_their_fields(tmp_path, monkeypatch):
     for i in range(200):
-        write_case(tmp_path / "bc" / f"case{i:04}", np.zeros((2, 4, 4), "f4"))
-    cfdbench.open_dataset(Place(tmp_path), subset="bc")
+        write_case(tmp_path / "bc" / f"case{i:04}", np.full((2, 4, 4), i, "f4"))
+    read = []
+    rows = Npy.rows
+    monkeypatch.setattr(Npy, "rows", lambda self, *span: read.append(self.place) or rows(self, *span))
+    ds = cfdbench.open_dataset(Place(tmp_path), subset="bc")
+    assert ds.sizes["trajectory"] == 200
+    assert not read
+    assert_array_equal(ds.u[[3, 150], 1, 2, 2], [3, 150])
+    assert {place.parent().name() for place in read} == {"case0003", "case0150"}
 
 
 @SEEDS

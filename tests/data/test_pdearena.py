@@ -23,33 +23,31 @@ SMOKE, CONDITIONED = ARENA / "NavierStokes2D", ARENA / "NavierStokes2D-condition
 KS, SHALLOW = ARENA / "KuramotoSivashinsky1D", ARENA / "ShallowWater-2D"
 
 
+def save(path, split, content):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with h5py.File(path, "w") as f:
+        group = f.create_group(split)
+        for name, values in content.items():
+            if values is not None:
+                group[name] = values
+    return path
+
+
 def smoke(path, *, n=2, steps=3, shape=(4, 5), split="train", **extra):
     """A file of smoke with `u = 100 trajectory + 10 step + index along x`; extra datasets, None leaves one out."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     u = 100.0 * np.arange(n)[:, None, None, None] + 10 * np.arange(steps)[:, None, None] + np.arange(shape[0])[:, None]
     u = np.broadcast_to(u, (n, steps, *shape))
     content = {"u": u, "vx": u + 1, "vy": u + 2, "t": np.tile(np.linspace(18, 102, steps), (n, 1))}
     content |= {"dt": np.full(n, 6.0), "dx": np.full(n, 8.0), "dy": np.full(n, 6.4), "buo_y": np.full(n, 0.5)}
     content |= {"x": np.tile(np.linspace(0, 32, shape[0]), (n, 1)), **extra}
-    with h5py.File(path, "w") as f:
-        group = f.create_group(split)
-        for name, values in content.items():
-            if values is not None:
-                group[name] = values
-    return path
+    return save(path, split, content)
 
 
 def ks(path, *, n=2, steps=8, points=6, split="train", channel=False, **extra):
-    path.parent.mkdir(parents=True, exist_ok=True)
     u = 100.0 * np.arange(n)[:, None, None] + 10 * np.arange(steps)[:, None] + np.arange(points)
     content = {f"pde_{steps}-{points}": u[:, :, None] if channel else u}
     content |= {"dt": np.full(n, 0.2), "dx": np.full(n, 0.25), **extra}
-    with h5py.File(path, "w") as f:
-        group = f.create_group(split)
-        for name, values in content.items():
-            if values is not None:
-                group[name] = values
-    return path
+    return save(path, split, content)
 
 
 def test_smoke_opens_as_its_authors_read_it():

@@ -299,8 +299,8 @@ def external(key: str):
         (ADVECTION, external("tensor"), "'tensor' is a link, which is not followed"),
         (CFD2, deleted("Vy"), "no 'Vy'"),
         (CFD1, deleted("pressure"), "no 'pressure'"),
-        (CFD1, replaced("Vx", lambda u: u[:7]), "'Vx' has 7 entries along trajectory, but other fields have 20"),
-        (DARCY, replaced("nu", lambda u: u[:, :, :4]), "'nu' has 4 entries along y"),
+        (CFD1, replaced("Vx", lambda u: u[:7]), "'Vx' has 7 entries along 'trajectory', but other fields have 20"),
+        (DARCY, replaced("nu", lambda u: u[:, :, :4]), "'nu' has 4 entries along 'y'"),
         (DARCY, replaced("tensor", lambda u: np.repeat(u, 3, 1)), "no 't-coordinate', but 3 frames"),
         (SHALLOW, deleted("0000/data"), "no layout of PDEBench"),
         (SHALLOW, deleted("0000/grid/t"), "has no '0000/grid/t'"),
@@ -310,7 +310,7 @@ def external(key: str):
         (INCOMPRESSIBLE, replaced("t", lambda t: t + np.arange(2)[:, None]), "same times"),
         (INCOMPRESSIBLE, replaced("t", lambda t: t[0]), r"'t' has shape \(5,\)"),
         (INCOMPRESSIBLE, replaced("velocity", lambda u: u[..., :1]), "last axis should be 2"),
-        (INCOMPRESSIBLE, replaced("force", lambda u: u[:1]), "'force_x' has 1 entries along trajectory"),
+        (INCOMPRESSIBLE, replaced("force", lambda u: u[:1]), "'force_x' has 1 entries along 'trajectory'"),
     ],
 )
 def test_what_is_wrong_is_named(edited, path, change, message):

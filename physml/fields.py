@@ -64,6 +64,11 @@ class Axis:
         """`points` centers i * length / points, starting at zero."""
         return cls(name, tuple(float(i) * length / points for i in range(points)), periodic=periodic, unit=unit)
 
+    @classmethod
+    def cells(cls, name: str, points: int, length: float = 1.0, periodic: bool = False, unit: str = "") -> "Axis":
+        """`points` cells of equal size that fill [0, length]: centers (i + 1/2) * length / points."""
+        return cls(name, tuple((i + 0.5) * length / points for i in range(points)), periodic=periodic, unit=unit)
+
 
 @dataclass(frozen=True)
 class Grid:

@@ -22,11 +22,13 @@ import numpy as np
 from physml import coding
 from physml.data import store
 from physml.errors import ConfigError, DataError, DivergedError, suggest
+from physml.fields import Axis
 from physml.progress import Progress, Silent
 from physml.solvers import SOLVERS, name_of
-from physml.solvers.ensemble import SPLITS, Ensemble, precision, usual_batch, usual_workers, warmup_steps
+from physml.solvers.ensemble import SPLITS, Ensemble, Trajectories, precision, usual_batch, usual_workers, warmup_steps
+from physml.solvers.solver import STEADY
 
-FORMAT_VERSION = 1  # raise it whenever the same recipe gives other files: caches are keyed by it
+FORMAT_VERSION = 2  # raise it whenever the same recipe gives other files: caches are keyed by it
 LARGEST_SEED = 2**32
 
 
@@ -37,7 +39,7 @@ class Recipe:
     Attributes:
         solver: a config of `physml.solvers.SOLVERS`.
         trajectories: how many.
-        steps: stored steps of each; a file holds `steps + 1` frames.
+        steps: stored steps of each; a file holds `steps + 1` frames. 0 for a steady problem, whose file has no time.
         seed: 0 to 2**32 - 1.
         split: "train", "valid" or "test": the same seed gives disjoint trajectories in each.
     """
@@ -50,9 +52,12 @@ class Recipe:
 
     def __post_init__(self):
         name_of(self.solver)
-        for name in ("trajectories", "steps"):
+        steady = self.solver.usual_steps == STEADY
+        for name in ("trajectories",) if steady else ("trajectories", "steps"):
             if type(getattr(self, name)) is not int or getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)!r}, but it must be a whole number, at least 1.")
+        if steady and self.steps != STEADY:
+            raise ConfigError(f"steps is {self.steps!r}, but {name_of(self.solver)} has no time: leave steps out.")
         if type(self.seed) is not int or not 0 <= self.seed < LARGEST_SEED:
             raise ConfigError(f"seed is {self.seed!r}, but it must be a whole number from 0 to {LARGEST_SEED - 1}.")
         if self.split not in SPLITS:
@@ -212,7 +217,7 @@ def _solve_missing(
     One trajectory does not keep several CPU cores busy, so as many chunks are solved at the same time, in threads.
     """
     solver, batch = recipe.solver, shape[0]
-    each = (warmup_steps(solver) + recipe.steps) * batch
+    each = max(1, warmup_steps(solver) + recipe.steps) * batch
     missing = [number for number, path in enumerate(paths) if _read_chunk(path, shape) is None]
     done = {number: 0 if number in missing else each for number in range(len(paths))}
     lock, stop = threading.Lock(), threading.Event()
@@ -229,8 +234,9 @@ def _solve_missing(
     def solve(number: int) -> None:
         first = number * batch
         with precision(solver):  # settings of jax belong to a thread
-            frames, drawn = ensemble.run(first, recipe.trajectories - first, lambda steps: report(number, steps))
-        store.write_atomically(paths[number], lambda path: _save_chunk(path, frames, drawn))
+            solved = ensemble.run(first, recipe.trajectories - first, lambda steps: report(number, steps))
+        store.write_atomically(paths[number], lambda path: _save_chunk(path, solved))
+        report(number, each // batch)
 
     progress.update(sum(done.values()), each * len(paths))
     with ThreadPoolExecutor(min(usual_workers() if workers is None else workers, max(1, len(missing)))) as pool:
@@ -243,36 +249,40 @@ def _solve_missing(
             pool.shutdown(cancel_futures=True)
 
 
-def _save_chunk(path: Path, frames: np.ndarray, parameters: dict[str, np.ndarray]) -> None:
+def _save_chunk(path: Path, solved: Trajectories) -> None:
+    static = {} if solved.static is None else {"static": solved.static}
     with path.open("wb") as file:
-        np.savez(file, frames=frames, **{f"parameter_{name}": values for name, values in parameters.items()})
+        np.savez(file, frames=solved.frames, **static, **{f"parameter_{name}": v for name, v in solved.drawn.items()})
 
 
-def _read_chunk(path: Path, shape: tuple[int, ...]) -> tuple[np.ndarray, dict[str, np.ndarray]] | None:
-    """Frames and drawn parameters of a chunk; None when it is absent or damaged."""
+def _read_chunk(path: Path, shape: tuple[int, ...]) -> Trajectories | None:
+    """A chunk; None when it is absent or damaged."""
     try:
         with np.load(path, allow_pickle=False) as file:
-            frames = file["frames"]
-            parameters = {name.removeprefix("parameter_"): file[name] for name in file.files if name != "frames"}
+            parameters = {
+                name.removeprefix("parameter_"): file[name] for name in file.files if name[:10] == "parameter_"
+            }
+            chunk = Trajectories(file["frames"], parameters, file.get("static"))
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         return None
-    return (frames, parameters) if frames.shape == shape and frames.dtype == np.float32 else None
+    return chunk if chunk.frames.shape == shape and chunk.frames.dtype == np.float32 else None
 
 
 def _slices(recipe: Recipe, paths: list[Path], shape: tuple[int, ...]) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
     """First trajectory and arrays by variable, chunk by chunk."""
-    channels = [channel.name for channel in recipe.solver.channels]
+    solver = recipe.solver
     for number, path in enumerate(paths):
         chunk = _read_chunk(path, shape)
         if chunk is None:
             raise DataError(f"{path} was changed while the trajectories were being generated. Run the command again.")
-        frames, drawn = chunk
         first = number * shape[0]
         keep = min(shape[0], recipe.trajectories - first)
-        arrays = {name: frames[:keep, ..., i] for i, name in enumerate(channels)}
-        for name in recipe.solver.parameters:
-            value = drawn[name][:keep] if name in drawn else np.full(keep, getattr(recipe.solver, name), np.float64)
-            arrays[name] = value
+        frames = chunk.frames[:keep, 0] if solver.usual_steps == STEADY else chunk.frames[:keep]
+        arrays = {channel.name: frames[..., i] for i, channel in enumerate(solver.channels)}
+        arrays |= {channel.name: chunk.static[:keep, ..., i] for i, channel in enumerate(solver.statics)}
+        for name in solver.parameters:
+            fixed = name not in chunk.drawn
+            arrays[name] = np.full(keep, getattr(solver, name), np.float64) if fixed else chunk.drawn[name][:keep]
         yield first, arrays
 
 
@@ -280,38 +290,50 @@ def _labels(recipe: Recipe) -> store.Labels:
     """Dimensions, coordinates and provenance of the file; nothing in it depends on when or where it was made."""
     from importlib.metadata import version
 
-    import physml
-
     solver = recipe.solver
-    coordinates = {
-        "trajectory": (np.arange(recipe.trajectories), {"long_name": "trajectory"}),
-        "time": (np.arange(recipe.steps + 1) * solver.time_step, {"long_name": "time", "axis": "T"}),
-    }
+    coordinates = {"trajectory": (np.arange(recipe.trajectories), {"long_name": "trajectory"})}
+    moving = ("trajectory", "time", *solver.axes)
+    if solver.usual_steps == STEADY:
+        moving = ("trajectory", *solver.axes)
+    else:
+        unit = {"units": solver.time_unit} if solver.time_unit else {}
+        times = np.arange(recipe.steps + 1) * solver.time_step
+        coordinates["time"] = (times, {"long_name": "time", "axis": "T", **unit})
     for axis in solver.grid.axes:
-        attributes = {"axis": axis.name.upper(), "periodic": np.int32(1), "period": float(solver.length)}
-        coordinates[axis.name] = (np.asarray(axis.centers), attributes)
-    dims = ("trajectory", "time", *solver.axes)
-    variables = {c.name: (dims, np.float32, {"long_name": MEANING[c.name], "units": "1"}) for c in solver.channels}
+        coordinates[axis.name] = (np.asarray(axis.centers), _axis_attributes(axis))
+    variables = {}
+    for fields, dims in ((solver.channels, moving), (solver.statics, ("trajectory", *solver.axes))):
+        for channel in fields:
+            attributes = {"long_name": solver.meanings[channel.name], "units": channel.unit or "1"}
+            variables[channel.name] = (dims, np.float32, attributes)
     for name in solver.parameters:
-        variables[name] = (("trajectory",), np.float64, {"long_name": name.replace("_", " "), "units": "1"})
+        attributes = {"long_name": name.replace("_", " "), "units": solver.units.get(name, "1")}
+        variables[name] = (("trajectory",), np.float64, attributes)
     about = {
         "Conventions": "CF-1.11",
         "title": f"{name_of(solver).replace('_', ' ')}: {recipe.split} trajectories",
         "equation": solver.equation,
-        "boundary": "periodic",
+        "boundary_conditions": solver.boundary,
         "solver": name_of(solver),
-        "scheme": "Fourier pseudo-spectral with the 2/3 rule, ETDRK4",
+        "scheme": solver.scheme,
         "recipe": json.dumps(recipe.to_dict(), sort_keys=True),
         "seed": np.int64(recipe.seed),
         "split": recipe.split,
-        "time_step": float(solver.time_step),
-        "source": f"physml {physml.__version__}, exponax {version('exponax')}, jax {version('jax')}",
+        **({} if solver.usual_steps == STEADY else {"time_step": float(solver.time_step)}),
+        "source": ", ".join(f"{name} {version(name)}" for name in ("physml", *solver.packages, "jax")),
         "history": recipe.command,
     }
     return store.Labels(coordinates, variables, about)
 
 
-MEANING = {"u": "velocity along x", "v": "velocity along y", "vorticity": "vorticity dv/dx - du/dy"}
+def _axis_attributes(axis: Axis) -> dict[str, Any]:
+    names = {"longitude": "X", "latitude": "Y", "level": "Z"}
+    attributes = {"axis": names.get(axis.name, axis.name.upper()), "periodic": np.int32(axis.periodic)}
+    if axis.periodic:
+        attributes["period"] = float(axis.length)
+    if axis.name in names:
+        attributes["standard_name"] = axis.name
+    return {**attributes, "units": axis.unit} if axis.unit else attributes
 
 
 def _plain(value: Any) -> str:

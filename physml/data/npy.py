@@ -2,6 +2,7 @@
 
 import io
 import math
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -12,6 +13,7 @@ from physml.data.place import Place
 from physml.errors import DataError
 
 HEADER = 4096  # bytes that hold the header of any array of plain numbers
+PARSING = threading.Lock()  # numpy parses a Python literal, and CPython 3.11 miscounts when threads do so at once
 HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
 
 
@@ -29,7 +31,8 @@ class Npy:
         """Raises DataError unless the file holds exactly one array of float32 or float64 with those axes."""
         head = io.BytesIO(_part(place, 0, HEADER))
         try:
-            shape, fortran, dtype = HEADERS[np.lib.format.read_magic(head)](head)
+            with PARSING:
+                shape, fortran, dtype = HEADERS[np.lib.format.read_magic(head)](head)
         except Exception as error:  # numpy evaluates the header as a Python literal: whatever that raises
             raise DataError(f"{place} is not a numpy array, or its header is damaged. Download it again.") from error
         plain = dtype.kind == "f" and dtype.itemsize in (4, 8) and not fortran

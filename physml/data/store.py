@@ -41,6 +41,8 @@ class Labels:
         shape = self.shape(dims)
         if len(shape) == 1:
             return shape
+        if dims[1] != "time":
+            return (1, *shape[1:])
         frame = int(np.prod(shape[2:])) * np.dtype(dtype).itemsize
         return (1, int(np.clip(CHUNK_BYTES // frame, 1, shape[1])), *shape[2:])
 

@@ -71,7 +71,7 @@ class SyntheticConfig:
     def recipes(self) -> dict[str, Recipe]:
         """What is generated for each split; a split of zero trajectories is left out."""
         solver = self.solver
-        steps = solver.usual_steps if self.steps is None else self.steps
+        steps = solver.usual_steps if self.steps is None else self.steps  # 0 for a steady problem
         long = steps if self.test_steps is None else self.test_steps
         counts = dataclasses.asdict(self.trajectories)
         return {
@@ -97,12 +97,12 @@ class SyntheticConfig:
         from physml.data.labelled import spec_of
 
         solver = self.solver
-        drawn = tuple(name for name in solver.parameters if isinstance(getattr(solver, name), tuple))
-        channels = tuple(channel.name for channel in solver.channels)
+        channels, static = ([channel.name for channel in fields] for fields in (solver.channels, solver.statics))
         splits = {}
         for split, recipe in self.recipes().items():
             data = open_dataset(ensure(recipe, self.path(split), progress))
-            splits[split] = XarrayDataset(data, spec_of(data, channels, parameters=drawn))
+            spec = spec_of(data, channels, static=static, parameters=solver.drawn)
+            splits[split] = XarrayDataset(data, spec, "mask" if "mask" in static else None)
         return splits
 
 

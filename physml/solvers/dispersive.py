@@ -15,7 +15,8 @@ from physml.errors import ConfigError
 from physml.fields import ArrayLike, Channel
 from physml.solvers import fourier
 from physml.solvers.etdrk4 import build_step
-from physml.solvers.fourier import Range, Spectral, Step
+from physml.solvers.fourier import Spectral
+from physml.solvers.solver import Range, Step
 
 
 @dataclass(frozen=True)
@@ -52,15 +53,17 @@ class Advection(Spectral):
     usual_steps: ClassVar[int] = 200
     parameters: ClassVar[tuple[str, ...]] = ("speed",)
     equation: ClassVar[str] = "u_t + speed u_x = 0"
+    scheme: ClassVar[str] = "shift of every Fourier mode, exact"
+    meanings: ClassVar[dict[str, str]] = {"u": "transported quantity"}
     channels: ClassVar[tuple[Channel, ...]] = (Channel("u"),)
 
-    def initial(self, key: jax.Array) -> Float[ArrayLike, "x 1"]:
+    def initial(self, key: jax.Array, **parameters: Any) -> Float[ArrayLike, "x 1"]:
         """A random smooth state on the solver's grid, of zero mean; the same field at every `solver_points`."""
         return fourier.random_state(self, key, lambda k: jnp.exp(-2 * (k / self.initial_modes) ** 2))
 
     def stepper(self, **parameters: Any) -> Step:
         """One stored step. `speed`, `length` and `time_step` may be given (also traced) instead of the config's."""
-        given = fourier.values(self, parameters, "speed", "length", "time_step")
+        given = self.values(parameters, "speed", "length", "time_step")
         derivative = _derivative(self.solver_points, given["length"])
         shift = jnp.exp(-derivative * given["speed"] * given["time_step"])
         return _on_spectrum(self.solver_points, lambda spectrum: shift.astype(spectrum.dtype) * spectrum)
@@ -106,6 +109,7 @@ class KortewegDeVries(Spectral):
     usual_steps: ClassVar[int] = 100
     parameters: ClassVar[tuple[str, ...]] = ("dispersion",)
     equation: ClassVar[str] = "u_t + steepening u u_x + dispersion u_xxx = 0"
+    meanings: ClassVar[dict[str, str]] = {"u": "elevation of the wave"}
     channels: ClassVar[tuple[Channel, ...]] = (Channel("u"),)
 
     def __post_init__(self):
@@ -113,13 +117,13 @@ class KortewegDeVries(Spectral):
         if not abs(self.steepening) < float("inf"):
             raise ConfigError(f"steepening is {self.steepening}, but it must be finite.")
 
-    def initial(self, key: jax.Array) -> Float[ArrayLike, "x 1"]:
+    def initial(self, key: jax.Array, **parameters: Any) -> Float[ArrayLike, "x 1"]:
         """A random smooth state on the solver's grid, of zero mean; the same field at every `solver_points`."""
         return fourier.random_state(self, key, lambda k: jnp.exp(-2 * (k / self.initial_modes) ** 2))
 
     def stepper(self, **parameters: Any) -> Step:
         """One stored step. `dispersion`, `length` and `time_step` may be given, also traced."""
-        given = fourier.values(self, parameters, "dispersion", "length", "time_step")
+        given = self.values(parameters, "dispersion", "length", "time_step")
         points = self.solver_points
         derivative = _derivative(points, given["length"])
         kept = jnp.arange(len(derivative)) < points / 3

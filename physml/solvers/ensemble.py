@@ -5,32 +5,43 @@ import itertools
 import os
 import threading
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from physml.errors import DivergedError
+from physml.solvers.solver import Solver
 
 SPLITS = ("train", "valid", "test")  # the position is part of the random keys: never reorder
 POINTS_AT_ONCE = {"cpu": 2**15, "other": 2**20}  # grid points solved together: caches of a CPU, occupancy of the others
 BLOCK_BYTES = 2**26  # stored frames kept on the device between two looks at them
 
 
-def warmup_steps(solver: Any) -> int:
+class Trajectories(NamedTuple):
+    """Frames `(batch, steps + 1, *space, channel)`, drawn parameters by name, each `(batch,)`, and the fields without
+    time `(batch, *space, static)` or None. Numpy arrays; fields are float32.
+    """
+
+    frames: np.ndarray
+    drawn: dict[str, np.ndarray]
+    static: np.ndarray | None
+
+
+def warmup_steps(solver: Solver) -> int:
     """Stored steps between the random initial state and the first frame."""
     return round(solver.warmup / solver.time_step)
 
 
-def usual_batch(solver: Any) -> int:
+def usual_batch(solver: Solver) -> int:
     """Trajectories that are worth solving together on this machine."""
     limit = POINTS_AT_ONCE.get(jax.default_backend(), POINTS_AT_ONCE["other"])
-    return max(1, limit // solver.solver_points ** len(solver.axes))
+    return max(1, limit // solver.cells)
 
 
 @contextlib.contextmanager
-def precision(solver: Any) -> Iterator[None]:
+def precision(solver: Solver) -> Iterator[None]:
     """The solver's precision and fixed random numbers, whatever the caller's settings; in this thread only."""
     with jax.enable_x64(solver.precision == "float64"), jax.threefry_partitionable(True):
         yield
@@ -56,7 +67,7 @@ class Ensemble:
     To be made and used within `precision(solver)`; threads may share one.
     """
 
-    def __init__(self, solver: Any, steps: int, batch: int, seed: int = 0, split: str = "train"):
+    def __init__(self, solver: Solver, steps: int, batch: int, seed: int = 0, split: str = "train"):
         self.solver, self.steps, self.batch = solver, steps, batch
         self.shape = (*solver.grid.shape, len(solver.channels))
         frame_bytes = 4 * batch * int(np.prod(self.shape))
@@ -66,23 +77,26 @@ class Ensemble:
         )  # few sizes, so that splits find the program in the compilation cache
         self.key = jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), SPLITS.index(split))
         self._start_one = jax.jit(self._start)
+        self._static = jax.jit(jax.vmap(lambda state: solver.observe_static(state).astype(jnp.float32)))
         self.advance = jax.jit(jax.vmap(self._advance, in_axes=(0, 0, None)))
         self._compiling = threading.Lock()
 
     def run(
         self, first: int, needed: int | None = None, advanced: Callable[[int], None] = lambda steps: None
-    ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    ) -> Trajectories:
         """Trajectories `first` to `first + batch - 1`, of which `needed` must stay finite.
 
-        Returns frames `(batch, steps + 1, *space, channel)`, float32, and drawn parameters by name, each `(batch,)`.
         `advanced` is told the number of steps taken so far. Raises DivergedError, naming trajectory and time.
         """
+        warmup, done = warmup_steps(self.solver), 0
         with self._compiling:  # threads that run together would each compile
             state, drawn, frame = self.start(first)
-            self.advance(state, drawn, 0)
+            if self.steps + warmup:
+                self.advance(state, drawn, 0)
         result = np.empty((self.batch, self.steps + 1, *self.shape), np.float32)
         result[:, 0] = frame
-        warmup, done = warmup_steps(self.solver), 0
+        self._check(np.isfinite(result[:needed, 0]).all(axis=tuple(range(1, result.ndim - 1)))[:, None], first, -1)
+        static = np.asarray(self._static(state)) if self.solver.statics else None
         for begin, end in itertools.chain(_blocks(warmup, self.block), _blocks(self.steps, self.block)):
             count = end - begin
             state, frames, finite = self.advance(state, drawn, count)
@@ -93,7 +107,7 @@ class Ensemble:
                 result[:, 0] = frames[:, count - 1]
             done += count
             advanced(done)
-        return result, {name: np.asarray(values, np.float64) for name, values in drawn.items()}
+        return Trajectories(result, {name: np.asarray(values, np.float64) for name, values in drawn.items()}, static)
 
     def start(self, first: int) -> tuple[Any, dict[str, Any], Any]:
         """Initial states, drawn parameters and first frames (without warm-up) of `batch` trajectories from `first` on.
@@ -107,15 +121,8 @@ class Ensemble:
     def _start(self, key, index):
         """Initial state, drawn parameters and first frame of trajectory `index`."""
         first, second = jax.random.split(jax.random.fold_in(key, index))
-        values = {name: getattr(self.solver, name) for name in self.solver.parameters}
-        ranges = {name: value for name, value in values.items() if isinstance(value, tuple)}
-        keys = jax.random.split(second, len(values))
-        drawn = {
-            name: jax.random.uniform(key, (), float, *ranges[name])
-            for name, key in zip(values, keys, strict=True)
-            if name in ranges
-        }
-        state = self.solver.initial(first)
+        drawn = self.solver.draw(second, index)
+        state = self.solver.initial(first, **drawn)
         return state, drawn, self.solver.observe(state).astype(jnp.float32)
 
     def _advance(self, state, drawn, count):
@@ -135,11 +142,10 @@ class Ensemble:
         if finite.all():
             return
         solver, at = self.solver, int(np.argmin(finite.all(axis=0)))
+        time = (done + at + 1) * solver.time_step
         raise DivergedError(
             f"{type(solver).__name__}: trajectory {first + int(np.argmin(finite[:, at]))} is not finite at time "
-            f"{(done + at + 1) * solver.time_step:g}, counted from the random initial state. Its {solver.substeps} "
-            f"substeps of {solver.time_step / solver.substeps:g} on {solver.solver_points} points per axis are too "
-            "coarse: raise substeps, solver_points or viscosity."
+            f"{time:g}, counted from the random initial state. {solver.advice}"
         )
 
 

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import exponax
 import jax
@@ -11,22 +11,32 @@ from jaxtyping import Float
 
 from physml.errors import ConfigError
 from physml.fields import ArrayLike, Axis, Channel, Grid
-
-Step = Callable[[Any], Any]  # state (*space, 1) -> state one saved step later
-Range = float | tuple[float, float]  # a number, or the interval it is drawn from, uniformly, once per trajectory
+from physml.solvers.solver import Solver, Step, require
 
 TAU = 2 * math.pi
 
 
-class Spectral:
+class Spectral(Solver):
     """What the configs of spectral solvers share: checked sizes, a periodic grid, and storing by resampling."""
+
+    meanings: ClassVar[dict[str, str]] = {
+        "u": "velocity along x", "v": "velocity along y", "vorticity": "vorticity dv/dx - du/dy",
+    }  # fmt: skip
+    boundary: ClassVar[str] = "periodic"
+    scheme: ClassVar[str] = "Fourier pseudo-spectral with the 2/3 rule, ETDRK4"
+    packages: ClassVar[tuple[str, ...]] = ("exponax",)
+    advice: ClassVar[str] = "Raise substeps, solver_points or the dissipation."
 
     def __post_init__(self):
         check(self)
 
     @property
     def grid(self) -> Grid:
-        return grid(self)
+        return Grid(tuple(Axis.uniform(name, self.points, self.length) for name in self.axes))
+
+    @property
+    def cells(self) -> int:
+        return self.solver_points ** len(self.axes)
 
     def observe(self, state: Float[ArrayLike, "*space channel"]) -> Float[ArrayLike, "*stored channel"]:
         """The state as it is stored."""
@@ -46,7 +56,8 @@ def velocity_of(vorticity: Float[ArrayLike, "y x 1"], length: float = TAU) -> Fl
     laplace = jnp.sum(derivative**2, axis=0)
     stream = -spectrum[0] / jnp.where(laplace == 0, 1, laplace) * (laplace != 0)
     velocity = jnp.stack([derivative[0] * stream, -derivative[1] * stream])
-    return jnp.moveaxis(exponax.ifft(velocity, num_spatial_dims=2, num_points=points), 0, -1)
+    velocity = exponax.ifft(velocity, num_spatial_dims=2, num_points=points)
+    return jnp.moveaxis(velocity, 0, -1).astype(jnp.asarray(vorticity).dtype)
 
 
 def resample(state: Float[ArrayLike, "*space channel"], points: int) -> Float[ArrayLike, "*space2 channel"]:
@@ -54,7 +65,9 @@ def resample(state: Float[ArrayLike, "*space channel"], points: int) -> Float[Ar
 
     The Nyquist mode of the coarser grid, if even, is dropped. Exact for fields without modes beyond it.
     """
-    return jnp.moveaxis(exponax.map_between_resolutions(jnp.moveaxis(jnp.asarray(state), -1, 0), points), 0, -1)
+    state = jnp.asarray(state)
+    moved = jnp.moveaxis(exponax.map_between_resolutions(jnp.moveaxis(state, -1, 0), points), 0, -1)
+    return moved.astype(state.dtype)
 
 
 def repeated(solver: exponax.BaseStepper, substeps: int) -> Step:
@@ -93,18 +106,6 @@ def _in_precision(solver: exponax.BaseStepper, dtype) -> exponax.BaseStepper:
         return leaf.astype(dtype) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
 
     return jax.tree.map(cast, solver)
-
-
-def values(solver: Any, given: dict[str, Any], *names: str) -> dict[str, Any]:
-    """The physical parameters of one trajectory: those given, the config's otherwise."""
-    unknown = set(given) - set(names)
-    if unknown:
-        raise ConfigError(f"stepper has no parameter {sorted(unknown)}. Valid: {', '.join(names)}.")
-    values = {name: given.get(name, getattr(solver, name)) for name in names}
-    for name, value in values.items():
-        if isinstance(value, tuple):
-            raise ConfigError(f"{name} is drawn from {value} for every trajectory: pass stepper({name}=number).")
-    return values
 
 
 def random_series(key: jax.Array, modes: int, dims: int, envelope: Callable) -> jax.Array:
@@ -171,24 +172,20 @@ def downsample(solver: Any, state: jax.Array) -> jax.Array:
     return state[(slice(None, None, stride),) * (state.ndim - 1)]
 
 
-def grid(solver: Any) -> Grid:
-    return Grid(tuple(Axis.uniform(name, solver.points, solver.length) for name in solver.axes))
-
-
 def check(solver: Any) -> None:
     """Raises ConfigError for sizes that cannot work."""
     for name in ("points", "solver_points", "substeps", "initial_modes"):
-        _require(getattr(solver, name) >= 1, name, getattr(solver, name), "at least 1")
+        require(getattr(solver, name) >= 1, name, getattr(solver, name), "at least 1")
     for name in ("length", "time_step", "initial_speed"):
-        _require(0 < getattr(solver, name) < math.inf, name, getattr(solver, name), "positive")
-    _require(0 <= solver.warmup < math.inf, "warmup", solver.warmup, "zero or positive")
+        require(0 < getattr(solver, name) < math.inf, name, getattr(solver, name), "positive")
+    require(0 <= solver.warmup < math.inf, "warmup", solver.warmup, "zero or positive")
     for name in solver.parameters:
         value = getattr(solver, name)
         low, high = value if isinstance(value, tuple) else (value, value)
         lowest = {"viscosity": "positive", "speed": "finite"}.get(name, "zero or positive")
         enough = {"positive": low > 0, "finite": low > -math.inf, "zero or positive": low >= 0}[lowest]
         expected = f"{lowest}, or an increasing pair of such numbers"
-        _require(enough and low <= high < math.inf, name, value, expected)
+        require(enough and low <= high < math.inf, name, value, expected)
     if solver.points > solver.solver_points:
         raise ConfigError(
             f"points is {solver.points}, but the solver has only {solver.solver_points} per axis. "
@@ -205,8 +202,3 @@ def check(solver: Any) -> None:
             f"initial_modes is {solver.initial_modes}, but the 2/3 rule keeps only modes below "
             f"{solver.solver_points // 3} of {solver.solver_points} solver_points. Raise solver_points."
         )
-
-
-def _require(holds: bool, name: str, value: Any, expected: str) -> None:
-    if not holds:
-        raise ConfigError(f"{name} is {value}, but it must be {expected}.")

@@ -25,7 +25,8 @@ from jaxtyping import Float
 from physml.errors import ConfigError
 from physml.fields import ArrayLike, Channel
 from physml.solvers import fourier
-from physml.solvers.fourier import TAU, Range, Spectral, Step
+from physml.solvers.fourier import TAU, Spectral
+from physml.solvers.solver import Range, Step
 
 
 @dataclass(frozen=True)
@@ -67,13 +68,13 @@ class Burgers(Spectral):
     equation: ClassVar[str] = "u_t + u u_x = viscosity u_xx"
     channels: ClassVar[tuple[Channel, ...]] = (Channel("u"),)
 
-    def initial(self, key: jax.Array) -> Float[ArrayLike, "x 1"]:
+    def initial(self, key: jax.Array, **parameters: Any) -> Float[ArrayLike, "x 1"]:
         """A random smooth state on the solver's grid, of zero mean; the same field at every `solver_points`."""
         return fourier.random_state(self, key, lambda k: jnp.exp(-2 * (k / self.initial_modes) ** 2))
 
     def stepper(self, **parameters: Any) -> Step:
         """One stored step. `viscosity`, `length` and `time_step` may be given (also traced) instead of the config's."""
-        given = fourier.values(self, parameters, "viscosity", "length", "time_step")
+        given = self.values(parameters, "viscosity", "length", "time_step")
         solver = exponax.stepper.Burgers(
             1, given["length"], self.solver_points, given["time_step"] / self.substeps,
             diffusivity=given["viscosity"], conservative=True, order=4,
@@ -120,13 +121,13 @@ class KuramotoSivashinsky(Spectral):
     equation: ClassVar[str] = "u_t + u u_x + u_xx + viscosity u_xxxx = 0"
     channels: ClassVar[tuple[Channel, ...]] = (Channel("u"),)
 
-    def initial(self, key: jax.Array) -> Float[ArrayLike, "x 1"]:
+    def initial(self, key: jax.Array, **parameters: Any) -> Float[ArrayLike, "x 1"]:
         """A random smooth state on the solver's grid, of zero mean; the same field at every `solver_points`."""
         return fourier.random_state(self, key, jnp.ones_like)
 
     def stepper(self, **parameters: Any) -> Step:
         """One stored step. `viscosity`, `length` and `time_step` may be given (also traced) instead of the config's."""
-        given = fourier.values(self, parameters, "viscosity", "length", "time_step")
+        given = self.values(parameters, "viscosity", "length", "time_step")
         solver = exponax.stepper.KuramotoSivashinskyConservative(
             1, given["length"], self.solver_points, given["time_step"] / self.substeps,
             fourth_order_scale=given["viscosity"], order=4,
@@ -178,13 +179,13 @@ class DecayingNavierStokes(Spectral):
     def channels(self) -> tuple[Channel, ...]:
         return fourier.flow_channels(self.store)
 
-    def initial(self, key: jax.Array) -> Float[ArrayLike, "y x 1"]:
+    def initial(self, key: jax.Array, **parameters: Any) -> Float[ArrayLike, "y x 1"]:
         """A random smooth vorticity on the solver's grid, of zero mean; the same field at every `solver_points`."""
         return fourier.random_vorticity(self, key)
 
     def stepper(self, **parameters: Any) -> Step:
         """One stored step. `viscosity`, `length` and `time_step` may be given (also traced) instead of the config's."""
-        given = fourier.values(self, parameters, "viscosity", "length", "time_step")
+        given = self.values(parameters, "viscosity", "length", "time_step")
         solver = exponax.stepper.NavierStokesVorticity(
             2, given["length"], self.solver_points, given["time_step"] / self.substeps,
             diffusivity=given["viscosity"], order=4,
@@ -259,13 +260,13 @@ class Kolmogorov(Spectral):
     def channels(self) -> tuple[Channel, ...]:
         return fourier.flow_channels(self.store)
 
-    def initial(self, key: jax.Array) -> Float[ArrayLike, "y x 1"]:
+    def initial(self, key: jax.Array, **parameters: Any) -> Float[ArrayLike, "y x 1"]:
         """A random smooth vorticity on the solver's grid, of zero mean; the same field at every `solver_points`."""
         return fourier.random_vorticity(self, key)
 
     def stepper(self, **parameters: Any) -> Step:
         """One stored step. `viscosity`, `drag`, `forcing_scale`, `length` and `time_step` may be given, also traced."""
-        given = fourier.values(self, parameters, *self.parameters, "length", "time_step")
+        given = self.values(parameters, *self.parameters, "length", "time_step")
         solver = exponax.stepper.KolmogorovFlowVorticity(
             2, given["length"], self.solver_points, given["time_step"] / self.substeps,
             diffusivity=given["viscosity"], drag=-given["drag"], injection_mode=self.forcing_mode,

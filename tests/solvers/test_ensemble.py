@@ -30,8 +30,8 @@ def test_the_batch_does_not_change_a_bit(solver):
 def test_frames_are_those_of_the_stepper():
     """The first frame comes after the warm-up, and each next one is a stored step later."""
     with precision(KS):
-        frames, drawn = Ensemble(KS, 6, 2).run(0)
-        again, _ = Ensemble(KuramotoSivashinsky(**{**vars(KS), "warmup": 0.0}), 16, 2).run(0)
+        frames, drawn, _ = Ensemble(KS, 6, 2).run(0)
+        again, _, _ = Ensemble(KuramotoSivashinsky(**{**vars(KS), "warmup": 0.0}), 16, 2).run(0)
     assert drawn == {}
     assert_array_equal(frames, again[:, 10:])  # a warm-up of 2 is 10 steps of 0.2
     state = jnp.asarray(frames[0, 0])
@@ -40,7 +40,7 @@ def test_frames_are_those_of_the_stepper():
 
 def test_drawn_parameters_are_the_ones_solved_with():
     with precision(FLOW):
-        frames, drawn = Ensemble(FLOW, 6, 3).run(0)
+        frames, drawn, _ = Ensemble(FLOW, 6, 3).run(0)
         viscosity = drawn["viscosity"]
         assert ((viscosity > 0.02) & (viscosity < 0.04)).all()
         assert len(set(viscosity)) == 3

@@ -1,0 +1,113 @@
+"""What every reference solver is: the contract between `physml.solvers.SOLVERS` and `physml.data.generate`."""
+
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import jax
+from jaxtyping import Float
+
+from physml.errors import ConfigError
+from physml.fields import ArrayLike, Channel, Grid
+
+Step = Callable[[Any], Any]  # state -> state one stored step later
+Range = float | tuple[float, float]  # a number, or the interval it is drawn from, uniformly, once per trajectory
+STEADY = 0  # `usual_steps` of a problem without time: the initial state is the solution
+
+
+class Solver:
+    """Base of the frozen configs. A state is any pytree of arrays of one trajectory; `jax.vmap` makes batches.
+
+    All methods are pure and can be jitted, mapped and differentiated; they compute in the precision of the state, and
+    the parameters may be traced.
+
+    Attributes:
+        axes: names of the stored spatial axes.
+        channels: stored fields that change with time (all fields of a steady problem that are to be predicted).
+        statics: stored fields that do not: masks, coefficients, topography.
+        parameters: names of config fields that are numbers of a trajectory; a pair of them is an interval to draw from.
+        meanings: channel or static -> what it is, in words.
+        units: parameter -> its unit, where it has one.
+        equation, boundary, scheme: what is solved and how, for the file.
+        packages: distributions that the numbers depend on besides jax.
+        usual_steps: stored steps where none are asked for; `STEADY` for a problem without time.
+        time_unit: "" where time has no unit.
+        advice: what to do when a trajectory leaves the finite numbers.
+        time_step: time between stored frames. warmup: time dropped before the first of them.
+        precision: of the computation. Files hold float32.
+    """
+
+    axes: ClassVar[tuple[str, ...]]
+    channels: ClassVar[tuple[Channel, ...]]
+    statics: ClassVar[tuple[Channel, ...]] = ()
+    parameters: ClassVar[tuple[str, ...]] = ()
+    meanings: ClassVar[dict[str, str]] = {}
+    units: ClassVar[dict[str, str]] = {}
+    equation: ClassVar[str]
+    boundary: ClassVar[str]
+    scheme: ClassVar[str]
+    packages: ClassVar[tuple[str, ...]] = ()
+    usual_steps: ClassVar[int]
+    time_unit: ClassVar[str] = ""
+    advice: ClassVar[str] = "Raise substeps or the number of points."
+    time_step = 1.0
+    warmup = 0.0
+    precision = "float64"
+
+    @property
+    def grid(self) -> Grid:
+        """The stored grid."""
+        raise NotImplementedError
+
+    @property
+    def cells(self) -> int:
+        """Grid points that are solved: decides how many trajectories are worth solving at once."""
+        raise NotImplementedError
+
+    @property
+    def drawn(self) -> tuple[str, ...]:
+        """The parameters that differ between trajectories."""
+        return tuple(name for name in self.parameters if isinstance(getattr(self, name), tuple))
+
+    def draw(self, key: jax.Array, index: jax.Array) -> dict[str, jax.Array]:
+        """The numbers `drawn` of trajectory `index` (traced), which owns `key`."""
+        keys = jax.random.split(key, len(self.parameters)) if self.parameters else ()
+        return {
+            name: jax.random.uniform(keys[i], (), float, *getattr(self, name))
+            for i, name in enumerate(self.parameters)
+            if name in self.drawn
+        }
+
+    def initial(self, key: jax.Array, **parameters: Any) -> Any:
+        """The state that the warm-up starts from. `parameters`: those of `draw`; the config's own otherwise."""
+        raise NotImplementedError
+
+    def stepper(self, **parameters: Any) -> Step:
+        """One stored step; `parameters` as in `initial`."""
+        raise NotImplementedError
+
+    def observe(self, state: Any) -> Float[ArrayLike, "*space channel"]:
+        """The channels of a state on the stored grid."""
+        raise NotImplementedError
+
+    def observe_static(self, state: Any) -> Float[ArrayLike, "*space static"]:
+        """The statics of a state on the stored grid; called only where there are some."""
+        raise NotImplementedError
+
+    def values(self, given: dict[str, Any], *names: str) -> dict[str, Any]:
+        """`names` as given, those of the config otherwise.
+
+        Raises ConfigError for other names, and for one that is neither given nor a single number in the config.
+        """
+        if unknown := set(given) - set(names):
+            raise ConfigError(f"stepper has no parameter {sorted(unknown)}. Valid: {', '.join(names)}.")
+        values = {name: given.get(name, getattr(self, name)) for name in names}
+        for name, value in values.items():
+            if isinstance(value, tuple):
+                raise ConfigError(f"{name} is drawn from {value} for every trajectory: pass stepper({name}=number).")
+        return values
+
+
+def require(holds: bool, name: str, value: Any, expected: str) -> None:
+    """Raises ConfigError: `name is value, but it must be expected`."""
+    if not holds:
+        raise ConfigError(f"{name} is {value}, but it must be {expected}.")

@@ -1,0 +1,129 @@
+"""What holds for every reference solver, small: shapes, precision, batches, gradients, files."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from numpy.testing import assert_allclose
+
+from physml import coding
+from physml.data import SyntheticConfig, open_dataset
+from physml.data.generate import generate
+from physml.data.synthetic import Counts
+from physml.solvers import SOLVERS, make_solver
+from physml.solvers.ensemble import Ensemble, precision
+from physml.solvers.solver import STEADY
+
+SMALL = {  # fields that make it cheap, with one parameter drawn where there is one
+    "advection": {"points": 32, "solver_points": 32, "speed": (0.5, 1.0)},
+    "burgers": {"points": 32, "solver_points": 64, "viscosity": (0.05, 0.1)},
+    "decaying_navier_stokes": {"points": 16, "solver_points": 32, "viscosity": (0.02, 0.03), "substeps": 10},
+    "kolmogorov": {"points": 16, "solver_points": 32, "viscosity": (0.05, 0.1), "substeps": 10, "warmup": 0.2},
+    "korteweg_de_vries": {"points": 64, "solver_points": 64, "dispersion": (0.9, 1.0)},
+    "kuramoto_sivashinsky": {"points": 64, "solver_points": 64, "length": 32.0, "initial_modes": 8, "warmup": 0.4},
+}
+LOOSE = {}  # solver -> relative difference of float32 from float64 after one stored step, where 2e-5 is too strict
+
+
+def test_every_solver_is_checked():
+    assert sorted(SMALL) == sorted(SOLVERS)
+
+
+def cast(state, dtype):
+    return jax.tree.map(lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, state)
+
+
+def relative(a, b):
+    return float(np.linalg.norm(np.asarray(a, float) - b) / max(np.linalg.norm(b), 1e-30))
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_a_step_keeps_shape_structure_and_precision(name):
+    solver = make_solver(name, **SMALL[name])
+    assert coding.from_dict(SOLVERS, coding.to_dict(solver, SOLVERS)) == solver
+    with jax.enable_x64(True):
+        drawn = solver.draw(jax.random.key(1), jnp.asarray(0))
+        assert set(drawn) == set(solver.drawn) <= set(solver.parameters)
+        state = solver.initial(jax.random.key(0), **drawn)
+        observe = jax.jit(solver.observe)
+        frame = observe(state)
+        assert frame.shape == (*solver.grid.shape, len(solver.channels))
+        assert np.isfinite(frame).all()
+        assert frame.dtype == jnp.float64
+        if solver.statics:
+            static = jax.jit(solver.observe_static)(state)
+            assert static.shape == (*solver.grid.shape, len(solver.statics))
+            assert np.isfinite(static).all()
+        if solver.usual_steps == STEADY:
+            return
+        step = jax.jit(lambda state, drawn: solver.stepper(**drawn)(state))
+        after = step(state, drawn)
+        assert jax.tree.structure(after) == jax.tree.structure(state)
+        assert [x.shape for x in jax.tree.leaves(after)] == [x.shape for x in jax.tree.leaves(state)]
+        assert [x.dtype for x in jax.tree.leaves(after)] == [x.dtype for x in jax.tree.leaves(state)]
+        exact = observe(after)
+        assert relative(exact, frame) > 1e-6
+        single = observe(step(cast(state, jnp.float32), cast(drawn, jnp.float32)))
+    assert single.dtype == jnp.float32
+    assert relative(single, exact) < LOOSE.get(name, 2e-5)
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_a_batch_holds_the_single_runs(name):
+    solver = make_solver(name, **SMALL[name])
+    steps = 0 if solver.usual_steps == STEADY else 2
+    with precision(solver):
+        many = Ensemble(solver, steps, 3).run(0)
+        alone = Ensemble(solver, steps, 1).run(2)
+    for a, b in zip(jax.tree.leaves(many), jax.tree.leaves(alone), strict=True):
+        assert_allclose(a[2:], b, rtol=1e-6, atol=1e-6 * abs(b).max())
+    assert relative(many.frames[0], many.frames[2]) > 1e-3 or solver.drawn or solver.statics
+
+
+@pytest.mark.parametrize("name", [name for name in SMALL if SOLVERS[name].usual_steps != STEADY])
+def test_the_slope_of_a_step(name):
+    """The gradient through a stored step is the difference quotient along a random direction."""
+    solver = make_solver(name, **SMALL[name])
+    with jax.enable_x64(True):
+        drawn = solver.draw(jax.random.key(1), jnp.asarray(0))
+        state = solver.initial(jax.random.key(0), **drawn)
+        other = solver.initial(jax.random.key(7), **drawn)
+        weight = jax.random.normal(jax.random.key(3), (*solver.grid.shape, len(solver.channels)))
+
+        @jax.jit
+        def score(t):
+            mixed = jax.tree.map(lambda a, b: a + t * (b - a) if a.dtype.kind == "f" else a, state, other)
+            return jnp.sum(weight * solver.observe(solver.stepper(**drawn)(mixed)))
+
+        slope = jax.jvp(score, (0.0,), (1.0,))[1]
+        quotient = (score(1e-5) - score(-1e-5)) / 2e-5
+    assert np.isfinite(slope)
+    assert_allclose(slope, quotient, rtol=1e-3, atol=1e-6 * abs(float(score(0.0))) + 1e-9)
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_a_file_opens_as_training_data(name, tmp_path):
+    """The same bytes twice; labels, units and provenance; windows with statics and parameters."""
+    solver = make_solver(name, **SMALL[name])
+    steps = None if solver.usual_steps == STEADY else 2
+    path = generate(solver, tmp_path / "a.nc", 2, steps=steps, workers=1)
+    assert generate(solver, tmp_path / "b.nc", 2, steps=steps, batch=2).read_bytes() == path.read_bytes()
+    data = open_dataset(path)
+    leading = ("trajectory",) if steps is None else ("trajectory", "time")
+    for channel in solver.channels:
+        assert data[channel.name].dims == (*leading, *solver.axes)
+        assert data[channel.name].attrs["units"] == (channel.unit or "1")
+        assert len(data[channel.name].attrs["long_name"]) > 3
+    for name_ in solver.parameters:
+        assert data[name_].dims == ("trajectory",)
+    for key in ("equation", "boundary_conditions", "scheme", "recipe", "history"):
+        assert data.attrs[key]
+    config = SyntheticConfig(
+        name, trajectories=Counts(1, 0, 1), steps=steps, options=SMALL[name], cache=str(tmp_path / "cache")
+    )
+    dataset = config.open()["train"]
+    window = dataset.read(0, range(1))
+    assert window.frames.shape == (1, *solver.grid.shape, len(solver.channels))
+    assert window.static.shape == (*solver.grid.shape, len(solver.statics))
+    assert window.parameters.shape == (len(solver.drawn),)
+    assert dataset.spec.grid.periodic == solver.grid.periodic

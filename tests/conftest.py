@@ -20,6 +20,20 @@ import pytest  # noqa: E402
 from physml.fields import Axis, Channel, Grid, Spec, Window  # noqa: E402
 
 
+@pytest.fixture(scope="module", autouse=True)
+def bounded_memory():
+    """Drops compiled programs between modules once a worker has gathered a lot of them."""
+    yield
+    statm = pathlib.Path("/proc/self/statm")
+    if statm.exists() and int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") > 2 * 2**30:
+        import gc
+
+        import jax
+
+        jax.clear_caches()
+        gc.collect()
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> pathlib.Path:
     """The folder of real data (`PHYSML_SHARED_DATA`, or ../shared/data beside the repository); skips without one."""

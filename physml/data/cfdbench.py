@@ -89,7 +89,7 @@ def open_dataset(
             inflow and zeros. "paper" does so for the cylinder too, and counts its center from the corner, as the code
             of the 2023 paper does. "none" adds nothing.
         dt: of the cylinder, whose frames are 0.001 s apart in the autoregressive set and 0.1 s in the static one; 0.1 s
-            elsewhere.
+            elsewhere. A `time_step` in case.json, which the published files do not have, comes before all of these.
         steady: cuts every case where it becomes steady, see `steady_frames`. Reads all frames at once.
         normalize_parameters: density -> (d - 5) / 4, viscosity -> (mu - 0.00238) / 0.005, velocities -> v / 50 - 0.5.
 
@@ -108,7 +108,7 @@ def open_dataset(
         cases = list(pool.map(lambda item: _Case.read(item[0], kind, padding), chosen))
     _check_alike(cases)
     ds = _dataset(cases, kind, padding, mask, normalize_parameters)
-    step = 0.001 if kind == "cylinder" and dt == "autoregressive" else 0.1
+    step = cases[0].time_step or (0.001 if kind == "cylinder" and dt == "autoregressive" else 0.1)
     if steady:
         ds.encoding["source"] = str(folder)
         frames = steady_frames(ds).values.tolist()
@@ -217,17 +217,22 @@ class _Case:
     numbers: dict[str, float]
     arrays: dict[str, Npy]
     frames: int
+    time_step: float | None  # None where the file does not tell, as published
 
     @staticmethod
     def read(place: Place, kind: str, padding: Choice) -> "_Case":
         path = place.below("case.json")
-        numbers = _numbers(path, _description(path), kind)
+        description = _description(path)
+        numbers = _numbers(path, description, kind)
+        time_step = None if "time_step" not in description else _number(path, "time_step", description["time_step"])
+        if time_step is not None and not time_step > 0:
+            raise DataError(f"{path}: 'time_step' is {time_step:g}, but it should be positive. Correct the file.")
         if kind == "cylinder" and padding == "paper":
             numbers |= {"center_x": -numbers["x_min"], "center_y": -numbers["y_min"]}
         u, v = (Npy.read(place.below(name), ("time", "y", "x")) for name in ("u.npy", "v.npy"))
         if u.shape != v.shape:
             raise DataError(f"{v.place} has shape {v.shape}, but u.npy has {u.shape}. Download the case again.")
-        return _Case("/".join(place.path.rstrip("/").split("/")[-2:]), numbers, {"u": u, "v": v}, u.shape[0])
+        return _Case("/".join(place.path.rstrip("/").split("/")[-2:]), numbers, {"u": u, "v": v}, u.shape[0], time_step)
 
 
 def _description(path: Place) -> dict:
@@ -263,15 +268,18 @@ def _numbers(path: Place, found: dict, kind: str) -> dict[str, float]:
             continue
         if name not in found:
             raise DataError(f"{path} has no {name!r}, which a case of the {kind} needs." + suggest(name, list(found)))
-        value = found[name]
-        if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 1e300:
-            raise DataError(f"{path}: {name!r} is {str(value)[:40]!r}, but it should be a finite number. Correct it.")
-        numbers[name] = float(value)
+        numbers[name] = _number(path, name, found[name])
     numbers |= {name: numbers[high] - numbers[low] for name, (high, low) in derived.items()}
     for name in ("height", "width", "dx", "dy", "barrier_height"):
         if not numbers.get(name, 1) > 0:
             raise DataError(f"{path}: {name!r} is {numbers[name]:g}, but it should be positive. Correct the file.")
     return numbers
+
+
+def _number(path: Place, name: str, value) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 1e300:
+        raise DataError(f"{path}: {name!r} is {str(value)[:40]!r}, but it should be a finite number. Correct it.")
+    return float(value)
 
 
 # --- the grid with padding and mask -----------------------------------------------------------------------------------
@@ -285,6 +293,11 @@ def _check_alike(cases: list[_Case]) -> None:
             raise DataError(
                 f"{own.place} has {own.shape[1]} x {own.shape[2]} cells, but {first.place} has {first.shape[1]} x "
                 f"{first.shape[2]}. Put cases of different grids into different folders."
+            )
+        if case.time_step != cases[0].time_step:
+            raise DataError(
+                f"{own.place.path.rpartition('/')[0]} has time_step {case.time_step}, but {cases[0].name} has "
+                f"{cases[0].time_step}. Put cases with different frame intervals into different folders."
             )
 
 

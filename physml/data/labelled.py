@@ -138,12 +138,15 @@ def from_frames(
 
 
 def _predicted(ds: xr.Dataset, taken: set[str], flat: set[str], source: str) -> list[str]:
-    """Fields of `ds` that vary in time (all fields when none does), in the order of the file."""
+    """Fields of `ds` that vary in time (all fields when none does), in the order of the file.
+
+    Where none lies in space, those that vary in time: the state of a system of ordinary differential equations.
+    """
     names = [str(n) for n, v in ds.data_vars.items() if v.dtype.kind in "iuf" and str(n) not in taken]
     fields = {n: ax.roles(ds, [d for d in ds[n].dims if d not in flat]) for n in names}
-    fields = {n: r for n, r in fields.items() if ax.space_of(r)}
+    in_space = [n for n, r in fields.items() if ax.space_of(r)]
     moving = [n for n, r in fields.items() if "time" in r]
-    chosen = moving or list(fields)
+    chosen = [n for n in moving if n in in_space] or in_space or moving
     if not chosen:
         raise DataError(
             f"{source} has no numeric variable on a grid. It has {sorted(map(str, ds.variables)) or 'nothing'}."

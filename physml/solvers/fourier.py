@@ -11,7 +11,7 @@ from jaxtyping import Float
 
 from physml.errors import ConfigError
 from physml.fields import ArrayLike, Axis, Channel, Grid
-from physml.solvers.solver import Solver, Step, require
+from physml.solvers.solver import Solver, Step, check_parameters, check_time, require
 
 TAU = 2 * math.pi
 
@@ -76,8 +76,9 @@ def repeated(solver: exponax.BaseStepper, substeps: int) -> Step:
 
     def step(state):
         state = jnp.asarray(state)
-        if state.shape != (*(points,) * dims, 1):
-            raise wrong_shape(state.shape, (*(points,) * dims, 1))
+        expected = (*(points,) * dims, solver.num_channels)
+        if state.shape != expected:
+            raise wrong_shape(state.shape, expected)
         own = _in_precision(solver, state.dtype)
         spectrum = exponax.fft(jnp.moveaxis(state, -1, 0), num_spatial_dims=dims)
         spectrum = jax.lax.fori_loop(0, substeps, lambda _, field: own.step_fourier(field), spectrum)
@@ -141,6 +142,12 @@ def root_mean_square(series: jax.Array) -> jax.Array:
     return jnp.sqrt(jnp.sum(series**2))  # the basis is orthonormal
 
 
+def smooth_field(key: jax.Array, modes: int, points: int) -> jax.Array:
+    """A random smooth field `(points, points, 1)` of zero mean and root mean square one."""
+    series = random_series(key, modes, 2, lambda k: jnp.exp(-2 * (k / modes) ** 2))
+    return evaluate(series / root_mean_square(series), points)
+
+
 def random_state(solver: Any, key: jax.Array, envelope: Callable) -> jax.Array:
     """A random field with one channel in one dimension; its root mean square is `initial_speed`."""
     series = random_series(key, solver.initial_modes, 1, envelope)
@@ -174,18 +181,13 @@ def downsample(solver: Any, state: jax.Array) -> jax.Array:
 
 def check(solver: Any) -> None:
     """Raises ConfigError for sizes that cannot work."""
-    for name in ("points", "solver_points", "substeps", "initial_modes"):
+    check_time(solver)
+    for name in ("points", "solver_points", "initial_modes"):
         require(getattr(solver, name) >= 1, name, getattr(solver, name), "at least 1")
-    for name in ("length", "time_step", "initial_speed"):
-        require(0 < getattr(solver, name) < math.inf, name, getattr(solver, name), "positive")
-    require(0 <= solver.warmup < math.inf, "warmup", solver.warmup, "zero or positive")
-    for name in solver.parameters:
-        value = getattr(solver, name)
-        low, high = value if isinstance(value, tuple) else (value, value)
-        lowest = {"viscosity": "positive", "speed": "finite"}.get(name, "zero or positive")
-        enough = {"positive": low > 0, "finite": low > -math.inf, "zero or positive": low >= 0}[lowest]
-        expected = f"{lowest}, or an increasing pair of such numbers"
-        require(enough and low <= high < math.inf, name, value, expected)
+    for name in ("length", "initial_speed"):
+        value = getattr(solver, name, 1.0)  # not every initial state has a speed
+        require(0 < value < math.inf, name, value, "positive")
+    check_parameters(solver, viscosity="positive", speed="finite")
     if solver.points > solver.solver_points:
         raise ConfigError(
             f"points is {solver.points}, but the solver has only {solver.solver_points} per axis. "

@@ -1,12 +1,15 @@
 """What every reference solver is: the contract between `physml.solvers.SOLVERS` and `physml.data.generate`."""
 
+import importlib
+import math
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any, ClassVar
 
 import jax
 from jaxtyping import Float
 
-from physml.errors import ConfigError
+from physml.errors import ConfigError, DependencyError
 from physml.fields import ArrayLike, Channel, Grid
 
 Step = Callable[[Any], Any]  # state -> state one stored step later
@@ -111,3 +114,45 @@ def require(holds: bool, name: str, value: Any, expected: str) -> None:
     """Raises ConfigError: `name is value, but it must be expected`."""
     if not holds:
         raise ConfigError(f"{name} is {value}, but it must be {expected}.")
+
+
+def check_time(solver: Solver) -> None:
+    """Raises ConfigError unless time_step, substeps and warmup can work."""
+    require(0 < solver.time_step < math.inf, "time_step", solver.time_step, "positive")
+    require(solver.substeps >= 1, "substeps", solver.substeps, "at least 1")
+    require(0 <= solver.warmup < math.inf, "warmup", solver.warmup, "zero or positive")
+
+
+def check_parameters(solver: Solver, **lowest: str) -> None:
+    """Raises ConfigError unless every parameter is a number, or an increasing pair, in its range.
+
+    `lowest`: parameter -> "positive" or "finite" where "zero or positive" is not meant.
+    """
+    for name in solver.parameters:
+        value = getattr(solver, name)
+        low, high = value if isinstance(value, tuple) else (value, value)
+        bound = lowest.get(name, "zero or positive")
+        enough = {"positive": low > 0, "finite": low > -math.inf, "zero or positive": low >= 0}[bound]
+        expected = f"{bound}, or an increasing pair of such numbers"
+        require(enough and low <= high < math.inf, name, value, expected)
+
+
+def adopt(solver: Solver, choice: str | None, table: dict[str, dict[str, Any]], field: str) -> None:
+    """Puts the numbers `table[choice]` into the frozen config, for use in `__post_init__`.
+
+    Raises ConfigError when one of them is given too, with another value.
+    """
+    for name, value in (table[choice] if choice else {}).items():
+        given, usual = getattr(solver, name), type(solver).__dataclass_fields__[name].default
+        if given not in (usual, value):
+            raise ConfigError(f"{field}={choice!r} sets {name} to {value}, but {name}={given} is given. Drop one.")
+        object.__setattr__(solver, name, value)
+
+
+def borrowed(module: str, extra: str) -> ModuleType:
+    """The module of an optional package. Raises DependencyError, naming the extra to install, where it is absent."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        package = module.partition(".")[0]
+        raise DependencyError(f"{package} is not installed. Run `pip install 'physml[{extra}]'`.") from error

@@ -252,6 +252,17 @@ def test_wrong_names_grids_units_and_steps_are_typed_errors(make):
         spec_of(xr.Dataset(coords={"x": [1.0]}))
 
 
+def test_a_system_without_space_is_predicted_by_its_components():
+    """Lorenz' system in a file: two components in time, one number per trajectory, no space."""
+    moving = ("trajectory", "time")
+    ds = xr.Dataset(
+        {"x": (moving, np.ones((2, 5))), "y": (moving, np.zeros((2, 5))), "rho": ("trajectory", [28.0, 29.0])},
+        {"time": np.arange(5.0)},
+    )
+    spec = spec_of(ds.rename(x="a", y="b"))
+    assert (spec.names, spec.grid.shape, spec.time_step) == (("a", "b"), (), 1.0)
+
+
 def test_spellings_of_a_unit_are_one_unit(make):
     ds = make.weather()
     ds.t2m.attrs["units"] = "m s**-1"

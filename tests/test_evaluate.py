@@ -331,8 +331,9 @@ def test_a_forecast_can_be_scored_as_it_comes(labelled):
     expected = evaluate_stepper(persistence, XarrayDataset(labelled, spec), 3, starts=[(0, 101)], metrics=("rmse",))
     assert_allclose(scores["score"], expected["score"], rtol=1e-5)
     assert scores["channel"].values.tolist() == ["slp"]
-    with pytest.raises(SpecError, match="ensemble of 2 members"):
-        evaluate(prediction.expand_dims(member=2), labelled)
+    twins = evaluate(prediction.expand_dims(member=2), labelled, metrics=("rmse", "crps", "spread"))
+    assert_allclose(twins["score"].sel(metric="rmse"), scores["score"].sel(metric="rmse"), rtol=1e-6)
+    assert_allclose(twins["score"].sel(metric="spread"), 0, atol=1e-6)
 
 
 def test_overlap_of_inputs_and_targets_is_refused(labelled):

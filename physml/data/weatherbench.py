@@ -16,8 +16,9 @@ from physml.errors import DataError
 
 LEADS = ("prediction_timedelta", "lead_time")
 INITIAL = ("init_time", "time")
+MEMBERS = ("number", "realization")
 SEASONS = ("hour", "dayofyear")
-DIMS = {"time", *LEADS, "init_time", *SEASONS, "level", "latitude", "longitude", *RENAMED}
+DIMS = {"time", *LEADS, "init_time", *MEMBERS, *SEASONS, "level", "latitude", "longitude", *RENAMED}
 # Names that nothing but ERA5 in its long spelling has; "temperature" alone says too little.
 TELLING = {
     "2m_temperature", "10m_u_component_of_wind", "10m_v_component_of_wind", "10m_wind_speed", "u_component_of_wind",
@@ -44,7 +45,8 @@ def open_dataset(place: Place) -> xr.Dataset:
     - analysis: `time, level, <latitude and longitude as stored>`, static fields without time;
     - forecast (`prediction_timedelta` or `lead_time`): as `physml.forecast` writes it and `physml.evaluate` takes it,
       `trajectory, lead, level, <space>` with `initial_time (trajectory)`, the valid time `time (trajectory, lead)` and
-      `lead` as timedelta64. Lead 0, which is the input, is kept: drop it before scoring;
+      `lead` as timedelta64. Lead 0, which is the input, is kept: drop it before scoring. The members of an ensemble
+      (`number` or `realization`) are `trajectory, member, lead, ...`;
     - climatology: `hour, dayofyear (1..366), level, <space>`; the mean has no suffix, the standard deviation `_std`,
       SEEPS `_seeps_threshold` and `_seeps_dry_fraction`. `at_times` looks it up.
 
@@ -60,7 +62,9 @@ def open_dataset(place: Place) -> xr.Dataset:
         _check_climatology(ds, place)
         leading = SEASONS
     elif lead is not None:
-        ds, leading = _forecast(ds, lead, place), ("trajectory", "lead")
+        member = next((dim for dim in MEMBERS if dim in ds.dims), "member")
+        ds = renamed(_forecast(ds, lead, place), {member: "member"})
+        leading = ("trajectory", *(["member"] if "member" in ds.dims else []), "lead")
     else:
         if "time" not in ds.dims:
             raise DataError(f"{place} has neither 'time' nor {SEASONS} among its dimensions {tuple(ds.dims)}.")

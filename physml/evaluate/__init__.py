@@ -31,21 +31,23 @@ def evaluate(
 
     Args:
         prediction: a forecast as `physml.forecast` gives it (dims `trajectory, lead, ...`, coordinate `time` = valid
-            time), a dict of such by name, or a stepper to be rolled out.
+            time) or with starts and leads under other usual names (`init_time` or `time`, `prediction_timedelta`), an
+            ensemble of them, a dict of such by name, or a stepper to be rolled out.
         truth: a dataset with a coordinate `time` that holds all valid times; for a stepper also a `contracts.Dataset`.
-        metrics: names of `physml.metrics.METRICS` or own `Metric`s by name; all that apply by default.
-        climatology: for ACC and skill. Forecasts: a dataset with dims among dayofyear (366), month (12) and hour, or
-            the mean state.
-            Steppers: a stepper.
+        metrics: names of `physml.metrics.METRICS` (forecasts: also of `FORECAST_METRICS`) or own `Metric`s by name; all
+            that apply by default.
+        climatology: for ACC, skill and SEEPS. Forecasts: a dataset with dims among dayofyear (366), month (12) and
+            hour, or the mean state. Steppers: a stepper.
         floors: names among "persistence" and "climatology"; for a stepper a dict name -> stepper.
         leads: frames to predict, for a stepper.
         name: of the model in the result.
         options: of `evaluate_stepper`; for forecasts `inputs` (frames or times that went in), `spectrum_leads`,
-            `thresholds`, `batch`, `draws`, `level`.
+            `thresholds`, `batch`, `draws`, `level`, and `scheduler`: threads of this process, or the address of a
+            dask.distributed cluster. Forecasts and truth may be far larger than memory, see `evaluate_forecasts`.
 
     Returns a dataset with `score (model, metric, channel, lead)`, its interval, and more: see
     `evaluate.scores.assemble`. Raises SpecError when input and target times overlap, when units or grids differ, and
-    DataError when the truth lacks a valid time.
+    DataError when the truth has none of the valid times.
     """
     if hasattr(prediction, "advance"):
         if leads is None:

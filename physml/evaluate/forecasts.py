@@ -1,29 +1,20 @@
-"""Scores of labelled forecasts: xarray in, aligned with the truth by valid time."""
+"""Scores of labelled forecasts: xarray in, aligned with the truth by valid time, summed up in blocks of any size."""
 
 from collections.abc import Sequence
+from typing import Any
 
-import jax
 import numpy as np
 import xarray as xr
 
-from physml.data.labelled import Reader, spec_of
-from physml.errors import ConfigError, DataError, SpecError, suggest
+from physml.errors import ConfigError, DataError, suggest
+from physml.evaluate.blocks import CLIMATOLOGY, PERSISTENCE, Work, check_scheduler, plan, run
+from physml.evaluate.labels import LEAD, MEMBER, Forecast, Times, choose_channels
 from physml.evaluate.scores import Setting, assemble
-from physml.evaluate.statistics import (
-    Tally,
-    choose_metrics,
-    choose_spectrum_leads,
-    field_statistics,
-    finite_frames,
-    has_spectrum,
-    pair_statistics,
-)
+from physml.evaluate.sources import Categories, Climatology, Source, truth_source
+from physml.evaluate.statistics import TWINS, Tally, choose_spectrum_leads, has_spectrum
 from physml.fields import Spec
-from physml.metrics import METRICS, THRESHOLDS, Measure
-
-LEAD, TIME, TRAJECTORY, MEMBER = "lead", "time", "trajectory", "member"
-LEDGER = "ledger_"  # variables of a forecast that watch its totals
-SEASONS = ("dayofyear", "month", "hour")  # dimensions that a climatology may have
+from physml.metrics import FORECAST_METRICS, METRICS, THRESHOLDS, Metric, MomentMetric
+from physml.metrics.moments import Moments
 
 
 def evaluate_forecasts(
@@ -36,318 +27,233 @@ def evaluate_forecasts(
     inputs: xr.Dataset | np.ndarray | None = None,
     spectrum_leads: Sequence[int] | None = None,
     thresholds: tuple[float, ...] = THRESHOLDS,
-    batch: int = 16,
+    batch: int | None = None,
     draws: int = 500,
     level: float = 0.95,
+    scheduler: str | None = None,
 ) -> xr.Dataset:
-    """Scores forecasts by name against the truth at their valid times. See `physml.evaluate`."""
-    names = _common_variables(predictions, truth)
-    spec = _truth_spec(truth, names, next(iter(predictions.values())))
-    sources = {name: _Forecast(name, ds[names], spec) for name, ds in predictions.items()}
-    first = next(iter(sources.values()))
-    for other in sources.values():
-        first.check_same_leads(other)
+    """Scores forecasts by name against the truth at their valid times, in blocks. See `physml.evaluate`.
+
+    Nothing is loaded as a whole: forecasts, truth and climatology may be opened lazily and be far larger than memory.
+
+    - Fields on levels and without are scored together, as channels `z_500`, `t2m`. Space is aligned by coordinate.
+    - Starts and leads that the truth has no frame for are left out and counted in the attributes `pairs_left_out`,
+      `starts_left_out` and `leads_left_out`; fields and levels that it lacks in `channels_left_out`.
+    - Cells where the truth is NaN do not count; the weights of a frame are those of its other cells, and a frame
+      without any does not count. A forecast that is NaN where the truth is not has no score there: `finite` says so.
+    - An ensemble (dimension `member`, `realization`, `number` or `ensemble`) is scored by `crps`, `crps_fair`,
+      `spread` and `spread_skill`; every other metric, and the spectrum, is that of its mean.
+    - Spectra and the metrics of whole frames (h1, log_spectral_error, own ones) need all cells at once. They are left
+      out when `metrics` names only others, and no `spectrum_leads` are given.
+
+    Args:
+        batch: starts in a block at most; as many as fit into `blocks.BLOCK` bytes by default.
+        climatology: for `seeps` also variables `NAME_seeps_threshold` (m) and `NAME_seeps_dry_fraction`.
+        scheduler: "threads" (of this process), "processes", "synchronous", or the address of a dask.distributed
+            scheduler, whose workers must be able to open the files.
+    """
+    scheduler = check_scheduler(scheduler)
+    if batch is not None and batch < 1:
+        raise ConfigError(f"batch is {batch}, but at least one start must be scored at a time.")
+    spec, channels_left_out = choose_channels(predictions, truth)
+    forecasts = {name: Forecast(name, ds) for name, ds in predictions.items()}
+    first = next(iter(forecasts.values()))
+    for other in forecasts.values():
+        first.check_same_times(other)
     first.check_inputs(inputs)
-    climate = None if climatology is None else _Climatology(climatology, spec)
-    floors = _known_floors(floors, climate)
-    masked = Reader(truth, spec).masked
-    spectral = has_spectrum(spec.grid, masked)
-    chosen = choose_metrics(metrics, climatology=climate is not None, spectrum=spectral)
-    kept = choose_spectrum_leads(spectrum_leads, first.leads) if spectral else ()
-    setting = Setting(spec, chosen, first.steps, kept, thresholds, "trajectory", draws, level)
-    tallies, of_truth = _score(sources, _Truth(truth, spec, first), climate, floors, setting, batch)
-    attrs = {"starts": first.trajectories, "floors": ", ".join(floors), "climatology": "given" if climate else "none"}
+    chosen = _choose_metrics(metrics, forecasts, climatology, spec)
+    floors = _known_floors(floors, climatology)
+    if clash := set(forecasts) & {*floors, "truth"}:
+        raise ConfigError(f"A prediction is called {min(clash)!r}, which is taken: give it another name.")
+    times = Times(truth, spec)
+    index = np.stack([times.find(valid, f"the prediction {first.name!r}") for valid in first.valid])
+    starts, leads = np.flatnonzero((index >= 0).any(1)), np.flatnonzero((index >= 0).any(0))
+    if not len(starts):
+        raise times.missing(first.valid.ravel(), index.ravel(), f"the prediction {first.name!r}")
+    source = truth_source(truth, spec, first.trajectories)
+    index = index[np.ix_(starts, leads)]
+    shift, masked = _first_frame(source, starts, index, spec)
+    whole = {name: metric for name, metric in chosen.items() if isinstance(metric, Metric)}
+    spectral = has_spectrum(spec.grid, masked) and (metrics is None or spectrum_leads is not None)
+    if "log_spectral_error" in whole and not has_spectrum(spec.grid, masked):
+        whole.pop("log_spectral_error")
+        if metrics is not None:
+            raise ConfigError(
+                "'log_spectral_error' needs a spectrum, but the truth has missing cells, or a small grid."
+            )
+        chosen.pop("log_spectral_error")
+    kept = choose_spectrum_leads(spectrum_leads, len(leads)) if spectral or "log_spectral_error" in whole else ()
+    valid = first.valid[np.ix_(starts, leads)]
+    work = Work(
+        spec=spec,
+        forecasts={name: Source(forecast.fields, spec, (MEMBER,)) for name, forecast in forecasts.items()},
+        truth=source, starts=starts, leads=leads, truth_index=index, shift=shift, floors=floors,
+        last_input=_last_inputs(first, times, starts) if PERSISTENCE in floors else None,
+        whole=whole, spectrum_leads=kept, masked=masked,
+        **_climate(climatology, chosen, floors, spec, valid, scheduler),
+    )  # fmt: skip
+    totals, frames = _sum(work, plan(work, isinstance(metrics, dict), batch), scheduler)
+    setting = Setting(spec, chosen, first.steps(spec, leads), kept, thresholds, "trajectory", draws, level)
+    members = {name: forecast.members for name, forecast in forecasts.items()}
+    tallies, of_truth = _tally(work, setting, totals, frames, members)
+    attrs = {
+        "starts": len(starts), "floors": ", ".join(floors), "climatology": "none" if climatology is None else "given",
+        "members": ", ".join(f"{name}: {count}" for name, count in members.items()),
+        "pairs_left_out": first.valid.size - int((index >= 0).sum()),
+        "starts_left_out": first.trajectories - len(starts), "leads_left_out": first.leads - len(leads),
+        "channels_left_out": ", ".join(channels_left_out),
+    }  # fmt: skip
     return assemble(tallies, of_truth, setting, attrs)
 
 
-def _common_variables(predictions: dict[str, xr.Dataset], truth: xr.Dataset) -> list[str]:
-    """The predicted fields. Raises SpecError when a prediction lacks one of another, DataError when the truth does."""
-    if not predictions:
-        raise ConfigError("There is no prediction to evaluate: pass a dataset, or a dict name -> dataset.")
-    first = next(iter(predictions.values()))
-    names = [str(n) for n, v in first.data_vars.items() if {LEAD, TIME} & set(v.dims) and not str(n).startswith(LEDGER)]
-    if not names:
-        dims = {str(n): v.dims for n, v in first.data_vars.items()}
-        raise SpecError(f"The prediction holds no field with a dimension {LEAD!r} or {TIME!r}: it has {dims}.")
-    found = [name for name in names if name in truth.data_vars]
-    if not found:
-        raise DataError(
-            f"The truth has none of the predicted variables {names}." + suggest(names[0], map(str, truth.data_vars))
-        )
-    for label, ds in predictions.items():
-        if missing := [n for n in found if n not in ds.data_vars]:
-            raise SpecError(
-                f"The prediction {label!r} lacks {missing[0]!r}." + suggest(missing[0], map(str, ds.data_vars))
-            )
-        if MEMBER in ds.dims:
-            raise SpecError(
-                f"The prediction {label!r} is an ensemble of {ds.sizes[MEMBER]} members. Score one member, or their "
-                "mean: "
-                f"prediction.mean({MEMBER!r}, keep_attrs=True)."
-            )
-    return found
+def _choose_metrics(names, forecasts, climatology, spec: Spec) -> dict[str, Metric | MomentMetric]:
+    """Metrics by name, or all that apply when there are no names; a dict of own `Metric`s is taken as it is.
+
+    Raises ConfigError for an unknown name and for one that needs what is not there.
+    """
+    if isinstance(names, dict):
+        return dict(names)
+    has = {
+        "": True,
+        "climatology": climatology is not None,
+        "ensemble": any(forecast.members > 1 for forecast in forecasts.values()),
+        "seeps": climatology is not None
+        and any(f"{name}_seeps_threshold" in climatology.variables for name in spec.names),
+    }
+    needed = {
+        "climatology": "compares with a climatology, but none is given: pass `climatology=`",
+        "ensemble": "scores ensembles, but no prediction has a dimension of members",
+        "seeps": "needs a climatology with the variables NAME_seeps_threshold and NAME_seeps_dry_fraction of a "
+        "predicted precipitation: pass `climatology=`",
+    }
+    every = {**METRICS, **FORECAST_METRICS}
+    for name in names or ():
+        if name not in every:
+            raise ConfigError(f"There is no metric {name!r}." + suggest(name, every))
+        if not has[need := getattr(every[name], "needs", "")]:
+            raise ConfigError(f"The metric {name!r} {needed[need]}.")
+    fit = [name for name in sorted(every) if name not in TWINS and has[getattr(every[name], "needs", "")]]
+    return {name: every[name] for name in (names or fit)}
 
 
-def _truth_spec(truth: xr.Dataset, names: list[str], prediction: xr.Dataset) -> Spec:
-    spec = spec_of(truth, names)
-    levels = [dim for dim in truth[names[0]].dims if dim == "level"]
-    return spec_of(truth, names, flatten=("level",)) if levels and "level" in prediction.dims else spec
-
-
-class _Forecast:
-    """One prediction: its times, and its frames in the order of the truth's spec."""
-
-    def __init__(self, name: str, ds: xr.Dataset, spec: Spec):
-        self.name = name
-        if LEAD not in ds.dims and TIME in ds.dims:
-            ds = ds.assign_coords({LEAD: (TIME, np.arange(1, ds.sizes[TIME] + 1))}).swap_dims({TIME: LEAD})
-            self.has_lead = False
-        else:
-            self.has_lead = LEAD in ds.coords
-        if LEAD not in ds.dims:
-            raise SpecError(
-                f"The prediction {name!r} has dimensions {dict(ds.sizes)}, but {LEAD!r} or {TIME!r} was expected."
-            )
-        if TIME not in ds.coords:
-            raise SpecError(
-                f"The prediction {name!r} has no coordinate {TIME!r} (valid time), so it cannot be aligned with the "
-                "truth. "
-                f"Assign one along {LEAD!r}: the times that the frames are predictions of."
-            )
-        self.leads = ds.sizes[LEAD]
-        if self.leads == 0:
-            raise SpecError(f"The prediction {name!r} holds no frames: its {LEAD!r} has length zero.")
-        self.lead = np.asarray(ds[LEAD].values) if self.has_lead else None
-        self.trajectories = ds.sizes.get(TRAJECTORY, 1)
-        valid = np.asarray(ds[TIME].values)
-        self.valid = np.broadcast_to(valid, (self.trajectories, self.leads)) if valid.ndim < 2 else valid
-        self.steps = self._steps(spec)
-        self.readers = [self._reader(part, spec) for part in _finite_parts(ds)]
-        for reader in self.readers[:1]:
-            reader.check_units()
-
-    def _steps(self, spec: Spec) -> np.ndarray:
-        """Leads in frames, from 1. Raises SpecError when an initial frame would be scored."""
-        if not self.has_lead:
-            return np.arange(1, self.leads + 1)
-        lead = self.lead / np.timedelta64(1, "s") if self.lead.dtype.kind == "m" else self.lead.astype(float)
-        if (lead <= 0).any():
-            raise SpecError(
-                f"The prediction {self.name!r} holds lead {self.lead[lead <= 0][0]}: that frame went into the "
-                "forecast, and "
-                f"scoring it would compare the input with itself. Drop it, e.g. prediction.isel({LEAD}=slice(1, None))."
-            )
-        if (np.diff(lead) <= 0).any():
-            raise SpecError(f"The leads of the prediction {self.name!r} do not ascend: {self.lead[:5]}. Sort them.")
-        steps = lead / spec.time_step
-        if np.abs(steps - steps.round()).max() > 0.01:
-            raise SpecError(
-                f"The leads of the prediction {self.name!r} are {self.lead[:3]}..., which are not multiples of the "
-                "time step of the "
-                f"truth, {spec.time_step:g} {spec.time_unit}."
-            )
-        return steps.round().astype(int)
-
-    @property
-    def start(self) -> np.ndarray | None:
-        """Time of the last input frame, `(trajectory,)`; None when the prediction does not say."""
-        if not self.has_lead:
-            return None
-        lead = self.lead.astype("timedelta64[ns]") if self.lead.dtype.kind == "m" else self.lead
-        return self.valid[:, 0] - lead[0]
-
-    def check_same_leads(self, other: "_Forecast") -> None:
-        """Raises SpecError when two predictions are not made for the same times."""
-        if self.valid.shape != other.valid.shape or not (self.valid == other.valid).all():
-            raise SpecError(
-                f"The predictions {self.name!r} and {other.name!r} have different valid times or trajectories: "
-                f"{self.valid.shape} from {self.valid.flat[0]} and {other.valid.shape} from {other.valid.flat[0]}. "
-                "Score models on the same starts and leads, or one at a time."
-            )
-
-    def check_inputs(self, inputs) -> None:
-        """Raises SpecError when a frame that went in is among those to be scored, or when that cannot be known."""
-        if inputs is None and not self.has_lead:
-            raise SpecError(
-                f"The prediction {self.name!r} has times but no coordinate {LEAD!r}, so it does not say where the "
-                "inputs end. Give "
-                f"it a coordinate {LEAD!r} (time since the last input), or pass `inputs=`: the frames, or times, that "
-                "went in."
-            )
-        if inputs is None:
-            return
-        times = np.asarray(inputs[TIME].values if isinstance(inputs, xr.Dataset) else inputs)
-        if times.ndim == 0 or (times.ndim == 1 and self.trajectories > 1 and len(times) == self.trajectories):
-            last = np.broadcast_to(times, (self.trajectories,))
-        else:
-            last = np.broadcast_to(times.max(-1), (self.trajectories,))
-        for trajectory, end in enumerate(last):
-            if (seen := self.valid[trajectory][self.valid[trajectory] <= end]).size:
-                raise SpecError(
-                    f"The prediction {self.name!r} holds frames valid at {seen[0]}..{seen[-1]}, but its inputs reach "
-                    f"to {end} "
-                    f"(trajectory {trajectory}): input and target times overlap. Score only frames after the inputs."
-                )
-
-    def _reader(self, ds: xr.Dataset, spec: Spec) -> Reader:
-        plain = ds.drop_vars([n for n in (LEAD, TIME) if n in ds.coords]).rename({LEAD: TIME})
-        plain.attrs["time_step"] = spec.time_step
-        return Reader(plain, spec)
-
-    def read(self, trajectory: int) -> np.ndarray:
-        """`(lead, *space, channel)`; NaN or infinite where the prediction is."""
-        values, finite = (reader.read(trajectory, range(self.leads)).frames for reader in self.readers)
-        return np.where(finite > 0, values, np.nan).astype(np.float32)
-
-
-def _finite_parts(ds: xr.Dataset) -> tuple[xr.Dataset, xr.Dataset]:
-    """The fields with 0 where they are not finite, and 1 where they are: a diverged forecast must be scored, not
-    refused."""
-
-    def apply(function):
-        return ds.map(lambda v: function(v) if LEAD in v.dims else v, keep_attrs=True)
-
-    return apply(lambda v: v.where(np.isfinite(v), 0.0)), apply(lambda v: np.isfinite(v).astype(np.float32))
-
-
-class _Truth:
-    """The frames of the truth at the valid times of a forecast."""
-
-    def __init__(self, ds: xr.Dataset, spec: Spec, forecast: _Forecast):
-        self.reader = Reader(ds, spec)
-        self.forecast = forecast
-        if self.reader.trajectories not in (1, forecast.trajectories):
-            raise SpecError(
-                f"The prediction has {forecast.trajectories} trajectories, but the truth has "
-                f"{self.reader.trajectories}. Select the "
-                "trajectories of the truth that the forecast started from."
-            )
-        self.labels = self.reader.times.labels
-        self.index = np.stack([self._find(valid, "the prediction") for valid in forecast.valid])
-
-    def _find(self, times: np.ndarray, what: str) -> np.ndarray:
-        """Positions of `times` in the truth. Raises DataError naming the first that is missing."""
-        labels = self.labels
-        kinds = [array.dtype.kind if array.dtype.kind in "MO" else "f" for array in (times, labels)]
-        if kinds[0] != kinds[1]:
-            raise SpecError(
-                f"The times of {what} are of type {times.dtype}, those of the truth {labels.dtype}: both need one "
-                "calendar."
-            )
-        position = np.clip(np.searchsorted(labels, times), 0, len(labels) - 1)
-        if times.dtype.kind in "iuf":
-            before = np.clip(position - 1, 0, len(labels) - 1)
-            position = np.where(np.abs(labels[before] - times) < np.abs(labels[position] - times), before, position)
-            wrong = np.abs(labels[position] - times) > 0.01 * self.reader.spec.time_step
-        else:
-            wrong = labels[position] != times
-        if wrong.any():
-            raise DataError(
-                f"The truth has no frame at {times[wrong][0]} ({wrong.sum()} of {len(times)} leads of {what}); it "
-                "covers "
-                f"{labels[0]}..{labels[-1]}. Shorten the forecast with .isel({LEAD}=...), or open more data."
-            )
-        return position
-
-    def _frames(self, trajectory: int, index: np.ndarray) -> np.ndarray:
-        own = trajectory if self.reader.trajectories > 1 else 0
-        if len(index) > 1 and (np.diff(index) == 1).all():
-            return self.reader.read(own, range(index[0], index[-1] + 1)).frames
-        return np.concatenate([self.reader.read(own, range(i, i + 1)).frames for i in index])
-
-    def read(self, trajectory: int) -> np.ndarray:
-        """`(lead, *space, channel)`."""
-        return self._frames(trajectory, self.index[trajectory])
-
-    def mask(self, trajectory: int) -> np.ndarray | None:
-        return self.reader.mask(trajectory if self.reader.trajectories > 1 else 0)
-
-    def persistence(self, trajectory: int) -> np.ndarray:
-        """The last input frame at every lead."""
-        start = self.forecast.start
-        if start is None:
-            raise ConfigError(
-                f"The floor 'persistence' needs to know the last input: give the prediction a coordinate {LEAD!r}."
-            )
-        frame = self._frames(trajectory, self._find(start[trajectory : trajectory + 1], "the last inputs"))
-        return np.repeat(frame, self.forecast.leads, axis=0)
-
-
-class _Climatology:
-    """A climatology with any of the dimensions dayofyear, month and hour, or none of them."""
-
-    def __init__(self, ds: xr.Dataset, spec: Spec):
-        self.seasons = [dim for dim in SEASONS if dim in ds.dims]
-        self.sizes = [ds.sizes[dim] for dim in self.seasons]
-        flat = ds.drop_vars([dim for dim in self.seasons if dim in ds.coords])
-        flat = flat.stack({TIME: self.seasons}, create_index=False) if self.seasons else flat.expand_dims(TIME)
-        self.reader = Reader(flat.drop_vars([n for n in (TIME,) if n in flat.coords]), spec)
-        self.reader.check_units()
-        whole = {"dayofyear": 366, "month": 12}
-        for dim, size in zip(self.seasons, self.sizes):
-            if size != whole.get(dim, size):
-                raise SpecError(
-                    f"The climatology has {size} entries along {dim!r}, but {whole[dim]} were expected, the first for "
-                    "1 January."
-                )
-
-    def read(self, valid: np.ndarray) -> np.ndarray:
-        """`(lead, *space, channel)` at the valid times."""
-        index = np.zeros(len(valid), int)
-        if self.seasons:
-            accessor = xr.DataArray(valid, dims="t").dt
-            for dim, size in zip(self.seasons, self.sizes):
-                values = accessor.hour.values * size // 24 if dim == "hour" else getattr(accessor, dim).values - 1
-                index = index * size + values
-        return np.concatenate([self.reader.read(0, range(i, i + 1)).frames for i in index])
-
-
-def _known_floors(floors: Sequence[str], climate) -> tuple[str, ...]:
+def _known_floors(floors: Sequence[str], climatology) -> tuple[str, ...]:
     for name in floors:
-        if name not in ("persistence", "climatology"):
+        if name not in (PERSISTENCE, CLIMATOLOGY):
             raise ConfigError(
-                f"{name!r} is no floor of labelled forecasts." + suggest(name, ("persistence", "climatology"))
+                f"{name!r} is no floor of labelled forecasts." + suggest(name, (PERSISTENCE, CLIMATOLOGY))
             )
-        if name == "climatology" and climate is None:
+        if name == CLIMATOLOGY and climatology is None:
             raise ConfigError("The floor 'climatology' needs one: pass `climatology=`.")
     return tuple(floors)
 
 
-def _score(sources, truth: _Truth, climate, floors, setting: Setting, batch: int):
-    count = truth.forecast.trajectories
-    metrics = {**setting.metrics, "correlation": METRICS["correlation"]}
-    tallies = {name: Tally(count, setting.spectrum_leads) for name in (*sources, *floors)}
-    of_truth = Tally(count, setting.spectrum_leads)
+def _last_inputs(forecast: Forecast, times: Times, starts: np.ndarray) -> np.ndarray:
+    """Positions in the truth of the last input of every start."""
+    if forecast.start is None:
+        raise ConfigError(
+            f"The floor 'persistence' needs to know the last input: give the prediction a coordinate {LEAD!r}."
+        )
+    index = times.find(forecast.start[starts], "the last inputs")
+    if (index < 0).any():
+        raise times.missing(forecast.start[starts], index, "the last inputs")
+    return index
 
-    @jax.jit
-    def pair(frames, target, climatology, mask):
-        measure = Measure.of(setting.spec, mask, climatology)
-        parts, pairs = pair_statistics(frames, target, measure, metrics)
-        finite = finite_frames(frames if mask is None else frames * (mask[:, None] > 0))
-        parts |= field_statistics(frames, measure, setting.spectrum_leads)
-        return {**parts, "finite": (finite[..., None].astype("float32"),)}, pairs
 
-    @jax.jit
-    def alone(target, mask):
-        return field_statistics(target, Measure.of(setting.spec, mask), setting.spectrum_leads)
+def _first_frame(source: Source, starts: np.ndarray, index: np.ndarray, spec: Spec) -> tuple[np.ndarray, bool]:
+    """Mean of each channel in the first frame of the truth, 0 where it has none, and whether cells are missing."""
+    start, lead = np.argwhere(index >= 0)[0]
+    trajectory = starts[start] if source.trajectories > 1 else 0
+    tile = tuple(slice(None) for _ in spec.grid.axes)
+    means, masked = [], False
+    for channel in range(len(spec.channels)):
+        frame = source.read((channel,), tile, trajectory=[trajectory], time=[index[start, lead]])
+        finite = np.isfinite(frame)
+        masked |= not finite.all()
+        means.append(frame.mean(where=finite, dtype=np.float64) if finite.any() else 0.0)
+    return np.array(means), masked
 
-    size = min(batch, count)
-    for begin in range(0, count, size):
-        real = range(begin, min(begin + size, count))
-        rows = [*real, *[real[0]] * (size - len(real))]  # the last batch keeps its shape, so nothing is traced again
-        weights = np.zeros((size, truth.forecast.leads))
-        weights[: len(real)] = 1
-        target = np.stack([truth.read(i) for i in rows])
-        masks = [truth.mask(i) for i in rows]
-        mask = None if masks[0] is None else np.stack(masks)
-        normal = None if climate is None else np.stack([climate.read(truth.forecast.valid[i]) for i in rows])
-        frames = {name: np.stack([source.read(i) for i in rows]) for name, source in sources.items()}
-        if "persistence" in floors:
-            frames["persistence"] = np.stack([truth.persistence(i) for i in rows])
-        if "climatology" in floors:
-            frames["climatology"] = normal
-        index = np.asarray(rows)
-        of_truth.add(jax.device_get(alone(target, mask)), {}, index, weights)
-        for name, values in frames.items():
-            tallies[name].add(*jax.device_get(pair(values, target, normal, mask)), index, weights)
+
+def _climate(climatology, chosen, floors, spec: Spec, valid: np.ndarray, scheduler: str) -> dict[str, Any]:
+    """The climatologies of `Work` that the metrics need, and where the valid times lie in them."""
+    found: dict[str, Any] = {}
+    if climatology is None:
+        return found
+    if CLIMATOLOGY in floors or any(
+        metric.climatology if isinstance(metric, Metric) else metric.needs == "climatology"
+        for metric in chosen.values()
+    ):
+        found["climatology"] = normal = Climatology(climatology, spec)
+        found["seasons"] = normal.index(valid.ravel()).reshape(*valid.shape, -1)
+    if "seeps" in chosen:
+        found["categories"] = categories = Categories(climatology, spec, scheduler)
+        found["category_seasons"] = categories.threshold.index(valid.ravel()).reshape(*valid.shape, -1)
+    return found
+
+
+def _sum(work: Work, blocks, scheduler: str) -> tuple[dict, dict]:
+    """Sums of all blocks by model and name, `(start, lead, channel)`; the parts of whole frames, lists of arrays."""
+    shape = (*work.truth_index.shape, len(work.spec.channels))
+    totals: dict[str, dict[str, np.ndarray]] = {}
+    frames: dict[str, dict[str, list[np.ndarray]]] = {}
+    for block, sums, parts in run(work, blocks, scheduler):
+        at = np.ix_(*(np.arange(size)[part] for size, part in zip(shape, (block.starts, block.leads))), block.channels)
+        for name, found in sums.items():
+            for key, values in found.items():
+                array = totals.setdefault(name, {}).setdefault(key, np.full(shape, np.nan))
+                array[at] = np.where(np.isnan(array[at]), 0.0, array[at]) + values
+        for name, found in parts.items():
+            for key, arrays in found.items():
+                _place(frames.setdefault(name, {}), key, arrays, at, work)
+    return totals, frames
+
+
+def _place(frames: dict, key: str, arrays: tuple, at: tuple, work: Work) -> None:
+    starts, leads, channels = at
+    count = len(work.leads)
+    if key == "spectrum":  # it has the kept leads only
+        kept = np.asarray(work.spectrum_leads) - 1
+        inside = np.isin(kept, leads)
+        leads, count = np.flatnonzero(inside)[None, :, None], len(kept)
+    shape = (len(work.starts), count, len(work.spec.channels))
+    for i, values in enumerate(arrays):
+        whole = frames.setdefault(key, [])
+        if len(whole) <= i:
+            whole.append(np.full((*shape, *values.shape[3:]), np.nan))
+        whole[i][starts, leads, channels] = values
+
+
+def _tally(work: Work, setting: Setting, totals: dict, frames: dict, members: dict[str, int]):
+    """Sums over starts for the table of scores."""
+    starts = len(work.starts)
+    tallies, of_truth = {}, None
+    for name, sums in totals.items():
+        moments = Moments(sums, work.shift, members.get(name, 1))
+        weights = ((work.truth_index >= 0)[..., None] & (sums["weight"] > 0)).astype(float)
+        _check_somewhere(weights, setting.spec)
+        own = {key: tuple(parts) for key, parts in frames.get(name, {}).items()}
+        parts = {key: m.parts(moments) for key, m in setting.metrics.items() if isinstance(m, MomentMetric)} | own
+        parts["correlation"] = FORECAST_METRICS["correlation"].parts(moments)
+        metrics = {**setting.metrics, "correlation": FORECAST_METRICS["correlation"]}
+        pairs = {key: metrics[key].per_pair(parts[key]) for key in metrics}
+        parts["mean"], parts["square"] = (moments.field_mean,), (moments.field_power,)
+        finite = (moments.finite | (sums["weight"] == 0)).all(-1, keepdims=True)
+        parts["finite"] = (finite.astype(float),)
+        tallies[name] = Tally(starts, setting.spectrum_leads)
+        # Frames with a gap that the first does not have: no spectrum, but every other score.
+        complete = np.full(weights.shape, work.masked) | (sums["cells"] == np.prod(setting.spec.grid.shape))
+        if "log_spectral_error" in pairs:
+            pairs["log_spectral_error"] = np.where(complete, pairs["log_spectral_error"], np.nan)
+        tallies[name].add(parts, pairs, np.arange(starts), weights, complete)
+        if of_truth is None:
+            of_truth = Tally(starts, setting.spectrum_leads)
+            parts = {"mean": (moments.truth_mean,), "square": (moments.truth_power,)}
+            parts |= {key: tuple(values) for key, values in frames.get("", {}).items()}
+            of_truth.add(parts, {}, np.arange(starts), weights, complete)
     return tallies, of_truth
+
+
+def _check_somewhere(weights: np.ndarray, spec: Spec) -> None:
+    empty = ~weights.any((0, 1))
+    if empty.any():
+        name = spec.names[int(np.argmax(empty))]
+        raise DataError(f"The truth of {name!r} is missing (NaN) in all cells at all valid times. Leave it out.")

@@ -235,9 +235,13 @@ class _Run:
                 found = {label: model(window, truth, normal, number) for label, model in self.models.items()}
                 of_truth = self.truth(truth, mask)
                 index = np.resize(groups[number * batch : (number + 1) * batch], batch)
-                truth_tally.add(jax.device_get(of_truth), {}, index, weights)
+                counts = weights
+                if mask is not None:  # a channel that a sample lacks altogether does not count there
+                    exists = np.asarray(mask).any(tuple(range(1, mask.ndim - 1)))
+                    counts = weights[..., None] * exists[:, None, :]
+                truth_tally.add(jax.device_get(of_truth), {}, index, counts)
                 for label, (parts, pairs, _) in found.items():
-                    tallies[label].add(*jax.device_get((parts, pairs)), index, weights)
+                    tallies[label].add(*jax.device_get((parts, pairs)), index, counts)
                 if shown is None:
                     frames = found[next(iter(found))][2]
                     kept = int(weights[0].sum())

@@ -11,7 +11,7 @@ import xarray as xr
 from physml import __version__
 from physml.evaluate.statistics import Tally, channel_units, spread
 from physml.fields import Spec
-from physml.metrics import Metric, high_correlation_time
+from physml.metrics import Metric, MomentMetric, high_correlation_time
 from physml.metrics.aggregate import interval, resample
 from physml.metrics.spectra import shells
 from physml.metrics.table import FORMAT
@@ -24,7 +24,7 @@ class Setting:
     """How scores were made: what every table and figure needs to be read."""
 
     spec: Spec
-    metrics: dict[str, Metric]
+    metrics: dict[str, Metric | MomentMetric]
     leads: np.ndarray  # frames, from 1
     spectrum_leads: tuple[int, ...]
     thresholds: tuple[float, ...]
@@ -64,7 +64,7 @@ def assemble(tallies: dict[str, Tally], truth: Tally, setting: Setting, attrs: d
         variables |= _spectrum_variables(sources, setting, draws)
     finite = [tally.sums["finite"].means()[0][:, 0] for tally in tallies.values()]
     variables["finite"] = (("model", "lead"), np.stack(finite))
-    variables["pairs"] = (("lead",), truth.sums["mean"].weights.sum(0).astype(int))
+    variables["pairs"] = (("lead",), next(iter(tallies.values())).sums["finite"].weights.sum(0).astype(int))
     scores = xr.Dataset(variables, _coordinates(list(tallies), setting))
     scores.attrs = {
         "title": "Scores of rollouts",

@@ -11,6 +11,7 @@ from physml.metrics import METRICS, Measure, Metric, energy_spectrum
 from physml.metrics.aggregate import Sums, across_processes
 from physml.metrics.spectra import shells
 
+SPECTRAL = ("spectrum", "log_spectral_error")  # defined for frames without missing cells
 TWINS = ("h1_periodic",)  # variants that are scored only when asked for by name
 
 
@@ -85,17 +86,21 @@ class Tally:
         self.pairs: dict[str, list[np.ndarray]] = {}
         self._complete: list[np.ndarray] = []
 
-    def add(self, parts: dict, pairs: dict, groups: np.ndarray, weights: np.ndarray) -> None:
-        """One batch: `parts[name]` as `Sums.of` takes them, `weights (batch, lead)` 1 where the pair counts."""
+    def add(self, parts: dict, pairs: dict, groups: np.ndarray, weights: np.ndarray, complete=True) -> None:
+        """One batch: `parts[name]` as `Sums.of` takes them, `weights (batch, lead)` 1 where the pair counts, or
+        `(batch, lead, channel)`; `complete`, of that shape, is false where a frame has no spectrum (missing cells)."""
         for name, values in parts.items():
-            weight = weights[:, self.spectrum_index] if name == "spectrum" else weights
+            weight = weights * complete if name in SPECTRAL else weights
+            weight = weight[:, self.spectrum_index] if name == "spectrum" else weight
+            weight = weight.any(-1) if name == "finite" and weight.ndim > 2 else weight
             new = Sums.of(values, groups, self.groups, weight)
             self.sums[name] = self.sums[name] + new if name in self.sums else new
-        real = weights.any(1)  # rows that only fill up the last batch are dropped
+        each = weights if weights.ndim > 2 else weights[..., None]
+        real = weights.any(tuple(range(1, weights.ndim)))  # rows that only fill up the last batch are dropped
         for name, values in pairs.items():
-            values = np.where(weights[..., None] > 0, np.asarray(values), np.nan)
+            values = np.where(each > 0, np.asarray(values), np.nan)
             self.pairs.setdefault(name, []).append(values[real].astype(np.float32))
-        self._complete.append(weights[real].all(1))
+        self._complete.append(each[real].all((1, 2)))
 
     def per_pair(self, name: str) -> np.ndarray:
         """`(pair, lead, channel)`; NaN at leads that the truth does not reach."""

@@ -8,9 +8,11 @@ import functools
 
 import jax.numpy as jnp
 
-from physml.metrics import pointwise, spectra, weather
+from physml.metrics import moments, pointwise, spectra, weather
 from physml.metrics.chaos import THRESHOLDS, high_correlation_time
+from physml.metrics.ensemble import crps
 from physml.metrics.metric import Measure, Metric
+from physml.metrics.moments import MomentMetric
 from physml.metrics.spectra import energy_spectrum
 
 
@@ -44,4 +46,27 @@ METRICS: dict[str, Metric] = {
     "vrmse": Metric(pointwise.variance_scaled_error),
 }
 
-__all__ = ["METRICS", "THRESHOLDS", "Measure", "Metric", "energy_spectrum", "high_correlation_time"]
+# What labelled forecasts can be scored by from sums over cells, chunk by chunk.
+FORECAST_METRICS: dict[str, MomentMetric] = {
+    **{
+        name: MomentMetric(
+            parts, METRICS[name].finish, METRICS[name].ideal, METRICS[name].dimensional,
+            "climatology" if METRICS[name].climatology else "",
+        )
+        for name, parts in moments.PARTS.items()
+    },
+    **moments.ENSEMBLE_METRICS,
+    **moments.SEEPS_METRICS,
+}  # fmt: skip
+
+__all__ = [
+    "FORECAST_METRICS",
+    "METRICS",
+    "THRESHOLDS",
+    "Measure",
+    "Metric",
+    "MomentMetric",
+    "crps",
+    "energy_spectrum",
+    "high_correlation_time",
+]

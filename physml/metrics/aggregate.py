@@ -19,7 +19,7 @@ class Sums:
 
     Attributes:
         totals: per part, `(group, lead, channel, ...)`.
-        weights: `(group, lead)` number of pairs that count.
+        weights: `(group, lead)`, or `(group, lead, channel)` where channels differ: number of pairs that count.
     """
 
     totals: tuple[np.ndarray, ...]
@@ -28,13 +28,13 @@ class Sums:
     @classmethod
     def of(cls, parts: tuple, groups: np.ndarray, count: int, weights: np.ndarray | None = None) -> "Sums":
         """Sums one batch. `parts`: `(batch, lead, channel, ...)`; `groups (batch,)` in 0..count-1; `weights (batch,
-        lead)`.
+        lead)` or `(batch, lead, channel)`.
 
         Pairs of weight zero do not count, whatever they hold.
         """
         parts = tuple(np.asarray(part, np.float64) for part in parts)
         weights = np.ones(parts[0].shape[:2]) if weights is None else np.asarray(weights, np.float64)
-        total = np.zeros((count, weights.shape[1]))
+        total = np.zeros((count, *weights.shape[1:]))
         np.add.at(total, groups, weights)
         return cls(tuple(_grouped(part, groups, count, weights) for part in parts), total)
 
@@ -47,17 +47,17 @@ class Sums:
         counts, one mean per draw. NaN where no pair counts."""
         one = draws is None
         draws = np.ones((1, len(self.weights))) if one else draws
-        weight = draws @ self.weights
+        weight = np.tensordot(draws, self.weights, 1)
         weight = np.where(weight > 0, weight, np.nan)
         means = tuple(
-            np.tensordot(draws, total, 1) / weight.reshape(*weight.shape, *(1,) * (total.ndim - 2))
+            np.tensordot(draws, total, 1) / weight.reshape(*weight.shape, *(1,) * (total.ndim - weight.ndim))
             for total in self.totals
         )
         return tuple(mean[0] for mean in means) if one else means
 
 
 def _grouped(part, groups, count, weights):
-    spread = weights.reshape(*weights.shape, *(1,) * (part.ndim - 2))
+    spread = weights.reshape(*weights.shape, *(1,) * (part.ndim - weights.ndim))
     total = np.zeros((count, *part.shape[1:]))
     np.add.at(total, groups, np.where(spread > 0, part, 0.0) * spread)
     return total
@@ -96,7 +96,7 @@ def interval(
     scores = np.concatenate(scores)
     low, high = _quantiles(scores, level)
     lone = (sums.weights > 0).sum(0) < 2
-    lone = lone.reshape(-1, *(1,) * (low.ndim - 1))
+    lone = lone.reshape(*lone.shape, *(1,) * (low.ndim - lone.ndim))
     return np.where(lone, np.nan, low), np.where(lone, np.nan, high)
 
 

@@ -39,8 +39,10 @@ _HOME = {
     "Run": "physml.api",
     "open_run": "physml.api",
     "train": "physml.api",
+    "benchmark": "physml.benchmarks",
 }
 _MODULES = (
+    "benchmarks",
     "constraints",
     "convert",
     "data",

@@ -18,12 +18,12 @@ ROWS = (  # lowest first; names on one row never import each other
     ("objectives", "saving", "forecast"),
     ("training", "evaluate", "report", "convert"),
     ("experiment",),
-    ("api", "cli"),
+    ("api",),
+    ("benchmarks",),
+    ("verbs",),
+    ("cli",),
 )
-SAME_ROW = {
-    ("fields", "errors"),
-    ("cli", "api"),
-}  # the only steps sideways: typed errors for specs; the command line is a face of the API
+SAME_ROW = {("fields", "errors")}  # the only step sideways: typed errors for specs
 ROW = {name: i for i, row in enumerate(ROWS) for name in row}
 
 

@@ -5,9 +5,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import jinja2
-
-from physml import __version__
 from physml.metrics.table import replace_file
 from physml.report import drawing
 from physml.report.animation import animation
@@ -25,6 +22,7 @@ from physml.report.page import (
     Figure,
     Section,
     provenance,
+    render,
     rows_of,
     score_tables,
     series_tables,
@@ -35,7 +33,6 @@ from physml.report.runs import Entry, RunData, entries, read_runs, sample_channe
 
 MAX_CHANNELS = 4  # with figures of their own; tables hold all
 DETAILS = ("bias", "mae", "relative_l2", "nrmse_pooled", "h1", "acc_pooled")  # figures folded away
-TEMPLATE = Path(__file__).parent / "template.html"
 
 
 def report(runs: Any, path: str | Path = "report.html", *, title: str | None = None) -> Path:
@@ -57,13 +54,9 @@ def report(runs: Any, path: str | Path = "report.html", *, title: str | None = N
     title = title or (
         f"Run {loaded[0].name}" if len(loaded) == 1 else "Comparison of " + ", ".join(r.name for r in loaded)
     )
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    template = environment.from_string(TEMPLATE.read_text())
-    page = template.render(
+    page = render(
+        "report.html",
         title=title,
-        version=__version__,
         runs=[provenance(run) for run in loaded],
         summaries=summary_tables(lines),
         sections=sections(loaded, lines),

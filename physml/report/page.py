@@ -7,10 +7,13 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+import jinja2
 import numpy as np
 
+from physml import __version__
 from physml.metrics.table import to_rows
 from physml.report.curves import LABELS
 from physml.report.drawing import format_lead, time_scale
@@ -62,6 +65,15 @@ class Section:
     def or_say(self, reason: str) -> "Section":
         self.missing = "" if self.figures else reason
         return self
+
+
+def render(template: str, **values: Any) -> str:
+    """A page from a template beside this file: one text without references to anything outside it."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined,
+        trim_blocks=True, lstrip_blocks=True,
+    )  # fmt: skip
+    return environment.get_template(template).render(version=__version__, **values)
 
 
 def number(value: float, digits: int = 4) -> str:

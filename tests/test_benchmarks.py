@@ -1,0 +1,212 @@
+"""Leaderboards: scores as the benchmarks define them, entries that are made once, pages and tables of them."""
+
+import csv
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import xarray as xr
+from numpy.testing import assert_allclose
+
+from physml.benchmarks import BENCHMARKS, CONTENDERS, benchmark, protocol, run
+from physml.benchmarks.contenders import size_of
+from physml.benchmarks.leaderboard import read_entries, write_leaderboard
+from physml.benchmarks.protocol import Published, Task
+from physml.data import SyntheticConfig
+from physml.data.synthetic import Counts
+from physml.errors import ConfigError, DataError, DivergedError
+from physml.evaluate import evaluate_stepper
+from physml.fields import Axis, Grid, Signature
+from physml.steppers import STEPPERS
+
+
+@pytest.fixture(scope="module")
+def waves(tmp_path_factory):
+    """Kuramoto-Sivashinsky in 32 points, few and short trajectories, in a cache of the module's own."""
+    cache = tmp_path_factory.mktemp("cache")
+    return SyntheticConfig(
+        "kuramoto_sivashinsky", 32, Counts(3, 1, 2), 12, 8, cache=str(cache),
+        options={"solver_points": 32, "length": 16.0, "warmup": 1.0, "substeps": 4, "initial_modes": 4},
+    )  # fmt: skip
+
+
+@pytest.fixture
+def suite(waves, monkeypatch):
+    """A benchmark of one small task."""
+    small = dataclasses.replace(
+        BENCHMARKS["pdearena"], tasks=lambda root, points, progress: (Task("waves", waves, 4),),
+        published=(
+            Published("waves", "theirs", 0.5, "their paper"),
+            Published("waves", "pointwise", 0.9, "their paper", floor=True),
+        ),
+    )  # fmt: skip
+    monkeypatch.setitem(BENCHMARKS, "pdearena", small)
+    monkeypatch.setattr(run, "MOST", 4)
+    monkeypatch.setattr(run, "FEWEST", 4)
+    return small
+
+
+def entries_of(folder):
+    return sorted(str(path.parent.relative_to(folder)) for path in folder.rglob("entry.json"))
+
+
+def test_a_leaderboard_is_made_once_and_grows(suite, tmp_path):
+    out = tmp_path / "board"
+    assert benchmark("pdearena", models=["fno"], seeds=1, budget=0.01, out=out) == out
+    floors = [f"waves/{name}" for name in ("climatology", "extrapolation", "persistence")]
+    assert entries_of(out) == sorted([*floors, "waves/fno/seed0"])
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*.nc") if path.parent != out}
+    share = json.loads((out / "plan.json").read_text())["seconds"]
+    benchmark("pdearena", models=["fno"], seeds=2, budget=5.0, out=out)
+    assert entries_of(out) == sorted([*floors, "waves/fno/seed0", "waves/fno/seed1"])
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    assert json.loads((out / "plan.json").read_text())["seconds"] == share
+
+    with xr.open_dataset(out / "leaderboard.nc") as board:
+        one_step = board.one_step.sel(score_name="scaled_l2", task="waves")
+        assert np.isfinite(one_step.sel(model="fno")).all()
+        assert one_step.sel(model="fno").std() > 0  # seeds differ
+        assert board.rollout.sizes["lead"] == 4
+        assert board.parameters.sel(task="waves", model="fno") > 1000
+    with (out / "leaderboard.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    ours = [float(r["value"]) for r in rows if (r["model"], r["score"], r["kind"]) == ("fno", "scaled_l2", "one_step")]
+    assert_allclose(ours, one_step.sel(model="fno"), rtol=1e-6)
+    assert [(r["model"], r["floor"]) for r in rows if r["source"]] == [("theirs", "False"), ("pointwise", "True")]
+    page = (out / "leaderboard.html").read_text()
+    for text in ("their paper", "pointwise (floor)", "persistence (identity)", "Worst case of fno", "data:image/png"):
+        assert text in page
+    assert "http" not in page.replace("http-equiv", "")
+
+    with pytest.raises(ConfigError, match=r"other settings \(size\).*overwrite"):
+        benchmark("pdearena", models=["fno"], size="published", out=out)
+
+
+def test_scores_are_those_of_the_rollouts(suite, waves, tmp_path):
+    """One step over all pairs and rollouts from the first frame, computed again from the fields themselves."""
+    out = benchmark("pdearena", models=["ffno"], seeds=1, budget=0.01, out=tmp_path / "board")
+    test = waves.open()["test"]
+    frames = np.stack([test.read(i, range(9)).frames[..., 0] for i in range(2)]).astype(float)
+
+    def relative(a, b):
+        return np.mean(np.linalg.norm(a - b, axis=-1) / np.linalg.norm(b, axis=-1))
+
+    floor = {entry.model: entry for entry in read_entries(out, suite)["waves"]}["persistence"]
+    assert_allclose(floor.one_step["scaled_l2"], relative(frames[:, :-1], frames[:, 1:]), rtol=1e-5)
+    expected = [relative(frames[:, 0], frames[:, lead]) for lead in range(1, 5)]
+    assert_allclose(floor.rollout["scaled_l2"][0], expected, rtol=1e-5)
+    error = np.mean((frames[:, 0] - frames[:, 4]) ** 2, -1)
+    with xr.open_dataset(out / "waves" / "persistence" / "worst.nc") as worst:
+        assert worst.attrs["trajectory"] == np.argmax(np.sqrt(error / np.mean(frames[:, 4] ** 2, -1)))
+        assert_allclose(worst["u_forecast"][-1], frames[worst.attrs["trajectory"], 0], rtol=1e-6)
+
+
+def test_an_interrupted_leaderboard_is_finished(suite, tmp_path, monkeypatch):
+    """What was finished before stays; a folder without entry.json is done again."""
+    out = tmp_path / "board"
+    score, calls = run._score, []
+
+    def fails(*arguments):
+        calls.append(arguments[4])
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        score(*arguments)
+
+    monkeypatch.setattr(run, "_score", fails)
+    with pytest.raises(KeyboardInterrupt):
+        benchmark("pdearena", models=["ffno"], seeds=1, budget=0.01, out=out)
+    assert len(entries_of(out)) == 2
+    monkeypatch.setattr(run, "_score", lambda *arguments: calls.append(arguments[4]) or score(*arguments))
+    benchmark("pdearena", models=["ffno"], seeds=1, budget=0.01, out=out)
+    assert calls == ["persistence", "extrapolation", "climatology", "climatology", "ffno"]
+
+
+def test_a_run_that_diverges_is_an_entry(suite, tmp_path, monkeypatch):
+    def diverges(*arguments, **options):
+        raise DivergedError("The loss is nan after step 3.")
+
+    monkeypatch.setattr(run.api, "train", diverges)
+    out = benchmark("pdearena", models=["ffno"], seeds=2, budget=0.01, out=tmp_path / "board")
+    assert "2, 2 diverged" in (out / "leaderboard.html").read_text()
+    last = read_entries(out, suite)["waves"]
+    assert [entry.model for entry in last if not entry.floor] == ["ffno"]
+
+
+def test_nmse_pools_what_the_definition_pools(waves):
+    """MSE / mean square of the label over the whole set, not a mean of ratios."""
+    test = waves.open()["test"]
+    stepper = STEPPERS["persistence"]().fit(test)
+    scores = evaluate_stepper(stepper, test, 3, metrics=protocol.NMSE.metrics, per_start=True, starts=1)
+    frames = np.stack([test.read(i, range(9)).frames for i in range(2)]).astype(float)
+    expected = [np.mean((frames[:, 0] - frames[:, k]) ** 2) / np.mean(frames[:, k] ** 2) for k in (1, 2, 3)]
+    assert_allclose(protocol.NMSE(scores, "model"), expected, rtol=1e-5)
+    each = [np.mean((frames[i, 0] - frames[i, 2]) ** 2) / np.mean(frames[i, 2] ** 2) for i in range(2)]
+    assert_allclose(protocol.NMSE.per_start(scores, "model")[1], each, rtol=1e-5)
+    ratio = [np.abs(frames[i, 0] - frames[i, 1]).mean() / np.abs(frames[i, 1]).mean() for i in range(2)]
+    scores = evaluate_stepper(stepper, test, 1, metrics=protocol.RELATIVE_L1.metrics, per_start=True, starts=1)
+    assert_allclose(protocol.RELATIVE_L1(scores, "model"), np.median(ratio), rtol=1e-5)
+
+
+def test_nmse_of_two_channels_is_a_ratio_of_sums():
+    table = xr.DataArray(
+        [[[2.0], [1.0]], [[0.5], [0.1]]], dims=("metric", "channel", "lead"),
+        coords={"metric": ["rmse", "nrmse_pooled"], "channel": ["u", "v"]},
+    )  # fmt: skip
+    assert_allclose(protocol.NMSE.of(table), (4.0 + 1.0) / (16.0 + 100.0))
+    assert_allclose(protocol.NMSE.of(0 * table), 0.0)
+
+
+@pytest.mark.parametrize("size", ["embedded", "published"])
+@pytest.mark.parametrize("name", CONTENDERS)
+def test_every_contender_can_be_built(name, size):
+    """On periodic and walled grids, with and without scalars; no frame is added twice."""
+    for periodic in (True, False):
+        grid = Grid((Axis.uniform("y", 64, periodic=periodic), Axis.uniform("x", 64, periodic=periodic)))
+        config = CONTENDERS[name].config(grid, size)
+        assert getattr(config, "frame", None) is None
+        count = size_of(config, Signature(grid, 3, 5, 2))
+        assert 1e3 < count < (4e6 if size == "embedded" else 1e9)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"name": "cfdbensh"}, "no benchmark 'cfdbensh'.*Did you mean 'cfdbench'"),
+        ({"models": ["fna"]}, "no contender 'fna'.*fno"),
+        ({"models": ["fno", "fno"]}, "twice"),
+        ({"tasks": ["wave"]}, "no task 'wave'.*waves"),
+        ({"seeds": 0}, "at least one seed"),
+        ({"budget": float("nan")}, "budget nan"),
+        ({"size": "huge"}, "no size 'huge'"),
+        ({"models": ["scot"]}, "scot cannot enter task 'waves'.*two spatial axes"),
+        ({"data": "/nowhere/at/all"}, "There is no /nowhere/at/all"),
+        ({"points": 8}, "at least 16"),
+    ],
+)
+def test_a_mistake_is_named_before_anything_runs(suite, tmp_path, options, message):
+    options = {"name": "pdearena", "models": ["fno"], "out": tmp_path / "board", **options}
+    with pytest.raises((ConfigError, DataError), match=message):
+        benchmark(**options)
+    assert not list(tmp_path.rglob("entry.json"))
+
+
+def test_foreign_folders_and_damage_are_named(suite, tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(ConfigError, match="holds no leaderboard"):
+        benchmark("pdearena", models=["fno"], out=tmp_path)
+    (tmp_path / "plan.json").write_text("{")
+    with pytest.raises(DataError, match=r"plan.json is damaged"):
+        benchmark("pdearena", models=["fno"], out=tmp_path)
+    broken = tmp_path / "board" / "waves" / "fno" / "seed0"
+    broken.mkdir(parents=True)
+    (broken / "entry.json").write_text("no json")
+    with pytest.raises(DataError, match=r"entry.json is damaged"):
+        write_leaderboard(tmp_path / "board", suite, "pdearena")
+
+
+def test_invalid_numbers_of_others_are_not_quoted():
+    """The FNO and TFNO columns of The Well measured a pointwise map; they must never appear as results."""
+    quoted = [other for suite in BENCHMARKS.values() for other in suite.published]
+    assert not [other for other in quoted if "Ohana" in other.source and "FNO" in other.model and not other.floor]
+    assert all(other.source and np.isfinite(other.value) for other in quoted)

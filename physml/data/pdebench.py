@@ -11,7 +11,7 @@ from typing import Literal
 import numpy as np
 import xarray as xr
 
-from physml.data import hdf5, members, netcdf
+from physml.data import hdf5, joined, members, netcdf
 from physml.data.hdf5 import Hdf5, common_sizes
 from physml.data.place import Place
 from physml.errors import ConfigError, DataError, suggest
@@ -30,7 +30,10 @@ DIMENSIONLESS = {"units": "1"}
 
 
 def recognizes(place: Place) -> bool:
-    """Whether this is a file in one of the three layouts, and not written by a netCDF library."""
+    """Whether this is a file in one of the three layouts, and not written by a netCDF library, or a folder of them."""
+    if place.is_folder():
+        files = _files(place)
+        return bool(files) and recognizes(files[0])
     if not place.is_file() or netcdf.magic(place.path, place.storage_options) != netcdf.HDF5:
         return False
     file = Hdf5(place)
@@ -51,13 +54,15 @@ def open_dataset(
     variables on `trajectory`, and attributes as all other numbers. Text (`config`) is not read: the HDF5 library
     never returns from some damaged texts, and no field needs it. One-dimensional array files are
     periodic unless the name says "trans", compressible ones in two and three dimensions where it says "periodic".
+    The files of a folder are one after another: parts of one set, or one equation with several coefficients.
 
     Args:
-        place: one file.
+        place: one file, or a folder of files in one layout and on one grid; other files in it are left alone.
         split: "train" or "test"; None for both. There is no validation set.
         split_rule: which trajectories are the test set: "first", int(0.1 N) of them, the rule of the benchmark for
             array files (the default there and for incompressible flow); "last", all after int(0.9 N), its rule for
-            group files. Its two readers differ, and give different splits of one file.
+            group files. Its two readers differ, and give different splits of one file. Every file of a folder is split
+            for itself.
 
     Raises ConfigError for options that do not exist, DataError for files that are damaged, incomplete or inconsistent.
     Groups are read when their trajectories are: one of another shape raises DataError then.
@@ -66,6 +71,18 @@ def open_dataset(
         raise ConfigError(f"PDEBench has no split {split!r}." + suggest(str(split), ("train", "test")))
     if split_rule not in (None, "first", "last"):
         raise ConfigError(f"There is no split_rule {split_rule!r}." + suggest(str(split_rule), ("first", "last")))
+    files = _files(place) if place.is_folder() else [place]
+    if not files:
+        raise DataError(f"{place} holds no .hdf5 or .h5 file. Give a file of PDEBench or a folder of such files.")
+    ds = _join(files, [_open(file, split, split_rule) for file in files])
+    return ds.assign_attrs(source="DaRUS, doi:10.18419/darus-2986", references="doi:10.18419/darus-2986")
+
+
+def _files(folder: Place) -> list[Place]:
+    return [folder.below(name) for name in sorted(folder.names()) if name.endswith((".hdf5", ".h5"))]
+
+
+def _open(place: Place, split: str | None, split_rule: str | None) -> xr.Dataset:
     file = Hdf5(place)
     layout = _layout(file)
     if layout is None:
@@ -82,7 +99,39 @@ def open_dataset(
         ds = ds.isel(trajectory=chosen)
         if not ds.sizes["trajectory"]:
             raise DataError(f"{place}: the split {split!r} of {total} trajectories is empty. Use split=None.")
-    return ds.assign_attrs(source="DaRUS, doi:10.18419/darus-2986", references="doi:10.18419/darus-2986")
+    return ds
+
+
+def _join(files: list[Place], parts: list[xr.Dataset]) -> xr.Dataset:
+    """The trajectories of all files in order. Raises DataError when fields or grids differ."""
+    first = parts[0]
+    if len(parts) == 1:
+        return first
+    for file, part in zip(files[1:], parts[1:], strict=True):
+        if set(part.data_vars) != set(first.data_vars):
+            raise DataError(
+                f"{file} holds {', '.join(map(str, part.data_vars))}, but {files[0]} holds "
+                f"{', '.join(map(str, first.data_vars))}. Keep each equation in a folder of its own."
+            )
+        for axis in set(first.coords) - {"time"}:
+            if not part[axis].equals(first[axis]):
+                raise DataError(f"{file} has other positions {axis!r} than {files[0]}. Open them one by one.")
+    counts = [part.sizes["trajectory"] for part in parts]
+    variables = {
+        name: joined.join(
+            str(name), [joined.Part(str(f), n, p[name].variable) for f, n, p in zip(files, counts, parts, strict=True)]
+        )
+        for name in first.data_vars
+    }
+    coords = {axis: first[axis].variable for axis in set(first.coords) - {"time"}}
+    if "time" in first.coords:
+        times = [part["time"].values for n, part in zip(counts, parts, strict=True) for _ in range(n)]
+        found = joined.axis("time", "times", times, first["time"].attrs)
+        coords |= {name: variable for name, variable in found.items() if name == "time"}
+        variables |= {name: variable for name, variable in found.items() if name != "time"}
+        variables |= joined.frames([len(row) for row in times])
+    same = {k: v for k, v in first.attrs.items() if all(part.attrs.get(k) == v for part in parts)}
+    return xr.Dataset(variables, coords, same)
 
 
 def _layout(file: Hdf5) -> str | None:

@@ -389,3 +389,54 @@ def test_damage_ends_in_a_typed_error(tmp_path, seeds):
         copy = damage(source, tmp_path / "x" / source.name, seed)
         outcomes.add(survives(copy, "pdebench"))
     assert outcomes == {"opened", "DataError"}
+
+
+# --- folders ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_files_of_a_folder_are_one_set(tmp_path):
+    """Parts of the incompressible set; every trajectory is that of its file, and splits are those of the files."""
+    for number in range(3):
+        shutil.copy(INCOMPRESSIBLE, tmp_path / f"ns_incom_inhom_2d_512-{number}.h5")
+        with h5py.File(tmp_path / f"ns_incom_inhom_2d_512-{number}.h5", "a") as file:
+            file["particles"][...] = file["particles"][()] + number
+    (tmp_path / "notes.txt").write_text("no data")
+    assert recognize(tmp_path) == "pdebench"
+    one, whole = physml.open_dataset(INCOMPRESSIBLE), physml.open_dataset(tmp_path)
+    count = one.sizes["trajectory"]
+    assert whole.sizes == {**one.sizes, "trajectory": 3 * count}
+    assert whole.attrs["title"] == one.attrs["title"]
+    assert_array_equal(whole["time"], one["time"])
+    for i in range(3 * count):
+        assert_array_equal(whole["particles"][i], one["particles"][i % count] + i // count)
+        assert_array_equal(whole["velocity_y"][i], one["velocity_y"][i % count])
+
+
+def test_several_coefficients_are_parameters(tmp_path):
+    for speed in (0.1, 0.4):
+        shutil.copy(ADVECTION, tmp_path / f"1D_Advection_Sols_beta{speed}.hdf5")
+        with h5py.File(tmp_path / f"1D_Advection_Sols_beta{speed}.hdf5", "a") as file:
+            file.attrs["beta"] = speed
+    ds = physml.open_dataset(tmp_path)
+    count = ds.sizes["trajectory"] // 2
+    assert_allclose(ds["beta"], np.repeat([0.1, 0.4], count))
+    assert "beta" not in ds.attrs
+    parts = DataConfig(
+        str(tmp_path), parameters=("beta",), split_by="format", train=("train",), valid=(), test=("test",)
+    ).open()
+    single = physml.open_dataset(ADVECTION, split="test").sizes["trajectory"]
+    assert len(parts["test"].lengths) == 2 * single
+    assert parts["train"].read(0, range(2)).parameters == pytest.approx([0.1])
+
+
+def test_folders_that_are_no_set_are_named(tmp_path, edited):
+    with pytest.raises(DataError, match=r"no .hdf5 or .h5 file"):
+        pdebench.open_dataset(Place(tmp_path))
+    shutil.copy(ADVECTION, tmp_path / "a.hdf5")
+    shutil.copy(CFD1, tmp_path / "b.hdf5")
+    with pytest.raises(DataError, match=r"b.hdf5 holds density.*a.hdf5 holds tensor.*folder of its own"):
+        physml.open_dataset(tmp_path)
+    (tmp_path / "b.hdf5").unlink()
+    edited(ADVECTION, replaced("x-coordinate", lambda x: x + 1)).rename(tmp_path / "b.hdf5")
+    with pytest.raises(DataError, match=r"b.hdf5 has other positions 'x' than .*a.hdf5"):
+        physml.open_dataset(tmp_path)

@@ -24,11 +24,10 @@ import xarray as xr
 
 import physml
 from physml import saving
-from physml.data import SyntheticConfig, XarrayDataset
+from physml.data import MixtureConfig, SyntheticConfig, XarrayDataset, fit_normalizer
 from physml.errors import CheckpointError, ConfigError
 from physml.evaluate import evaluate_stepper, save_scores
 from physml.experiment import Experiment, load_experiment, to_dict, to_yaml
-from physml.normalize import Normalizer
 from physml.progress import Silent
 from physml.report import report
 from physml.saving import build_stepper
@@ -82,6 +81,7 @@ def train(
     overwrite: bool = False,
     progress: Any = None,
     tracker: Any = None,
+    scored: bool = True,
 ) -> Run:
     """Trains, scores on the test split and writes a report.
 
@@ -94,6 +94,7 @@ def train(
         overwrite: replace an existing run.
         progress: receives the state of the training, see `physml.training.Progress`.
         tracker: receives the logged numbers, see `physml.training.tracking`.
+        scored: whether to score and report; False leaves that to the caller.
 
     Raises ConfigError, DataError or SpecError for input that does not fit, DivergedError when the loss is not finite,
     Interrupted after SIGTERM or SIGINT (the state is saved; resume with `resume="auto"`).
@@ -120,7 +121,7 @@ def train(
         run = Run(path)
         if jax.process_index() == 0:
             saving.save(stepper, path / "model", overwrite=True)
-            if "test" in splits:
+            if scored and "test" in splits:
                 progress.message("Scoring on the test split ...")
                 score(run, splits, stepper)
                 report([path], path / "report.html")
@@ -129,7 +130,7 @@ def train(
 
 def open_data(experiment: Experiment, progress: Any = None) -> dict[str, XarrayDataset]:
     """The splits of an experiment; generates those that are solved and not in the cache yet."""
-    if isinstance(experiment.data, SyntheticConfig):
+    if isinstance(experiment.data, SyntheticConfig | MixtureConfig):
         return experiment.data.open(progress)
     return experiment.data.open()
 
@@ -145,7 +146,7 @@ def initial_stepper(experiment: Experiment, train_split: XarrayDataset) -> Any:
         stepper = saving.load(experiment.start_from)
         stepper.spec.check_same(spec, mine=experiment.start_from, theirs="the training data")
         return stepper
-    normalizer = Normalizer.fit(train_split.windows(), experiment.normalization)
+    normalizer = fit_normalizer(train_split, experiment.normalization)
     constraints = tuple(constraint.build(spec) for constraint in experiment.constraints)
     return build_stepper(experiment.stepper, experiment.model, spec, normalizer, constraints, seed=experiment.seed)
 

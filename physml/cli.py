@@ -11,25 +11,15 @@ import os
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import tyro
 
+from physml.verbs.benchmark import Benchmark
+from physml.verbs.common import Assignments, Common, Words, first_line, frames_until, headline, progress_of
+from physml.verbs.data import VERBS as DATA_VERBS
+
 INTERRUPTED = 75
-Assignments = Annotated[tuple[str, ...], tyro.conf.UseAppendAction]
-Words = tyro.conf.Positional[tuple[str, ...]]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Common:
-    dry_run: bool = False
-    """Check everything and say what would be done, without doing it."""
-    json: bool = False
-    """Print the result as one JSON object."""
-    quiet: bool = False
-    """No progress."""
-    debug: bool = False
-    """Show the traceback of an error."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +58,7 @@ class Train(Common):
         from physml.training import tracking
 
         tracker = None if self.track == "none" else tracking.TRACKERS[self.track](self.out / experiment.name)
-        with _progress(self, "generating") as progress:
+        with progress_of(self, "generating") as progress:
             run = api.train(
                 experiment,
                 folder=self.out,
@@ -78,7 +68,7 @@ class Train(Common):
                 tracker=tracker,
             )
         result = {"run": str(run.folder), "report": str(run.folder / "report.html")}
-        return {**result, "scores": _headline(run.scores)} if (run.folder / "scores.nc").is_file() else result
+        return {**result, "scores": headline(run.scores)} if (run.folder / "scores.nc").is_file() else result
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,7 +106,7 @@ class Rollout(Common):
         from physml.forecast import forecast
 
         stepper = saving.load(self.model)
-        initial = _start(open_dataset(self.initial), self.at, self.trajectory)
+        initial = frames_until(open_dataset(self.initial), self.at, self.trajectory)
         if self.steps < 1:
             raise ConfigError(f"--steps is {self.steps}, but at least 1 frame must be predicted.")
         if self.out.exists() and not self.overwrite:
@@ -124,7 +114,7 @@ class Rollout(Common):
         if self.dry_run:
             return {"would write": str(self.out), "steps": self.steps, "from": dict(initial.sizes)}
         forcing = open_dataset(self.forcing) if self.forcing else None
-        with _progress(self, "rolling out") as progress:
+        with progress_of(self, "rolling out") as progress:
             prediction = forecast(
                 stepper, initial, self.steps, out=self.out, forcing=forcing, chunk=self.chunk, overwrite=self.overwrite,
                 on_divergence=self.on_divergence, progress=progress.update,
@@ -152,6 +142,8 @@ class Evaluate(Common):
     """For a run: override a field of its evaluation, e.g. --set evaluation.steps=50."""
     split: Literal["test", "valid", "train"] = "test"
     """For a run: the split to score on."""
+    scheduler: str | None = None
+    """For a forecast file: address of a dask.distributed cluster, e.g. tcp://HOST:8786; threads by default."""
 
     def run(self) -> dict[str, Any]:
         from physml.errors import ConfigError
@@ -169,10 +161,10 @@ class Evaluate(Common):
         prediction, truth = open_dataset(self.subject), open_dataset(self.truth)
         if self.dry_run:
             return {"would score": self.subject, "against": self.truth}
-        scores = evaluate(prediction, truth)
+        scores = evaluate(prediction, truth, scheduler=self.scheduler)
         if self.out:
             write_netcdf(scores, self.out)
-        return {"scores": _headline(scores), "out": str(self.out) if self.out else None}
+        return {"scores": headline(scores), "out": str(self.out) if self.out else None}
 
     def _run_folder(self) -> dict[str, Any]:
         from physml import api
@@ -186,7 +178,7 @@ class Evaluate(Common):
         run.__dict__["experiment"] = experiment
         scores = api.score(run, experiment.data.open(), split=self.split)
         report([run.folder], run.folder / "report.html")
-        return {"scores": _headline(scores), "report": str(run.folder / "report.html")}
+        return {"scores": headline(scores), "report": str(run.folder / "report.html")}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -255,7 +247,7 @@ class Models(Common):
         from physml.models import MODELS
 
         if self.name is None:
-            rows = {name: _first_line(sys.modules[config.__module__]) for name, config in MODELS.items()}
+            rows = {name: first_line(sys.modules[config.__module__]) for name, config in MODELS.items()}
             return {"models": rows, "families that `physml convert` reads": sorted(FAMILIES)}
         if self.name not in MODELS:
             raise ConfigError(f"There is no model {self.name!r}." + suggest(self.name, MODELS))
@@ -297,160 +289,21 @@ class Doctor(Common):
         return result
 
 
-@dataclass(frozen=True, kw_only=True)
-class Generate(Common):
-    """Solve an equation for many initial states and store the trajectories; continues where it was interrupted.
-
-    Example: physml data generate kolmogorov --out kolmogorov.nc --trajectories 16 --seed 0
-    """
-
-    name: tyro.conf.Positional[str]
-    """The equation; `physml data list` shows them."""
-    out: Path = tyro.MISSING
-    """A .nc file or a .zarr folder."""
-    trajectories: int = 16
-    """How many."""
-    steps: int | None = None
-    """Frames per trajectory; the equation's own choice if not given."""
-    seed: int = 0
-    """The same seed gives the same bytes."""
-    split: Literal["train", "valid", "test"] = "train"
-    """Splits of one seed never share a trajectory."""
-    set: Assignments = ()
-    """Override a field of the solver, e.g. --set viscosity=0.002; may be repeated."""
-    overwrite: bool = False
-    """Replace an existing output."""
-
-    def run(self) -> dict[str, Any]:
-        from physml import coding
-        from physml.data.generate import generate, resolve
-        from physml.solvers import SOLVERS
-
-        config = resolve(self.name, self.set)
-        if self.dry_run:
-            return {
-                "would write": str(self.out),
-                "trajectories": self.trajectories,
-                "solver": coding.to_dict(config, SOLVERS),
-            }
-        with _progress(self, "generating") as progress:
-            path = generate(
-                config, self.out, self.trajectories, seed=self.seed, steps=self.steps, split=self.split,
-                overwrite=self.overwrite, progress=progress,
-            )  # fmt: skip
-        return {"data": str(path), "trajectories": self.trajectories, "bytes": _size(Path(path))}
-
-
-@dataclass(frozen=True, kw_only=True)
-class DataList(Common):
-    """List the equations that can be generated, the formats that can be read, and the dataset cards.
-
-    Example: physml data list
-    """
-
-    def run(self) -> dict[str, Any]:
-        from physml.data import FORMATS
-        from physml.solvers import SOLVERS
-
-        cards = sorted(path.parent.name for path in Path("datasets").glob("*/CARD.md"))
-        return {
-            "generated": {name: _first_line(config) for name, config in SOLVERS.items()},
-            "formats": {name: _first_line(format.open) for name, format in FORMATS.items()},
-            "cards": cards,
-        }
-
-
-@dataclass(frozen=True, kw_only=True)
-class Info(Common):
-    """Describe a dataset: variables, units, grid, times, missing values.
-
-    Example: physml data info kolmogorov.nc
-    """
-
-    path: tyro.conf.Positional[str]
-    """File, folder or URL."""
-    format: str | None = None
-    """Detected from the content if not given."""
-    option: Assignments = ()
-    """An option of the format, e.g. --option split=train; may be repeated."""
-
-    def run(self) -> dict[str, Any]:
-        from physml.data import describe
-
-        return describe(_open(self.path, self.format, self.option))
-
-
-@dataclass(frozen=True, kw_only=True)
-class Stats(Common):
-    """Mean, deviation and increment deviation of every channel, in one streaming pass.
-
-    Example: physml data stats kolmogorov.nc --variables vorticity
-    """
-
-    path: tyro.conf.Positional[str]
-    """File, folder or URL."""
-    variables: tuple[str, ...] = ()
-    """Channels; all gridded variables if not given."""
-    format: str | None = None
-    """Detected from the content if not given."""
-    option: Assignments = ()
-    """An option of the format, e.g. --option split=train; may be repeated."""
-
-    def run(self) -> dict[str, Any]:
-        from physml.data import XarrayDataset, labelled, statistics
-
-        dataset = _open(self.path, self.format, self.option)
-        return statistics(XarrayDataset(dataset, labelled.spec_of(dataset, variables=self.variables or None)))
-
-
-@dataclass(frozen=True, kw_only=True)
-class DataConvert(Common):
-    """Write a dataset of any readable format as netCDF or zarr, chunk by chunk.
-
-    Example: physml data convert cfdbench/cavity cavity.zarr
-    """
-
-    source: tyro.conf.Positional[str]
-    """File, folder or URL."""
-    out: tyro.conf.Positional[Path]
-    """A .nc file or a .zarr folder."""
-    to: Literal["netcdf", "zarr"] | None = None
-    """Told by the suffix if not given."""
-    format: str | None = None
-    """Of the source; detected from the content if not given."""
-    option: Assignments = ()
-    """An option of the source's format, e.g. --option split=train; may be repeated."""
-    zarr_format: Literal[2, 3] = 3
-    """2 for readers that are older than zarr 3."""
-    overwrite: bool = False
-    """Replace an existing output."""
-
-    def run(self) -> dict[str, Any]:
-        from physml.data.export import save_dataset
-
-        dataset = _open(self.source, self.format, self.option)
-        sizes = {str(dim): size for dim, size in dataset.sizes.items()}
-        if self.dry_run:
-            return {"would write": str(self.out), "sizes": sizes, "variables": list(map(str, dataset.data_vars))}
-        path = save_dataset(dataset, self.out, self.to, zarr_format=self.zarr_format, overwrite=self.overwrite)
-        return {"data": str(path), "sizes": sizes, "bytes": _size(path)}
-
-
 VERBS = {
     "train": Train,
     "rollout": Rollout,
     "evaluate": Evaluate,
     "report": Report,
+    "benchmark": Benchmark,
     "convert": Convert,
     "models": Models,
     "doctor": Doctor,
 }
-DATA_VERBS = {"generate": Generate, "list": DataList, "info": Info, "stats": Stats, "convert": DataConvert}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Data:
-    """Generate, list, inspect, convert: `physml data generate|list|info|stats|convert`."""
+    """Generate, fetch, list, inspect, convert: `physml data generate|fetch|list|info|stats|convert`."""
 
     words: Words = field(default=())
 
@@ -465,7 +318,7 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(0)
     if arguments[:1] == ["data"]:
         verbs, program, rest = DATA_VERBS, "physml data", arguments[1:]
-        about = "Datasets: generate, list, inspect, convert."
+        about = "Datasets: generate, fetch, list, inspect, convert."
     else:
         verbs, program, rest = {**VERBS, "data": Data}, "physml", arguments
         about = "Neural surrogates for PDEs and climate: generate data, train, roll out, score, report."
@@ -513,10 +366,15 @@ def _show(verb: Common, result: dict[str, Any]) -> None:
         return
     import yaml
 
-    print(
-        yaml.safe_dump(json.loads(json.dumps(result, default=str)), sort_keys=False, width=120, allow_unicode=True),
-        end="",
-    )
+    class Dumper(yaml.SafeDumper):
+        """Writes texts of several lines as they are."""
+
+    def text(dumper: Any, value: str) -> Any:
+        return dumper.represent_scalar("tag:yaml.org,2002:str", value, style="|" if "\n" in value else None)
+
+    Dumper.add_representer(str, text)
+    plain = json.loads(json.dumps(result, default=str))
+    print(yaml.dump(plain, Dumper=Dumper, sort_keys=False, width=120, allow_unicode=True), end="")
 
 
 def _compile_cache() -> None:
@@ -525,79 +383,6 @@ def _compile_cache() -> None:
         return
     root = Path(os.environ.get("PHYSML_CACHE", Path.home() / ".cache" / "physml"))
     os.environ["JAX_COMPILATION_CACHE_DIR"] = str(root / "compiled")
-
-
-def _progress(verb: Common, what: str):
-    from physml.progress import open_progress
-
-    return open_progress(what, quiet=verb.quiet or verb.json)
-
-
-def _open(path: str, format: str | None, options: Assignments) -> Any:
-    from physml import coding
-    from physml.data import open_dataset
-
-    return open_dataset(path, format, **coding.override({}, options))
-
-
-def _start(data: Any, at: str | None, trajectory: int | None) -> Any:
-    """The frames up to the chosen start."""
-    from physml.errors import DataError
-
-    if trajectory is not None:
-        count = data.sizes.get("trajectory", 1)
-        if not 0 <= trajectory < count:
-            raise DataError(f"--trajectory is {trajectory}, but the dataset has {count}: 0 to {count - 1}.")
-        if "trajectory" in data.dims:
-            data = data.isel(trajectory=[trajectory])
-    if at is None or "time" not in data.dims:
-        return data
-    if at.startswith("#"):
-        count = data.sizes["time"]
-        if not at[1:].isdigit() or int(at[1:]) >= count:
-            raise DataError(f"--at is {at}, but the dataset has frames #0 to #{count - 1}.")
-        return data.isel(time=slice(0, int(at[1:]) + 1))
-    kind = data["time"].dtype.kind
-    try:
-        until = data.sel(time=slice(None, float(at) if kind in "fiu" else at))
-    except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"--at is {at!r}, which is no time of the dataset: {error}") from error
-    if until.sizes["time"] == 0:
-        first, last = data["time"].values[0], data["time"].values[-1]
-        raise DataError(f"--at is {at!r}, but the dataset spans {first} to {last}.")
-    return until
-
-
-def _headline(scores: Any) -> dict[str, Any]:
-    """What fits on a screen: RMSE and correlation at first, middle and last lead, and how long correlation lasts."""
-    last = scores.sizes["lead"] - 1
-    leads = sorted({0, last // 2, last})
-    result: dict[str, Any] = {}
-    for model in scores["model"].values:
-        rows = result[str(model)] = {}
-        for channel in scores["channel"].values:
-            cell = rows[str(channel)] = {}
-            for metric in ("rmse", "correlation"):
-                if metric in scores["metric"]:
-                    values = scores["score"].sel(model=model, metric=metric, channel=channel)
-                    cell[metric] = {f"step {int(scores['step'][i])}": _short(values[i]) for i in leads}
-            times = scores["correlation_time"].sel(model=model, channel=channel)
-            cell["high-correlation time"] = {
-                f"> {float(t):g}": _short(times.sel(threshold=t)) for t in times["threshold"]
-            }
-    return result
-
-
-def _short(value: Any) -> float:
-    return float(f"{float(value):.5g}")
-
-
-def _first_line(thing: Any) -> str:
-    return (thing.__doc__ or "").strip().split("\n")[0]
-
-
-def _size(path: Path) -> int:
-    return path.stat().st_size if path.is_file() else sum(p.stat().st_size for p in path.rglob("*") if p.is_file())
 
 
 if __name__ == "__main__":

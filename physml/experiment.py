@@ -15,7 +15,7 @@ import yaml
 
 from physml import coding
 from physml.constraints import CONSTRAINTS
-from physml.data import DataConfig, SyntheticConfig
+from physml.data import DataConfig, MixtureConfig, SyntheticConfig
 from physml.errors import ConfigError
 from physml.metrics import METRICS
 from physml.models import MODELS
@@ -25,7 +25,7 @@ from physml.parallel.mesh import Layout
 from physml.steppers import STEPPERS, ResidualConfig
 from physml.training import TrainingConfig
 
-DATA = {"files": DataConfig, "synthetic": SyntheticConfig}
+DATA = {"files": DataConfig, "mixture": MixtureConfig, "synthetic": SyntheticConfig}
 
 
 @dataclass(frozen=True)

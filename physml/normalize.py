@@ -13,6 +13,8 @@ from physml.errors import ConfigError, DataError, SpecError
 from physml.fields import Spec, Window
 
 KINDS = ("zscore", "rms", "identity")
+NUMBERS = ("weight", "mean", "square")  # of `Moments`
+PIECE = 2**18  # numbers that are worked on at a time
 
 
 class Statistic(nnx.Variable):
@@ -88,28 +90,34 @@ class Normalizer(nnx.Module):
         `kind` is "zscore" (center and scale), "rms" (scale only: zero stays zero) or "identity".
         Raises DataError when a channel holds a number that is not finite or is constant without "identity".
         """
-        if kind not in KINDS:
-            raise ConfigError(f"normalization is {kind!r}, but it must be one of {KINDS}.")
-        moments: dict[str, Moments] = {}
-        spec, masked = None, False
+        _check(kind)
+        totals = None
         for window in windows:
-            spec = window.spec
             if kind == "identity":
-                return cls.identity(spec, window.mask is not None)
-            masked = masked or window.mask is not None
-            _accumulate(moments, window)
-        if spec is None:
+                return cls.identity(window.spec, window.mask is not None)
+            totals = totals or Totals(window.spec)
+            totals.add(window)
+        if totals is None:
             raise DataError("There is no data to fit the normalization to: the training split is empty.")
+        return cls.of(totals, kind)
+
+    @classmethod
+    def of(cls, totals: "Totals", kind: str = "zscore") -> "Normalizer":
+        """As `fit`, from what a pass over the windows gathered."""
+        _check(kind)
+        spec, moments = totals.spec, totals.moments
+        if kind == "identity":
+            return cls.identity(spec, totals.masked)
         center, scale = moments["channels"].center_scale(kind, [c.name for c in spec.channels])
         steps = moments["increments"]
-        increment = np.where(steps.rms > 0, steps.rms, scale) if steps.weight.sum() > 0 else scale
+        increment = np.where(steps.rms > 0, steps.rms, scale)
 
         def group(name):
             names = [c.name for c in getattr(spec, name)]
             return moments[name].center_scale(kind, names, constant_ok=True) if names else None
 
         groups = (group("forcing"), group("static"), group("parameters"))
-        return cls(spec, center, scale, increment, *groups, masked=masked)
+        return cls(spec, center, scale, increment, *groups, masked=totals.masked)
 
 
 class Moments:
@@ -121,13 +129,31 @@ class Moments:
         self.square = np.zeros(channels)  # weighted sum of squared deviations from the mean
 
     def add(self, values: np.ndarray, weights: np.ndarray | None = None) -> None:
-        """`values (..., channel)`, `weights` broadcastable to it."""
-        values = np.asarray(values, np.float64).reshape(-1, values.shape[-1])
-        weights = np.ones_like(values) if weights is None else weights.reshape(-1, values.shape[-1])
-        total = weights.sum(0)
+        """`values (..., channel)`; `weights` of the same shape, or without leading axes, over which they repeat.
+
+        Copies at most a few MiB at a time, whatever the shape and number format of `values`.
+        """
+        channels = values.shape[-1]
+        weights = np.ones((1, channels)) if weights is None else np.asarray(weights).reshape(-1, channels)
+        values = np.asarray(values).reshape(-1, *weights.shape)  # (repetition, cell, channel)
+        room = max(1, PIECE // max(channels, 1))
+        for cell in range(0, weights.shape[0], room):
+            part = weights[cell : cell + room].astype(np.float64)
+            repeat = max(1, room // len(part))
+            for first in range(0, len(values), repeat):
+                self._merge(values[first : first + repeat, cell : cell + room].astype(np.float64), part)
+
+    def _merge(self, values: np.ndarray, weights: np.ndarray) -> None:
+        """`values (repetition, cell, channel)` are overwritten. `weights (cell, channel)`."""
+        repetitions, cells, channels = values.shape
+        rows, ones = values.reshape(repetitions, -1), np.ones(cells)
+        total = repetitions * weights.sum(0)
         safe = np.where(total > 0, total, 1.0)
-        mean = (weights * values).sum(0) / safe
-        square = (weights * (values - mean) ** 2).sum(0)
+        # Rows are as long as they can be: loops over the few channels of a cell would cost several times more.
+        mean = ones @ (rows.sum(0).reshape(cells, channels) * weights) / safe
+        rows -= np.tile(mean, cells)
+        np.square(rows, out=rows)
+        square = ones @ (rows.sum(0).reshape(cells, channels) * weights)
         delta, both = mean - self.mean, self.weight + total
         share = total / np.where(both > 0, both, 1.0)
         self.mean = self.mean + delta * share
@@ -159,25 +185,87 @@ class Moments:
         return center, np.where(flat, 1.0, scale)
 
 
-def _accumulate(moments: dict[str, Moments], window: Window) -> None:
-    spec = window.spec
-    area = spec.grid.weights()[..., None]
-    cells = np.broadcast_to(area, (*spec.grid.shape, len(spec.channels)))
-    if window.mask is not None:
-        cells = cells * window.mask
-    frames = np.asarray(window.frames, np.float64)
-    continues = bool(len(window.times)) and window.times[0] > 0
-    fresh = frames[int(continues) :]
-    groups = {
-        "channels": (fresh, np.broadcast_to(cells, fresh.shape)),
-        "increments": (np.diff(frames, axis=0), np.broadcast_to(cells, (max(len(frames) - 1, 0), *cells.shape))),
-        "forcing": (window.forcing[int(continues) :], None),
-        "static": (window.static, None),
-        "parameters": (np.asarray(window.parameters)[None], None),
-    }
-    if continues:  # once per trajectory
-        groups = {name: values for name, values in groups.items() if name not in ("static", "parameters")}
-    for name, (values, weights) in groups.items():
-        if values.shape[-1] and values.size:
-            moments.setdefault(name, Moments(values.shape[-1])).add(values, weights)
-    moments.setdefault("increments", Moments(len(spec.channels)))
+class Totals:
+    """What one pass over windows gathers: all that normalization and `physml.data.statistics` are made of.
+
+    Windows have no batch axis. One whose times do not begin at zero continues the one before: its first frame was seen
+    already and counts for the increment only. Cells count by area and mask.
+
+    Attributes:
+        spec: of the windows.
+        moments: of "channels", "increments", "forcing", "static" and "parameters".
+        low, high: extremes of every channel where it exists. missing: sum over frames of the share of hidden cells.
+        frames: how many. masked: whether windows had a mask.
+    """
+
+    def __init__(self, spec: Spec):
+        self.spec = spec
+        sizes = {name: len(getattr(spec, name)) for name in ("channels", "forcing", "static", "parameters")}
+        self.moments = {name: Moments(size) for name, size in {**sizes, "increments": sizes["channels"]}.items()}
+        self.low, self.high = np.full(sizes["channels"], np.inf), np.full(sizes["channels"], -np.inf)
+        self.missing, self.frames, self.masked = np.zeros(sizes["channels"]), 0, False
+
+    def add(self, window: Window) -> None:
+        area = self.spec.grid.weights()[..., None]
+        cells = np.broadcast_to(area, (*self.spec.grid.shape, len(self.spec.channels)))
+        exists = None
+        if window.mask is not None:
+            self.masked, exists = True, np.asarray(window.mask) > 0
+            cells = cells * window.mask
+            self.missing += (len(window.frames) - _seen(window)) * (~exists).mean(axis=tuple(range(exists.ndim - 1)))
+        frames = np.asarray(window.frames)
+        seen = _seen(window)
+        fresh = frames[seen:]
+        self.frames += len(fresh)
+        self._add("channels", fresh, cells)
+        self._add("forcing", np.asarray(window.forcing)[seen:])
+        rows = max(1, PIECE // max(cells.size, 1))  # differences in float64, a few frames at a time
+        for first in range(0, len(frames) - 1, rows):
+            self._add("increments", np.diff(frames[first : first + rows + 1].astype(np.float64), axis=0), cells)
+        if not seen:  # once per trajectory
+            self._add("static", np.asarray(window.static))
+            self._add("parameters", np.asarray(window.parameters)[None])
+        if len(fresh):
+            for bound, reduce, nothing in ((self.low, np.minimum, np.inf), (self.high, np.maximum, -np.inf)):
+                extreme = reduce.reduce(fresh, axis=0)
+                extreme = extreme if exists is None else np.where(exists, extreme, nothing)
+                reduce(bound, reduce.reduce(extreme.reshape(-1, extreme.shape[-1]), axis=0), out=bound)
+
+    def _add(self, name: str, values: np.ndarray, weights: np.ndarray | None = None) -> None:
+        if values.size:
+            self.moments[name].add(values, weights)
+
+    def to_dict(self) -> dict:
+        """Plain JSON-able containers, without the spec; `Totals.from_dict` gives exactly the same numbers."""
+        moments = {name: {key: getattr(m, key).tolist() for key in NUMBERS} for name, m in self.moments.items()}
+        own = {name: getattr(self, name).tolist() for name in ("low", "high", "missing")}
+        return {"moments": moments, **own, "frames": self.frames, "masked": self.masked}
+
+    @classmethod
+    def from_dict(cls, data: dict, spec: Spec) -> "Totals":
+        """Raises KeyError, TypeError or ValueError for containers that `to_dict` did not make for such a spec."""
+        result = cls(spec)
+        for name, moments in result.moments.items():
+            for key in NUMBERS:
+                setattr(moments, key, _numbers(data["moments"][name][key], len(getattr(moments, key))))
+        for name in ("low", "high", "missing"):
+            setattr(result, name, _numbers(data[name], len(spec.channels)))
+        result.frames, result.masked = int(data["frames"]), bool(data["masked"])
+        return result
+
+
+def _check(kind: str) -> None:
+    if kind not in KINDS:
+        raise ConfigError(f"normalization is {kind!r}, but it must be one of {KINDS}.")
+
+
+def _seen(window: Window) -> int:
+    """Leading frames that an earlier window held already."""
+    return int(len(window.times) > 0 and window.times[0] > 0)
+
+
+def _numbers(values: list, size: int) -> np.ndarray:
+    array = np.array(values, np.float64)
+    if array.shape != (size,):
+        raise ValueError(f"{array.shape} numbers instead of {size}")
+    return array

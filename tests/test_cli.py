@@ -67,6 +67,9 @@ def test_every_verb_teaches(capsys, words):
         (["models", "fnoo"], "fno"),
         (["data", "generate", "burger", "--out", "x.nc"], "burgers"),
         (["data", "info", "absent.nc"], "absent.nc"),
+        (["data", "fetch", "the_wel", "--out", "x"], "the_well"),
+        (["data", "fetch", "darcy", "--out", "x"], "neuraloperator"),
+        (["data", "convert", "a.nc", "b"], "does not tell its format"),
         (["data", "stats", "absent.nc"], "absent.nc"),
     ],
 )
@@ -166,6 +169,55 @@ def test_rollout_evaluate_report_follow(capsys, trained, tmp_path):
     code, _, err = call(capsys, "report", trained / "runs/tiny", trained / "runs/tiny", "--out", page)
     assert code == 0, err
     assert page.is_file()
+
+
+def test_data_verbs_work_from_anywhere(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, out, err = call(capsys, "data", "list", "--json")
+    assert code == 0, err
+    listed = json.loads(out)
+    assert set(listed["cards"]["the_well"]) == {"about", "size", "license"}
+    assert {"the_well", "grib", "netcdf"} <= set(listed["formats"])
+    code, out, _ = call(capsys, "data", "info", "the_well")
+    assert code == 0
+    assert "Ohana, R. et al., 2024" in out
+    code, out, _ = call(capsys, "data", "info", "the_well", "--json")
+    assert "the_well/shear_flow" in json.loads(out)["can be fetched"]
+    (tmp_path / "the_well").mkdir()  # a path of that name comes first
+    code, _, err = call(capsys, "data", "info", "the_well")
+    assert code == 2
+    assert "holds no netCDF file" in err
+
+
+def test_fetch_and_convert_say_what_they_would_do_and_do_it(capsys, tmp_path):
+    source = xr.Dataset({"u": (("trajectory", "time", "x"), [[[1.0, 2.0, 4.0]]])})
+    source.to_netcdf(tmp_path / "a.nc")
+    url = f"file://{tmp_path}/a.nc"
+    code, out, err = call(capsys, "data", "fetch", url, "--out", tmp_path / "in", "--dry-run", "--json")
+    assert code == 0, err
+    assert json.loads(out)["would fetch"] == {"a.nc": (tmp_path / "a.nc").stat().st_size}
+    assert not (tmp_path / "in").exists()
+    code, out, err = call(capsys, "data", "fetch", url, "--out", tmp_path / "in", "--quiet")
+    assert code == 0, err
+    assert err == ""
+    assert "sha256" in out
+    code, _, err = call(capsys, "data", "fetch", url, "--out", tmp_path / "in", "--sha256", "0" * 64, "--json")
+    assert code == 2
+    assert "was expected" in json.loads(err)["error"]
+
+    fetched, copy = tmp_path / "in2/a.nc", tmp_path / "well"
+    assert call(capsys, "data", "fetch", url, "--out", tmp_path / "in2")[0] == 0
+    words = ["data", "convert", fetched, copy, "--to", "the_well"]
+    code, out, err = call(capsys, *words, "--dry-run", "--json")
+    assert code == 0, err
+    assert json.loads(out)["as"] == "the_well"
+    assert not copy.exists()
+    code, out, err = call(capsys, *words, "--json")
+    assert code == 0, err
+    assert json.loads(out)["bytes"] > 0
+    assert open_dataset(copy)["u"].values.tolist() == [[[1.0, 2.0, 4.0]]]
+    assert "exists" in call(capsys, *words)[2]
+    assert call(capsys, *words, "--overwrite")[0] == 0
 
 
 def test_convert_makes_a_model_that_load_opens(capsys, tmp_path):

@@ -6,20 +6,24 @@ from physml.data.dataset import XarrayDataset
 from physml.data.export import save_dataset
 from physml.data.labelled import from_frames, spec_of, to_window
 from physml.data.loader import Loader
+from physml.data.mixture import Mixture, MixtureConfig
 from physml.data.sampling import Sample, Samples
-from physml.data.summary import describe, statistics
+from physml.data.summary import describe, fit_normalizer, statistics
 from physml.data.synthetic import SyntheticConfig, cache_folder
 
 __all__ = [
     "FORMATS",
     "DataConfig",
     "Loader",
+    "Mixture",
+    "MixtureConfig",
     "Sample",
     "Samples",
     "SyntheticConfig",
     "XarrayDataset",
     "cache_folder",
     "describe",
+    "fit_normalizer",
     "from_array",
     "from_frames",
     "open_dataset",

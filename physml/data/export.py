@@ -1,4 +1,4 @@
-"""Any labelled data to netCDF-4 or zarr: chunk by chunk, whole or not at all, every number as it was."""
+"""Any labelled data to netCDF-4, zarr or the layout of a benchmark: whole or not at all, every number as it was."""
 
 import contextlib
 import json
@@ -12,10 +12,12 @@ from typing import Any, Literal
 import numpy as np
 import xarray as xr
 
+from physml.data import write_pdearena, write_well
 from physml.data.store import replace
 from physml.errors import ConfigError, DataError, suggest
 
 SUFFIXES = {".nc": "netcdf", ".nc4": "netcdf", ".zarr": "zarr"}
+LAYOUTS = ("netcdf", "pdearena", "the_well", "zarr")
 COMPRESSION = 4
 CONVENTIONS = "CF-1.11"
 
@@ -28,28 +30,25 @@ def save_dataset(
     zarr_format: Literal[2, 3] = 3,
     overwrite: bool = False,
 ) -> Path:
-    """Writes a dataset to netCDF-4 or zarr and returns the path. Reading it back gives the same numbers and labels.
+    """Writes a dataset and returns the path. Reading it back gives the same numbers and labels.
 
-    Holds a few chunks in memory at a time. Packed numbers (scale_factor) are stored unpacked.
+    Holds a few chunks in memory at a time. Packed numbers (scale_factor) are stored unpacked. Benchmark layouts hold
+    what `physml.data.write_well.write` and `physml.data.write_pdearena.write` say; the rest is an error that names it.
 
     Args:
         ds: what to write, lazy or not.
-        out: a .nc file or a .zarr folder; it appears when it is complete.
-        to: "netcdf" or "zarr"; told by the suffix of `out` when None.
+        out: a .nc file or a .zarr folder; for benchmark layouts a folder, or one .h5 or .hdf5 file. It appears when it
+            is complete.
+        to: "netcdf", "zarr", "the_well" or "pdearena"; the first two are told by the suffix of `out` when None.
         zarr_format: 2 for readers that are older than zarr 3.
         overwrite: replaces what is there.
 
-    Raises ConfigError for a format that cannot be told, DataError where `out` exists or cannot be written.
+    Raises ConfigError for a format that cannot be told, DataError where `out` exists or cannot be written, and for what
+    a layout cannot hold.
     """
     out = Path(out)
-    to = to or SUFFIXES.get(out.suffix)
-    if to is None:
-        raise ConfigError(f"{out} does not tell its format. End the name with .nc or .zarr, or say to='netcdf'.")
-    if to not in SUFFIXES.values():
-        raise ConfigError(f"There is no output format {to!r}." + suggest(to, set(SUFFIXES.values())))
-    if out.exists() and not overwrite:
-        raise DataError(f"{out} exists. Choose another name, or pass overwrite=True to replace it.")
-    ds = _portable(ds)
+    to = check_output(out, to, overwrite)
+    ds = _portable(ds) if to in SUFFIXES.values() else ds
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         folder = tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent)
@@ -59,12 +58,32 @@ def save_dataset(
     try:
         if to == "netcdf":
             ds.to_netcdf(temporary, engine="netcdf4", format="NETCDF4", encoding=_packing(ds))
-        else:
+        elif to == "zarr":
             _write_zarr(ds, temporary, zarr_format)
+        elif to == "the_well":
+            write_well.write(ds, temporary)
+        else:
+            write_pdearena.write(ds, temporary, _write_portable_zarr)
         replace(temporary, out)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     return out
+
+
+def check_output(out: Path, to: str | None, overwrite: bool) -> str:
+    """The format to write. Raises ConfigError when nothing tells it, DataError where `out` exists."""
+    to = to or SUFFIXES.get(out.suffix)
+    if to is None:
+        raise ConfigError(f"{out} does not tell its format. End the name with .nc or .zarr, or say to='the_well'.")
+    if to not in LAYOUTS:
+        raise ConfigError(f"There is no output format {to!r}." + suggest(to, LAYOUTS))
+    if out.exists() and not overwrite:
+        raise DataError(f"{out} exists. Choose another name, or overwrite it: overwrite=True, or --overwrite.")
+    return to
+
+
+def _write_portable_zarr(ds: xr.Dataset, path: Path, zarr_format: int) -> None:
+    _write_zarr(_portable(ds), path, zarr_format)
 
 
 def _write_zarr(ds: xr.Dataset, path: Path, zarr_format: int) -> None:

@@ -2,7 +2,7 @@
 
 A format of a benchmark is a function `open_dataset(place, **options) -> xr.Dataset` and a function `recognizes(place)`
 that looks at names and small headers only. Both take a `Place`; what `open_dataset` promises is written at
-`physml.data.open_dataset`. Plain netCDF and zarr come last and take single files, which `netcdf.open_many` joins.
+`physml.data.open_dataset`. Plain GRIB, netCDF and zarr come last and take single files, which `netcdf.open_many` joins.
 """
 
 import os
@@ -15,6 +15,7 @@ from physml.data import (
     carbonbench,
     cfdbench,
     graphcast,
+    grib,
     jax_cfd,
     merra2,
     netcdf,
@@ -52,6 +53,7 @@ FORMATS: dict[str, Format] = {
     "jax_cfd": Format(jax_cfd.open_dataset, jax_cfd.recognizes),
     "graphcast": Format(graphcast.open_dataset, graphcast.recognizes),
     "merra2": Format(merra2.open_dataset, merra2.recognizes),
+    "grib": Format(grib.open_grib),
     "netcdf": Format(netcdf.open_netcdf),
     "zarr": Format(netcdf.open_zarr),
 }

@@ -17,7 +17,7 @@ def guarded(ds: xr.Dataset, source: str) -> xr.Dataset:
     variables = {}
     for name, variable in ds.variables.items():
         if variable.dims != (name,):
-            data = indexing.LazilyIndexedArray(_Guarded(variable, f"{source}: {name!r}"))
+            data = indexing.LazilyIndexedArray(Guarded(variable, f"{source}: {name!r}"))
             layout = {key: value for key, value in variable.encoding.items() if key == "preferred_chunks"}
             variables[name] = xr.Variable(variable.dims, data, variable.attrs, layout)
     result = ds.assign({n: v for n, v in variables.items() if n in ds.data_vars})
@@ -26,7 +26,7 @@ def guarded(ds: xr.Dataset, source: str) -> xr.Dataset:
     return result
 
 
-class _Guarded(BackendArray):
+class Guarded(BackendArray):
     def __init__(self, variable: xr.Variable, label: str):
         self.variable, self.label, self.shape, self.dtype = variable, label, variable.shape, variable.dtype
 

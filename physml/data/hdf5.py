@@ -14,7 +14,7 @@ import xarray as xr
 from xarray.backends import BackendArray, CachingFileManager
 from xarray.core import indexing
 
-from physml.data import netcdf
+from physml.data import netcdf, remote
 from physml.data.place import Place
 from physml.errors import DataError, suggest
 
@@ -107,7 +107,7 @@ class Hdf5:
         if 0 in shape:
             raise DataError(f"{self.place}: {key!r} is empty, its shape is {shape} for {tuple(dims)}.")
         data = indexing.LazilyIndexedArray(_Array(self, key, shape, dtype))
-        encoding = {"preferred_chunks": dict(zip(dims, chunks, strict=True))} if chunks else {}
+        encoding = {"preferred_chunks": dict(zip(dims, chunks, strict=True))} if chunks else {"contiguous": True}
         return xr.Variable(dims, data, dict(attrs or {}), encoding)
 
     def _numbers(self, file: h5py.File, key: str) -> h5py.Dataset:
@@ -179,9 +179,7 @@ def common_sizes(source: Any, fields: Mapping[str, xr.Variable]) -> dict[str, in
 
 def _open(path: str, mode: str, storage_options: dict | None = None) -> h5py.File:
     if netcdf.is_url(path):
-        import fsspec
-
-        return h5py.File(fsspec.open(path, "rb", **(storage_options or {})).open(), mode)
+        return h5py.File(remote.open_file(path, storage_options), mode)
     return h5py.File(path, mode)
 
 

@@ -44,9 +44,10 @@ def join(name: str, parts: Sequence[Part]) -> xr.Variable:
     dims = ("trajectory", *(dim for dim in first.variable.dims if dim != "trajectory"))
     data = indexing.LazilyIndexedArray(_Joined(dims, parts))
     chunks = {k: n for k, n in first.variable.encoding.get("preferred_chunks", {}).items() if k in dims}
-    if chunks:
-        chunks = {"trajectory": 1, **chunks}
-    return xr.Variable(dims, data, dict(first.variable.attrs), {"preferred_chunks": chunks} if chunks else {})
+    encoding = {"preferred_chunks": {"trajectory": 1, **chunks}} if chunks else {}
+    if all(part.variable.encoding.get("contiguous") for part in parts):
+        encoding["contiguous"] = True
+    return xr.Variable(dims, data, dict(first.variable.attrs), encoding)
 
 
 def axis(dim: str, table: str, rows: Sequence[np.ndarray], attrs: dict | None = None) -> dict[str, xr.Variable]:

@@ -1,11 +1,11 @@
 """Batches of windows on Grain: shuffled, prefetched by threads, and positioned by one integer.
 
 The order is a function of (seed, epoch) alone. Every process computes the same global batches and reads its own
-contiguous share, so a run continues on another number of processes with the same samples in the same order.
+contiguous share, so a run continues on another number of processes with the same samples in the same order. Data larger
+than memory are streamed in an order that reads every stored chunk about once per epoch (`physml.data.windows`).
 """
 
 import dataclasses
-import functools
 from collections.abc import Sequence
 
 import grain
@@ -13,7 +13,7 @@ import numpy as np
 
 from physml.contracts import Dataset
 from physml.data.dataset import MEMORY_LIMIT
-from physml.data.sampling import Samples
+from physml.data.sampling import Order, Samples, Shuffled
 from physml.errors import ConfigError, DataError
 from physml.fields import Window, stack
 
@@ -27,8 +27,9 @@ class Loader:
     filled up with the last sample, and `weights` says which samples count.
 
     Args:
-        dataset: any `physml.contracts.Dataset`. One with `preload` is kept in memory when it needs at most `memory`
-            bytes.
+        dataset: any `physml.contracts.Dataset`. One with `shuffled` and `prepare` chooses its own order and gets ready
+            for it: that of files is kept in memory when it needs at most `memory` bytes, and else streamed through a
+            cache of half of `memory`.
         frames: frames per window. batch: windows per global batch.
         seed: of the order.
         process_index, process_count: this process and how many share a batch.
@@ -60,8 +61,11 @@ class Loader:
         self.threads, self.prefetch = threads, prefetch
         self.samples = Samples(tuple(dataset.lengths), frames, tuple(strides), every)
         self._check()
-        if hasattr(dataset, "preload"):
-            dataset.preload(memory)
+        self.order: Order = Shuffled(len(self.samples), seed)
+        if shuffle and hasattr(dataset, "shuffled"):
+            self.order = dataset.shuffled(self.samples, seed, memory)
+        elif hasattr(dataset, "prepare"):
+            dataset.prepare(self.samples, memory)
         self.step = 0
         self._iterator = None
 
@@ -130,10 +134,10 @@ class Loader:
         self.step += 1
         return window
 
-    def _stream(self) -> "_Epochs | _Pass":
+    def _stream(self) -> "_Endless | _Pass":
         """Global batches of sample numbers, by step."""
         if self.shuffle:
-            return _Epochs(len(self.samples), self.batch, self.seed)
+            return _Endless(self.order, self.batch)
         return _Pass(len(self.samples), self.batch, self.pad)
 
     def _share(self, numbers: np.ndarray) -> np.ndarray:
@@ -158,29 +162,21 @@ class Loader:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Epochs:
-    """Batches of sample numbers, epoch after epoch, each in an order of its own; random access, as Grain wants it."""
+class _Endless:
+    """Batches of sample numbers out of an order; random access, as Grain wants it.
 
-    samples: int
+    Inside a batch, samples stand by lanes: then each process needs the blocks of few lanes, not all that are open.
+    """
+
+    order: Order
     batch: int
-    seed: int
 
     def __len__(self) -> int:
         return 2**62 // self.batch
 
     def __getitem__(self, step: int) -> np.ndarray:
-        numbers = np.arange(step * self.batch, (step + 1) * self.batch)
-        epochs, places = np.divmod(numbers, self.samples)
-        result = np.empty_like(numbers)
-        for epoch in range(int(epochs[0]), int(epochs[-1]) + 1):
-            result[epochs == epoch] = _order(self.samples, self.seed, epoch)[places[epochs == epoch]]
-        return result
-
-
-@functools.lru_cache(maxsize=4)
-def _order(samples: int, seed: int, epoch: int) -> np.ndarray:
-    """The order of the samples in one epoch: a function of (seed, epoch) alone."""
-    return np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, epoch]))).permutation(samples)
+        numbers = self.order.at(np.arange(step * self.batch, (step + 1) * self.batch))
+        return numbers[np.argsort(self.order.lanes(numbers), kind="stable")]
 
 
 @dataclasses.dataclass(frozen=True)

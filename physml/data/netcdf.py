@@ -11,6 +11,7 @@ import struct
 import uuid
 import warnings
 from collections.abc import Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -18,31 +19,32 @@ import xarray as xr
 
 from physml.data import axes as ax
 from physml.data.heaps import HEAD, check_heaps
-from physml.errors import DataError, suggest
+from physml.data.remote import file_system, first_line, is_there, is_url, open_file, zarr_store
+from physml.errors import DataError, PhysmlError, suggest
 
 HDF5 = b"\x89HDF\r\n\x1a\n"
+GRIB = b"GRIB"
 ZARR_FILES = ("zarr.json", ".zgroup", ".zmetadata", ".zarray")
 CHUNK_BYTES = 8 * 2**20
 
 
 def detect(path: str, storage_options: dict | None = None) -> str:
-    """ "netcdf" or "zarr", by content. Raises DataError when the path is missing or is neither."""
+    """ "netcdf", "grib" or "zarr", by content. Raises DataError when the path is missing or is none of them."""
     if is_zarr(path, storage_options):
         return "zarr"
-    magic(path, storage_options)
-    return "netcdf"
+    return "grib" if magic(path, storage_options) == GRIB else "netcdf"
 
 
 def open_netcdf(path: str, *, chunks=None, group: str | None = None, decode_times: bool = True, storage_options=None):
     """One netCDF file, lazily. `group` is a group inside the file."""
     signature = magic(path, storage_options)
+    if signature == GRIB:
+        raise DataError(f"{path} is GRIB, not netCDF. Leave out format='netcdf'.")
     options = {"chunks": chunks, "decode_times": decode_times, "cache": False}
     if group is not None:
         options["group"] = group
     if is_url(path):
-        import fsspec
-
-        target = fsspec.open(path, "rb", **(storage_options or {})).open()
+        target = open_file(path, storage_options)
         options["engine"] = "h5netcdf" if signature == HDF5 else "scipy"
     else:
         if signature != HDF5:
@@ -61,6 +63,8 @@ def open_zarr(path: str, *, chunks=None, group: str | None = None, decode_times:
     target = path
     if not is_url(path) and os.path.isfile(path):
         target, storage_options = zarr.storage.ZipStore(path, mode="r"), None
+    elif is_url(path) and (kept := zarr_store(path, storage_options, _header(path, storage_options))) is not None:
+        target, storage_options = kept, None
     options = {"group": group, "chunks": chunks, "decode_times": decode_times, "storage_options": storage_options}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Failed to open Zarr store with consolidated")
@@ -84,6 +88,7 @@ def open_many(paths: Sequence[str], opener, **options) -> xr.Dataset:
         names = [members[0][0] for members in groups.values()]
         result = _merge(joined, names)
     result.encoding["source"] = f"{paths[0]} (and {len(paths) - 1} more)"
+    result.encoding["files"] = tuple(map(str, paths))
     return result
 
 
@@ -111,16 +116,15 @@ def expand(path, storage_options: dict | None = None) -> list[str]:
 
 def in_chunks(ds: xr.Dataset) -> xr.Dataset:
     """Fields as dask arrays: in the chunks of the file, or, where it has none, in runs of frames of about 8 MiB."""
-    chunked = {}
-    for name, variable in ds.data_vars.items():
+    result = ds.copy()
+    for name, variable in result.data_vars.items():
         if variable.ndim and not variable.chunks:
             own = variable.encoding.get("preferred_chunks")
             if not own or not {*own} <= {*variable.dims}:  # those of the file may have been renamed
                 own = _runs(ds, variable)
-            # A name of our own: dask would read the whole variable to make one from its content.
-            chunked[name] = variable.chunk(own, token=uuid.uuid4().hex)
-    result = ds.assign(chunked)
-    result.encoding = dict(ds.encoding)
+            # A name of our own: dask would read the whole variable to make one from its content. Data are replaced in
+            # place, because assigning variables would align them with the others, for every file of many.
+            result.variables[name].data = variable.variable.chunk(own, name=f"{name}-{uuid.uuid4().hex}").data
     return result
 
 
@@ -185,34 +189,10 @@ def _open(path: str, read):
     return ds
 
 
-def first_line(error: Exception) -> str:
-    """Of its message."""
-    return (str(error).strip().splitlines() or [""])[0][:200]
-
-
-def is_url(path: str) -> bool:
-    """Whether a path is an fsspec URL."""
-    return "://" in path or "::" in path
-
-
-def file_system(url: str, storage_options: dict | None):
-    """The fsspec file system of a path or URL, and the path in it. Raises DataError when there is no such protocol."""
-    import fsspec
-
-    try:
-        return fsspec.core.url_to_fs(url, **(storage_options or {}))
-    except (ValueError, ImportError) as error:
-        raise DataError(f"{url} cannot be reached: {first_line(error)}") from error
-
-
 def is_zarr(path: str, storage_options: dict | None) -> bool:
     """Whether a path is a zarr store: a folder, a zip file or a URL."""
     if is_url(path):
-        system, root = file_system(path, storage_options)
-        try:
-            return any(system.exists(f"{root.rstrip('/')}/{name}") for name in ZARR_FILES)
-        except OSError as error:
-            raise DataError(f"{path} cannot be reached: {first_line(error)}") from error
+        return _header(path, storage_options) is not None
     if os.path.isdir(path):
         return any(os.path.exists(os.path.join(path, name)) for name in ZARR_FILES)
     if not os.path.isfile(path):
@@ -229,24 +209,42 @@ def is_zarr(path: str, storage_options: dict | None) -> bool:
         raise DataError(f"{path} is a damaged zip file ({error}). Copy or download it again.") from error
 
 
-def magic(path: str, storage_options: dict | None) -> bytes:
-    """The signature of a netCDF or HDF5 file. Raises DataError for anything else."""
+def _header(url: str, storage_options: dict | None) -> str | None:
+    """The first of ZARR_FILES that is there."""
+    system, root = file_system(url, storage_options)
+    with reaching(url):
+        return next((n for n in ZARR_FILES if is_there(system, f"{root.rstrip('/')}/{n}", folder=False)), None)
+
+
+@contextmanager
+def reaching(url: str, what: str = "reached"):
+    """Failures of a file system, of which every one has its own, as DataError."""
     try:
-        if is_url(path):
-            system, root = file_system(path, storage_options)
-            size, head = system.size(root), system.cat_file(root, 0, HEAD)
-        else:
-            size = os.path.getsize(path)
-            with open(path, "rb") as file:
-                head = file.read(HEAD)
+        yield
     except FileNotFoundError as error:
-        raise DataError(missing(path)) from error
+        raise DataError(missing(url)) from error
+    except (PhysmlError, MemoryError, IsADirectoryError):
+        raise
+    except Exception as error:
+        if not is_url(url) and not isinstance(error, OSError):
+            raise
+        raise DataError(
+            f"{url} cannot be {what}: {(first_line(error) or type(error).__name__).rstrip('.')}."
+        ) from error
+
+
+def magic(path: str, storage_options: dict | None) -> bytes:
+    """The signature of a netCDF, HDF5 or GRIB file. Raises DataError for anything else."""
+    try:
+        with reaching(path, "read"), open_file(path, storage_options) if is_url(path) else open(path, "rb") as file:
+            head = file.read(HEAD)
+            size = len(head)
     except IsADirectoryError as error:
         raise DataError(f"{path} is a folder, but neither a zarr store nor a folder of netCDF files.") from error
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {first_line(error)}") from error
     if size == 0:
         raise DataError(f"{path} is empty (0 bytes). Copy, download or generate it again.")
+    if head[:4] == GRIB:
+        return GRIB
     if head[:3] == b"CDF" and head[3:4] in (b"\x01", b"\x02", b"\x05"):
         return head[:4]
     # The signature may come after a user block of 512, 1024, 2048, ... bytes.

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
 
-from physml.data import netcdf
+from physml.data import netcdf, remote
 from physml.errors import DataError
 
 SMALL = 2**24  # bytes: no description of a case, list of statistics or index is larger
@@ -50,10 +50,14 @@ class Place:
                      self.path.rstrip("/").rpartition("/")[0], self.storage_options)  # fmt: skip
 
     def is_folder(self) -> bool:
-        return self._ask("isdir")
+        system, root = self._located
+        with netcdf.reaching(self.path):
+            return remote.is_there(system, root, folder=True)
 
     def is_file(self) -> bool:
-        return self._ask("isfile")
+        system, root = self._located
+        with netcdf.reaching(self.path):
+            return remote.is_there(system, root, folder=False)
 
     def names(self) -> list[str]:
         """What a folder holds, sorted, hidden names left out; numbers inside names count as numbers (case2, case10)."""
@@ -74,35 +78,23 @@ class Place:
     @contextmanager
     def opened(self) -> Iterator[Any]:
         """A binary file object. Raises DataError when there is none."""
-        system, root = self._located
-        try:
-            with system.open(root, "rb") as file:
+        with netcdf.reaching(self.path, "read"):
+            file = remote.open_file(self.path, self.storage_options)
+        with file:
+            try:
                 yield file
-        except FileNotFoundError as error:
-            raise DataError(netcdf.missing(self.path)) from error
-        except OSError as error:
-            raise DataError(f"{self.path} cannot be read: {error}.") from error
+            except OSError as error:
+                raise DataError(f"{self.path} cannot be read: {error}.") from error
 
     def size(self) -> int:
-        return int(self._ask("size"))
+        system, root = self._located
+        with netcdf.reaching(self.path):
+            return int(system.size(root))
 
     def _list(self) -> list[str]:
         system, root = self._located
-        try:
+        with netcdf.reaching(self.path, "listed"):
             return [os.path.basename(str(entry).rstrip("/")) for entry in system.ls(root, detail=False)]
-        except FileNotFoundError as error:
-            raise DataError(netcdf.missing(self.path)) from error
-        except OSError as error:
-            raise DataError(f"{self.path} cannot be listed: {error}.") from error
-
-    def _ask(self, question: str) -> Any:
-        system, root = self._located
-        try:
-            return getattr(system, question)(root)
-        except FileNotFoundError as error:
-            raise DataError(netcdf.missing(self.path)) from error
-        except OSError as error:
-            raise DataError(f"{self.path} cannot be reached: {error}.") from error
 
 
 def _natural(name: str) -> list[tuple[int, int | str]]:

@@ -1,12 +1,16 @@
 """Arrays out of a labelled dataset, in the order of a spec, with missing values checked."""
 
 import dataclasses
+import threading
+from collections.abc import Sequence
 
 import numpy as np
 import xarray as xr
 
 from physml.data import axes as ax
 from physml.data import clock as ck
+from physml.data import tensors
+from physml.data.blocks import DaskBlocks, edges
 from physml.data.channels import Field, base_of, missing_variable, resolve, source_of, unit_of
 from physml.errors import DataError, SpecError
 from physml.fields import Channel, Spec, Window
@@ -42,7 +46,11 @@ class Reader:
         self.lengths = self._lengths()
         self.parameters = self._parameters()
         self._static: np.ndarray | None = None
+        self._graphs: dict[str, DaskBlocks] = {}
+        self._tensors: dict[str, object | None] = {}
+        self._lock = threading.Lock()
         self._remembered: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+        self.groups = (spec.channels, spec.forcing)
         self.masked = mask is not None or bool(self.missing(0).any())
 
     def check_units(self) -> None:
@@ -74,11 +82,43 @@ class Reader:
 
     def arrays(self, trajectories: range, frames: range) -> tuple[np.ndarray, np.ndarray]:
         """Frames and forcing `(trajectory, time, *space, channel)`: missing values are checked, then 0."""
-        values = self._read("channels", trajectories, frames)
-        self._check_infinite(values, frames, self.spec.channels)
-        forcing = self._read("forcing", trajectories, frames)
-        self._check_infinite(forcing, frames, self.spec.forcing)
-        return self._fill(values, trajectories, frames), self._fill_forcing(forcing, frames)
+        parts = self.parts(trajectories, frames)
+        shape = (len(trajectories), len(frames), *self.spec.grid.shape)
+        result = tuple(np.empty((*shape, len(channels)), np.float32) for channels in self.groups)
+        self.put(parts, result)
+        return result
+
+    def parts(self, trajectories: range, frames: range) -> tuple[np.ndarray, ...]:
+        """The same as it comes out of the file, for `put`: `(entry, trajectory, time, *space)` of every variable,
+        without the copy that puts them together.
+        """
+        shape = (len(trajectories), len(frames), *self.spec.grid.shape)
+        result: list[np.ndarray] = []
+        for group, channels in zip(("channels", "forcing"), self.groups, strict=True):
+            fields = self.fields[group]
+            found = [self._values(field, trajectories, frames) for field in fields]
+            with np.errstate(over="ignore", invalid="ignore"):
+                finite = all(np.isfinite(values.sum()) for values in found)  # one fast pass
+            if not finite or (self.masked and group == "channels"):
+                whole = np.empty((*shape, len(channels)), np.float32)
+                self._put(fields, found, whole)
+                self._check_infinite(whole, frames, channels)
+                fill = self._fill if group == "channels" else self._fill_forcing
+                whole = fill(whole, *((trajectories, frames) if group == "channels" else (frames,)))
+                found = [np.moveaxis(whole[..., list(field.positions)], -1, 0) for field in fields]
+            result += [np.broadcast_to(v, (len(v), *shape)) for v in found]
+        return tuple(result)
+
+    def put(self, parts: Sequence[np.ndarray], result: tuple[np.ndarray, np.ndarray]) -> None:
+        """Writes parts into frames and forcing `(.., channel)` of their other axes."""
+        count = len(self.fields["channels"])
+        self._put(self.fields["channels"], parts[:count], result[0])
+        self._put(self.fields["forcing"], parts[count:], result[1])
+
+    def _put(self, fields: list[Field], parts: Sequence[np.ndarray], result: np.ndarray) -> None:
+        for field, values in zip(fields, parts, strict=True):
+            for i, position in enumerate(field.positions):
+                result[..., position] = values[i]
 
     def window(self, trajectory: int, frames: range, values: np.ndarray, forcing: np.ndarray) -> Window:
         """A window without a batch axis around arrays that were read already."""
@@ -136,6 +176,27 @@ class Reader:
             self._remembered[key] = missing, mask
         return self._remembered[key]
 
+    def chunks(self) -> tuple[np.ndarray, np.ndarray] | None:
+        """(first trajectories, first frames) of the stored chunks and their ends; None where no field is in chunks.
+
+        Of several fields, the longest chunks along either.
+        """
+        found = []
+        for field in (*self.fields["channels"], *self.fields["forcing"]):
+            variable = self.ds.variables[field.variable]
+            members = np.arange(self.trajectories + 1)  # as good as any where a field has no trajectories
+            if "trajectory" in field.dims:
+                members = edges(variable, field.dims["trajectory"])
+            frames = edges(variable, field.dims["time"]) if "time" in field.dims else None
+            if members is not None and frames is not None:
+                found.append((members, frames))
+        if not found:
+            return None
+        groups, frames = (min(parts, key=len) for parts in zip(*found, strict=True))
+        if len(set(self.lengths)) > 1:  # what is read together must be equally long
+            groups = np.arange(self.trajectories + 1)
+        return groups, frames
+
     # --- arrays (trajectory, time, *space, channel), without time where `frames` is None ---
 
     def _read(self, group: str, trajectories: range, frames: range | None) -> np.ndarray:
@@ -144,10 +205,7 @@ class Reader:
     def _gather(self, fields: list[Field], channels: int, trajectories: range, frames: range | None) -> np.ndarray:
         time = () if frames is None else (len(frames),)
         result = np.empty((len(trajectories), *time, *self.spec.grid.shape, channels), np.float32)
-        for field in fields:
-            values = self._values(field, trajectories, frames)
-            for i, position in enumerate(field.positions):
-                result[..., position] = values[i]
+        self._put(fields, [self._values(field, trajectories, frames) for field in fields], result)
         return result
 
     def _values(self, field: Field, trajectories: range, frames: range | None) -> np.ndarray:
@@ -175,9 +233,13 @@ class Reader:
 
     def _load(self, name: str, selection: dict, order: list[str], trajectories: range, frames: range | None):
         try:
-            picked = self.ds.variables[name].isel(selection)
+            variable = self.ds.variables[name]
+            picked = variable.isel(selection) if variable.chunks is None else self._joined(name).isel(selection)
+            values = self._decoded(name, picked)
+            # Transposed in memory: lazily, xarray would pick every number on its own.
+            values = values.transpose([picked.dims.index(dim) for dim in order])
             with np.errstate(over="ignore"):  # a float64 beyond float32 becomes infinite, which is checked
-                return np.asarray(picked.transpose(*order).values).astype(np.float32)
+                return values.astype(np.float32, copy=False)
         except MemoryError:
             raise
         except Exception as error:  # every backend has its own exceptions for damaged chunks
@@ -186,6 +248,23 @@ class Reader:
                 f"{self.source}: variable {name!r} cannot be read from {where} on ({type(error).__name__}: {error}). "
                 "The file seems damaged: copy, download or generate it again."
             ) from error
+
+    def _decoded(self, name: str, picked: xr.Variable) -> np.ndarray:
+        found = tensors.locate(picked)
+        if found is not None:
+            array, key = found
+            with self._lock:
+                if name not in self._tensors:
+                    self._tensors[name] = tensors.open_array(array)
+            if self._tensors[name] is not None:
+                return tensors.read(self._tensors[name], key)
+        return np.asarray(picked.values)
+
+    def _joined(self, name: str) -> "DaskBlocks":
+        with self._lock:
+            if name not in self._graphs:
+                self._graphs[name] = DaskBlocks(self.ds.variables[name])
+        return self._graphs[name]
 
     def _space_index(self, field: Field) -> dict[str, slice | np.ndarray]:
         dims = [(field.dims[axis.name], axis) for axis in self.spec.grid.axes]

@@ -10,8 +10,9 @@ from physml.data import axes as ax
 from physml.data import clock as ck
 from physml.data.config import read_files
 from physml.data.labelled import source_of
+from physml.data.sidecar import totals
 from physml.errors import DataError
-from physml.normalize import Moments
+from physml.normalize import Normalizer
 
 
 def describe(data, **options) -> dict:
@@ -36,43 +37,33 @@ def describe(data, **options) -> dict:
     }
 
 
-def statistics(dataset: Dataset, chunk: int | None = None) -> dict[str, dict[str, float]]:
+def statistics(dataset: Dataset, chunk: int | None = None, store: bool = False) -> dict[str, dict[str, float]]:
     """Mean, standard deviation, extremes and RMS increment per channel, in one streaming pass (area and mask as
-    weights).
+    weights). `store` keeps and reuses the numbers, see `totals`.
     """
-    names = dataset.spec.names
-    values, increments = Moments(len(names)), Moments(len(names))
-    low, high = np.full(len(names), np.inf), np.full(len(names), -np.inf)
-    missing = np.zeros(len(names))
-    frames = 0
-    for window in dataset.windows(chunk):
-        cells = np.broadcast_to(dataset.spec.grid.weights()[..., None], (*dataset.spec.grid.shape, len(names)))
-        exists = np.ones(cells.shape, bool) if window.mask is None else np.asarray(window.mask) > 0
-        cells = cells * exists
-        seen = int(len(window.times) > 0 and window.times[0] > 0)
-        fresh = np.asarray(window.frames, np.float64)[seen:]
-        frames += len(fresh)
-        values.add(fresh, np.broadcast_to(cells, fresh.shape))
-        steps = np.diff(np.asarray(window.frames, np.float64), axis=0)
-        increments.add(steps, np.broadcast_to(cells, steps.shape))
-        missing += len(fresh) * (~exists).mean(axis=tuple(range(exists.ndim - 1)))
-        flat, there = fresh.reshape(-1, len(names)), np.broadcast_to(exists, fresh.shape).reshape(-1, len(names))
-        low = np.minimum(low, np.where(there, flat, np.inf).min(0, initial=np.inf))
-        high = np.maximum(high, np.where(there, flat, -np.inf).max(0, initial=-np.inf))
-    if frames == 0:
+    found = totals(dataset, store, chunk)
+    if found.frames == 0:
         raise DataError("The dataset has no frames.")
+    values, increments = found.moments["channels"], found.moments["increments"]
     return {
-        name: {
+        channel.name: {
             "mean": float(values.mean[i]),
             "std": float(np.sqrt(values.variance[i])),
-            "min": float(low[i]),
-            "max": float(high[i]),
+            "min": float(found.low[i]),
+            "max": float(found.high[i]),
             "increment_rms": float(increments.rms[i]),
-            "missing": float(missing[i] / frames),
-            "unit": dataset.spec.channels[i].unit,
+            "missing": float(found.missing[i] / found.frames),
+            "unit": channel.unit,
         }
-        for i, name in enumerate(names)
+        for i, channel in enumerate(dataset.spec.channels)
     }
+
+
+def fit_normalizer(dataset: Dataset, kind: str = "zscore", store: bool = True) -> Normalizer:
+    """A normalizer fitted to all frames of a dataset; `store` keeps and reuses the numbers, see `totals`."""
+    if kind == "identity":
+        return Normalizer.fit(dataset.windows(), kind)
+    return Normalizer.of(totals(dataset, store), kind)
 
 
 def _axis(ds: xr.Dataset, dim: str) -> dict:

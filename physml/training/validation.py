@@ -38,8 +38,8 @@ class Validation:
         self.numbers = [i * count // chosen for i in range(chosen)]
         self.dataset, self.samples, self.batch = dataset, Samples(tuple(dataset.lengths), frames), batch
         self.loss, self.layout, self.key = loss, layout, key
-        if hasattr(dataset, "preload"):
-            dataset.preload()
+        if hasattr(dataset, "prepare"):
+            dataset.prepare(self.samples, count=chosen)
 
     def __call__(self, params: dict, rest: dict) -> dict[str, float]:
         """{"valid/loss": ..., "valid/loss/CHANNEL": ...}."""

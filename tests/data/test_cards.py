@@ -7,37 +7,72 @@ import pytest
 import xarray as xr
 from numpy.testing import assert_array_equal
 
-from physml.data import open_dataset, spec_of
+from physml.data import cards, open_dataset, spec_of
 from physml.errors import DataError
+from physml.solvers import SOLVERS
 
 DATASETS = pathlib.Path(__file__).parents[2] / "datasets"
-HEADINGS = [
-    "Equation", "Variables and units", "Grid and boundary", "Parameters", "Splits", "Size", "License", "Citation",
-    "How to get it", "Baseline scores",
-]  # fmt: skip
+NAMES = sorted(path.name for path in DATASETS.iterdir() if path.is_dir())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_cards_follow_one_template(name):
+    lines = (DATASETS / name / "CARD.md").read_text(encoding="utf-8").splitlines()
+    assert lines[0].startswith("# ")
+    assert [line[3:] for line in lines if line.startswith("## ")] == list(cards.HEADINGS)
+    parts = cards.sections(name)
+    assert all(parts[heading] for heading in cards.HEADINGS), "a section is empty"
+
+
+def test_every_source_is_well_formed():
+    known = cards.sources()
+    assert {name.partition("/")[0] for name in known} == {path.parent.name for path in DATASETS.glob("*/source.yaml")}
+    for name, source in known.items():
+        assert source.hub or source.urls or source.page, name
+        assert "{" not in f"{source.hub}{source.page}", name
+        assert all(digest is None or len(digest) == 64 for digest in source.urls.values()), name
+    # What a card says about its repository and what is fetched are one thing.
+    for name, source in known.items():
+        if source.hub:
+            assert source.hub.partition("/")[0] in cards.text(name.partition("/")[0])
+
+
+def test_every_generated_equation_names_its_command():
+    for name in set(NAMES) & set(SOLVERS):
+        assert f"physml data generate {name}" in cards.sections(name)["How to get it"]
+
+
+def test_summaries_fit_a_line():
+    summaries = cards.summaries()
+    assert set(summaries) == set(NAMES)
+    for name, summary in summaries.items():
+        for key in ("about", "size", "license"):
+            assert summary[key], (name, key)
+            assert "\n" not in summary[key]
+    assert summaries["ncep_slp"]["size"] == "3.1 MB (netCDF4, zlib); 8.2 MB in memory"
 
 
 @pytest.mark.parametrize(
-    "name",
+    ("text", "said"),
     [
-        "ncep_slp",
-        "era5_t2m_uk",
-        "darcy",
-        "weatherbench2",
-        "carbonbench",
-        "cfdbench",
-        "pdebench",
-        "graphcast",
-        "merra2",
-        "the_well",
-        "pdearena",
-        "poseidon",
-        "jax_cfd",
+        ("a: [", "no YAML"),
+        ("- a", "should hold keys"),
+        ("hubb: a/b", "unknown key 'hubb'. Did you mean 'hub'"),
+        ("files: ['*.nc']", "neither urls, hub nor page"),
+        ("hub: a/b\nurls: [c]", "urls should map"),
+        ("hub: a/{part}\nparts: {x: y}", "parts should be a list"),
     ],
 )
-def test_cards_follow_one_template(name):
-    text = (DATASETS / name / "CARD.md").read_text()
-    assert [line[3:] for line in text.splitlines() if line.startswith("## ")] == HEADINGS
+def test_broken_sources_are_named(tmp_path, text, said):
+    (tmp_path / "source.yaml").write_text(text)
+    with pytest.raises(DataError, match=said):
+        cards.read_source("made", tmp_path / "source.yaml")
+
+
+def test_cards_that_were_not_installed_are_missed(tmp_path, monkeypatch):
+    monkeypatch.setattr(cards, "FOLDERS", (tmp_path,))
+    with pytest.raises(DataError, match="dataset cards are missing"):
+        cards.names()
 
 
 @pytest.fixture

@@ -163,7 +163,7 @@ def test_regions_cross_the_seam_of_a_file(tmp_path):
         ({"split_by": "trajectory", "train": ("none.txt",)}, DataError, "no index file none.txt"),
         ({"variables": ("pressure",)}, DataError, "no variable 'pressure'"),
         ({"coarsen": 9}, ConfigError, "coarsen=9"),
-        ({"format": "grib"}, ConfigError, "no data format 'grib'"),
+        ({"format": "bufr"}, ConfigError, "no data format 'bufr'"),
     ],
 )
 def test_configs_that_cannot_work_say_why(weather, change, error, message):

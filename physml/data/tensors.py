@@ -1,0 +1,50 @@
+"""Local zarr arrays, decoded by TensorStore.
+
+zarr's own reader hands every chunk through an event loop and the interpreter, which for chunks below a megabyte takes
+longer than decoding them, and keeps other threads of the program waiting.
+"""
+
+from typing import Any
+
+import numpy as np
+import xarray as xr
+
+from physml.data.blocks import backend
+from physml.data.guarded import Guarded
+
+
+def locate(variable: xr.Variable) -> tuple[Any, tuple] | None:
+    """The zarr array behind a lazy variable and the selection of it; None for anything else, and for numbers that are
+    decoded further (scales, masks, times).
+    """
+    found = backend(variable, plain=True)
+    while found is not None and isinstance(found[0], Guarded):
+        found = backend(found[0].variable[found[1]], plain=True)
+    if found is None or type(found[0]).__name__ != "ZarrArrayWrapper":
+        return None
+    return found[0]._array, found[1]
+
+
+def open_array(array: Any) -> Any | None:
+    """A zarr array of a local folder as a `tensorstore.TensorStore`; None where it is elsewhere, or coded in a way that
+    TensorStore does not know.
+    """
+    import tensorstore
+    from zarr.storage import LocalStore
+
+    store, path = array.store_path.store, array.store_path.path
+    if not isinstance(store, LocalStore) or array.dtype.kind not in "iuf":
+        return None
+    driver = "zarr" if array.metadata.zarr_format == 2 else "zarr3"
+    spec = {"driver": driver, "kvstore": {"driver": "file", "path": f"{store.root}/{path}"}}
+    try:
+        opened = tensorstore.open(spec, read=True, open=True).result()
+    except (ValueError, NotImplementedError, OSError):  # zarr itself opened it, and will say what is wrong
+        return None
+    same = opened.shape == array.shape and np.dtype(opened.dtype.numpy_dtype) == array.dtype.newbyteorder("=")
+    return opened if same else None
+
+
+def read(opened: Any, key: tuple) -> np.ndarray:
+    """The selection, as numpy indexes one axis after another. Raises ValueError for chunks that cannot be decoded."""
+    return opened.oindex[key].read(order="C").result()

@@ -1,0 +1,1 @@
+"""What the verbs of the command line are made of. Nothing numerical is imported before a verb runs."""

@@ -22,7 +22,7 @@ from physml.errors import ConfigError
 from physml.fields import ArrayLike, Axis, Channel, Grid
 from physml.solvers import mac
 from physml.solvers.mac import Box, Flow
-from physml.solvers.solver import Range, Solver, Step, require
+from physml.solvers.solver import Range, Solver, Step, check_cells, check_parameters, interval, require
 
 SMALLEST_REYNOLDS = 20.0  # of the cases of "prop": slower ones are steady within a frame and cost the most
 BARRIER_X = 0.5  # m from the inflow, as in CFDBench
@@ -74,16 +74,11 @@ class WallFlow(Solver):
 
     def __post_init__(self):
         check_choices(self)
-        require(self.points >= 4, "points", self.points, "at least 4")
-        multiple = self.solver_points >= self.points and self.solver_points % self.points == 0
-        require(multiple, "solver_points", self.solver_points, f"a multiple of points = {self.points}")
+        check_cells(self)
         require(0 < self.time_step < math.inf, "time_step", self.time_step, "positive")
         require(0 <= self.warmup < math.inf, "warmup", self.warmup, "zero or positive")
         require(0 < self.largest_reynolds < math.inf, "largest_reynolds", self.largest_reynolds, "positive")
-        for name in self.parameters:
-            low, high = interval(getattr(self, name))
-            expected = "positive, or an increasing pair of such numbers"
-            require(0 < low <= high < math.inf, name, getattr(self, name), expected)
+        check_parameters(self, **dict.fromkeys(self.parameters, "positive"))
         if self.subset:
             if not len(self.cases[self.parameters[0]]):
                 raise ConfigError(
@@ -208,10 +203,6 @@ class WallFlow(Solver):
             )
         viscosity, speed = numbers["viscosity"] / numbers["density"], numbers[self.parameters[0]]
         return Box(dx, dy, viscosity, solid=solid, advection=self.advection, speed=speed, **sides)
-
-
-def interval(value: Range) -> tuple[float, float]:
-    return value if isinstance(value, tuple) else (value, value)
 
 
 @dataclass(frozen=True)

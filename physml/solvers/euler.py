@@ -16,7 +16,7 @@ from jaxtyping import Float
 
 from physml.fields import ArrayLike, Channel
 from physml.solvers.finite_volume import FiniteVolume, advance, van_leer
-from physml.solvers.solver import Range, Step, require
+from physml.solvers.solver import Range, Step, check_parameters, require
 
 FLOOR = 1e-8  # least density and pressure
 TAU = 2 * math.pi
@@ -93,7 +93,7 @@ class Euler(FiniteVolume):
         super().__post_init__()
         require(0 < self.length < math.inf, "length", self.length, "positive")
         require(0 < self.courant <= 0.5, "courant", self.courant, "positive and at most 0.5")
-        self.check_range("gamma", 1)
+        check_parameters(self, gamma=(1, math.inf))
 
     @property
     def periodic(self) -> bool:

@@ -8,9 +8,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Float
 
-from physml.errors import ConfigError
 from physml.fields import ArrayLike, Axis, Grid
-from physml.solvers.solver import Solver, require
+from physml.solvers.solver import Solver, check_cells, require
 
 MOST_SUBSTEPS = 1_000_000  # of one stored step: a state that needs more has diverged
 
@@ -25,15 +24,9 @@ class FiniteVolume(Solver):
     advice: ClassVar[str] = "Leave substeps out, so that the stability limit decides, or raise it."
 
     def __post_init__(self):
-        for name in ("points", "solver_points"):
-            require(getattr(self, name) >= 4, name, getattr(self, name), "at least 4")
+        check_cells(self)
         require(self.substeps is None or self.substeps >= 1, "substeps", self.substeps, "at least 1, or left out")
         require(0 < self.time_step < math.inf, "time_step", self.time_step, "positive")
-        if self.solver_points % self.points:
-            raise ConfigError(
-                f"points is {self.points}, but stored cells are whole numbers of the solver's {self.solver_points}. "
-                f"Use solver_points={self.points * max(1, round(self.solver_points / self.points))}."
-            )
 
     @property
     def grid(self) -> Grid:
@@ -42,13 +35,6 @@ class FiniteVolume(Solver):
     @property
     def cells(self) -> int:
         return self.solver_points ** len(self.axes)
-
-    def check_range(self, name: str, low: float, high: float = math.inf) -> None:
-        """Raises ConfigError unless the number or pair `name` lies in the open interval from `low` to `high`."""
-        value = getattr(self, name)
-        first, last = value if isinstance(value, tuple) else (value, value)
-        limits = f"above {low:g}" + (f" and below {high:g}" if high < math.inf else "")
-        require(low < first <= last < high, name, value, f"{limits}, or an increasing pair of such numbers")
 
     def coarsen(self, field: Float[ArrayLike, "*space"]) -> Float[ArrayLike, "*stored"]:
         """Means over the solver's cells in every stored cell."""

@@ -26,7 +26,7 @@ from jaxtyping import Float
 
 from physml.fields import ArrayLike, Channel
 from physml.solvers.finite_volume import FiniteVolume, advance
-from physml.solvers.solver import Range, Step
+from physml.solvers.solver import Range, Step, check_parameters
 
 STAGES = 9
 SAFETY = 0.9  # of the stability limit, because k changes within a step
@@ -126,7 +126,7 @@ class Heat(Diffusion):
 
     def __post_init__(self):
         super().__post_init__()
-        self.check_range("diffusivity", 0)
+        check_parameters(self, diffusivity="positive")
 
     def conductivity(self, u, parameter):
         return jnp.full_like(u, parameter)
@@ -172,7 +172,7 @@ class PorousMedium(Diffusion):
 
     def __post_init__(self):
         super().__post_init__()
-        self.check_range("exponent", 0)
+        check_parameters(self, exponent="positive")
 
     def conductivity(self, u, parameter):
         return _power(u, parameter)
@@ -219,7 +219,7 @@ class Stefan(Diffusion):
 
     def __post_init__(self):
         super().__post_init__()
-        self.check_range("threshold", 0, 1)
+        check_parameters(self, threshold=(0, 1))
 
     def conductivity(self, u, parameter):
         return (u >= parameter).astype(u.dtype)

@@ -14,7 +14,7 @@ from physml.coding import check_choices
 from physml.fields import ArrayLike, Axis, Channel, Grid
 from physml.solvers import fourier, mac
 from physml.solvers.mac import Box, Flow
-from physml.solvers.solver import Range, Solver, Step, require
+from physml.solvers.solver import Range, Solver, Step, check_cells, check_parameters, check_time, require
 
 MODES = 4  # of the initial smoke; steep spectra have nothing beyond
 
@@ -76,23 +76,13 @@ class Smoke(Solver):
 
     def __post_init__(self):
         check_choices(self)
-        require(self.points >= 4, "points", self.points, "at least 4")
-        multiple = self.solver_points >= self.points and self.solver_points % self.points == 0
-        require(multiple, "solver_points", self.solver_points, f"a multiple of points = {self.points}")
-        require(self.substeps >= 1, "substeps", self.substeps, "at least 1")
-        for name in ("length", "time_step", "noise_scale", "noise_smoothness"):
+        check_cells(self)
+        check_time(self)
+        for name in ("length", "noise_scale", "noise_smoothness"):
             require(0 < getattr(self, name) < math.inf, name, getattr(self, name), "positive")
-        require(0 <= self.warmup < math.inf, "warmup", self.warmup, "zero or positive")
+        check_parameters(self, buoyancy="finite")
         longest = self.length / math.sqrt(10) / self.noise_scale
         require(longest < MODES, "noise_scale", self.noise_scale, f"at least {self.length / MODES / math.sqrt(10):.3g}")
-        for name, lowest in (("viscosity", 0.0), ("buoyancy", -math.inf)):
-            value = getattr(self, name)
-            low, high = value if isinstance(value, tuple) else (value, value)
-            expected = "zero or positive" if lowest == 0 else "finite"
-            require(
-                lowest <= low <= high < math.inf and low > -math.inf, name, value,
-                f"{expected}, or an increasing pair of such numbers",
-            )  # fmt: skip
 
     @property
     def grid(self) -> Grid:

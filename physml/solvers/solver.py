@@ -123,18 +123,36 @@ def check_time(solver: Solver) -> None:
     require(0 <= solver.warmup < math.inf, "warmup", solver.warmup, "zero or positive")
 
 
-def check_parameters(solver: Solver, **lowest: str) -> None:
+def check_cells(solver: Solver) -> None:
+    """Raises ConfigError unless stored cells are whole numbers of the solver's cells, at least four of them."""
+    for name in ("points", "solver_points"):
+        require(getattr(solver, name) >= 4, name, getattr(solver, name), "at least 4")
+    if solver.solver_points % solver.points:
+        raise ConfigError(
+            f"points is {solver.points}, but stored cells are whole numbers of the solver's {solver.solver_points}. "
+            f"Use solver_points={solver.points * max(1, round(solver.solver_points / solver.points))}."
+        )
+
+
+def interval(value: Range) -> tuple[float, float]:
+    """Both ends; a number is its own interval."""
+    return value if isinstance(value, tuple) else (value, value)
+
+
+def check_parameters(solver: Solver, **bounds: str | tuple[float, float]) -> None:
     """Raises ConfigError unless every parameter is a number, or an increasing pair, in its range.
 
-    `lowest`: parameter -> "positive" or "finite" where "zero or positive" is not meant.
+    `bounds`: parameter -> "positive", "finite" or an open interval where "zero or positive" is not meant.
     """
     for name in solver.parameters:
-        value = getattr(solver, name)
-        low, high = value if isinstance(value, tuple) else (value, value)
-        bound = lowest.get(name, "zero or positive")
-        enough = {"positive": low > 0, "finite": low > -math.inf, "zero or positive": low >= 0}[bound]
-        expected = f"{bound}, or an increasing pair of such numbers"
-        require(enough and low <= high < math.inf, name, value, expected)
+        value, bound = getattr(solver, name), bounds.get(name, "zero or positive")
+        low, high = interval(value)
+        if isinstance(bound, tuple):
+            inside = bound[0] < low and high < bound[1]
+            bound = f"above {bound[0]:g}" + (f" and below {bound[1]:g}" if bound[1] < math.inf else "")
+        else:
+            inside = {"positive": low > 0, "finite": low > -math.inf, "zero or positive": low >= 0}[bound]
+        require(inside and low <= high < math.inf, name, value, f"{bound}, or an increasing pair of such numbers")
 
 
 def adopt(solver: Solver, choice: str | None, table: dict[str, dict[str, Any]], field: str) -> None:

@@ -3,13 +3,14 @@
 import csv
 import dataclasses
 import json
+import pathlib
 
 import numpy as np
 import pytest
 import xarray as xr
 from numpy.testing import assert_allclose
 
-from physml.benchmarks import BENCHMARKS, CONTENDERS, benchmark, protocol, run
+from physml.benchmarks import BENCHMARKS, CONTENDERS, benchmark, protocol, run, suites
 from physml.benchmarks.contenders import size_of
 from physml.benchmarks.leaderboard import read_entries, write_leaderboard
 from physml.benchmarks.protocol import Published, Task
@@ -35,7 +36,7 @@ def waves(tmp_path_factory):
 def suite(waves, monkeypatch):
     """A benchmark of one small task."""
     small = dataclasses.replace(
-        BENCHMARKS["pdearena"], tasks=lambda root, points, progress: (Task("waves", waves, 4),),
+        BENCHMARKS["pdearena"], tasks=lambda root, points: (Task("waves", waves, 4),),
         published=(
             Published("waves", "theirs", 0.5, "their paper"),
             Published("waves", "pointwise", 0.9, "their paper", floor=True),
@@ -203,6 +204,73 @@ def test_foreign_folders_and_damage_are_named(suite, tmp_path):
     (broken / "entry.json").write_text("no json")
     with pytest.raises(DataError, match=r"entry.json is damaged"):
         write_leaderboard(tmp_path / "board", suite, "pdearena")
+
+
+SAMPLES = pathlib.Path(__file__).parent / "data" / "samples"
+
+
+@pytest.mark.parametrize(
+    ("name", "folder", "tasks"),
+    [
+        ("cfdbench", "cfdbench", ["cavity", "tube", "dam", "cylinder"]),
+        ("pdearena", "pdearena", ["KuramotoSivashinsky1D", "NavierStokes2D", "NavierStokes2D-conditioned"]),
+        ("well", "the_well", ["shear_flow"]),
+    ],
+)
+def test_the_data_of_the_benchmarks_are_found(name, folder, tasks):
+    """Every data set in a folder is a task whose splits open."""
+    found = run.Options(name, str(SAMPLES / folder)).chosen()
+    names = [task.name for task in found]
+    assert set(tasks) <= set(names), names
+    for task in found:
+        if task.name in tasks:
+            splits = task.data.open()
+            assert {"train", "test"} <= set(splits)
+            assert run._stepper_config(task).signature(splits["train"].spec).outputs >= 1
+
+
+def test_conditions_reach_the_networks():
+    """Parameters that vary and fields without time go in; what is constant by construction is not scored."""
+    (flow,) = (task for task in run.Options("well", str(SAMPLES / "the_well")).chosen() if task.name == "shear_flow")
+    spec = flow.data.open()["train"].spec
+    assert [channel.name for channel in spec.static] == ["mask_field"]
+    assert {channel.name for channel in spec.parameters} <= {"Re", "Sc"}
+    tasks = {task.name: task for task in run.Options("poseidon", str(SAMPLES / "poseidon")).chosen()}
+    for name, channels, history in (("NS-Sines", ("u", "v"), 1), ("Poisson-Gauss", ("u",), 0), ("CE-RP", (), 1)):
+        assert (tasks[name].data.variables, tasks[name].history) == (channels, history)
+    for task in tasks.values():  # the samples are too short for the splits of the benchmark
+        whole = dataclasses.replace(
+            task.data, split_by="trajectory", train=(0, 1), valid=(), test=(), options={"normalize": True}
+        )
+        train = whole.open()["train"]
+        assert run._stepper_config(task).signature(train.spec).inputs >= 1
+        assert np.isfinite(train.read(0, range(1)).frames).all()
+
+
+@pytest.mark.parametrize("name", BENCHMARKS)
+def test_every_benchmark_can_generate_its_data(name):
+    """The recipes of all tasks are sound; those of CFDBench are made by `prepare`."""
+    tasks = run.Options(name).chosen()
+    assert tasks
+    for task in tasks:
+        assert task.prepare is not None or {"train", "test"} <= set(task.data.recipes())
+
+
+def test_cases_are_generated_trained_on_and_scored(tmp_path, monkeypatch):
+    """CFDBench without data, tiny: the protocol from nothing to a page."""
+    monkeypatch.setenv("PHYSML_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(suites, "EMBEDDED_CASES", 4)
+    monkeypatch.setattr(run, "MOST", 4)
+    monkeypatch.setattr(run, "FEWEST", 4)
+    out = benchmark("cfdbench", points=16, tasks=["tube"], models=["deeponet"], seeds=1, budget=0.01,
+                    out=tmp_path / "board")  # fmt: skip
+    assert not (tmp_path / "cache" / "generated" / "cfdbench-16" / "cavity").exists()
+    (entries,) = read_entries(out, BENCHMARKS["cfdbench"]).values()
+    assert {entry.model for entry in entries} == {"deeponet", "persistence", "extrapolation"}
+    assert all(np.isfinite(entry.one_step["nmse"]).all() for entry in entries)
+    page = (out / "leaderboard.html").read_text()
+    assert "figure 7" in page
+    assert "Generated data" in page
 
 
 def test_invalid_numbers_of_others_are_not_quoted():

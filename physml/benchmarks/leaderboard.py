@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import xarray as xr
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from physml import __version__
 from physml.benchmarks.protocol import Score, Suite
@@ -277,6 +278,7 @@ def curves(entries: list[Entry], score: Score) -> Figure:
     every = np.concatenate([entry.rollout[score.name].ravel() for entry in entries])
     if score.name != "correlation" and (every[np.isfinite(every)] > 0).any():
         axes.set_yscale("log")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set(xlabel="lead (steps)", ylabel=score.label)
     return drawing.finish(figure, axes)
 

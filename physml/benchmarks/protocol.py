@@ -105,6 +105,7 @@ class Task:
             spread (1: at its beginning).
         history: frames that go in; 0 for problems without time.
         objective: of the training.
+        prepare: makes the data where they are generated, before they are opened.
     """
 
     name: str
@@ -114,6 +115,7 @@ class Task:
     starts: int = 1
     history: int = 1
     objective: Any = OneStep(space="increment")
+    prepare: Callable[[Progress], None] | None = None
 
 
 @dataclass(frozen=True)
@@ -123,7 +125,7 @@ class Suite:
     Attributes:
         title: of the page.
         protocol: how its scores are taken, in a paragraph.
-        tasks: (folder of the data or None, points per axis of generated data or None, progress) -> tasks.
+        tasks: (folder of the data or None, points per axis of generated data or None) -> tasks.
         score: the headline; more: further ones.
         floors: steppers without a network, scored beside.
         models: contenders where none are named.
@@ -133,7 +135,7 @@ class Suite:
 
     title: str
     protocol: str
-    tasks: Callable[[Path | None, int | None, Progress], tuple[Task, ...]]
+    tasks: Callable[[Path | None, int | None], tuple[Task, ...]]
     score: Score
     models: tuple[str, ...]
     embedded: str

@@ -89,12 +89,12 @@ class Options:
     def suite(self) -> Suite:
         return BENCHMARKS[self.name]
 
-    def chosen(self, progress: Progress) -> tuple[Task, ...]:
+    def chosen(self) -> tuple[Task, ...]:
         """The tasks. Raises DataError when the folder holds none, ConfigError for names that are not there."""
         root = Path(self.data) if self.data else None
         if root is not None and not root.exists():
             raise DataError(f"There is no {root}. Give the folder of the data, or none to generate some.")
-        tasks = {task.name: task for task in self.suite.tasks(root, self.points, progress)}
+        tasks = {task.name: task for task in self.suite.tasks(root, self.points)}
         for name in self.tasks:
             if name not in tasks:
                 raise ConfigError(f"{self.name} has no task {name!r}." + suggest(name, tasks))
@@ -146,9 +146,9 @@ def benchmark(
     options = Options(name, str(data or ""), models, seeds, float(budget), size, points, tuple(tasks))
     out = Path(out) if out is not None else Path("benchmarks") / name
     progress = progress or Silent()
+    chosen = options.chosen()
     if dry_run and not options.data:
         return out  # looking at generated data would generate it
-    chosen = options.chosen(progress)
     share = 60 * budget / (len(chosen) * len(models) * seeds)
     plan = None if dry_run else _Plan.open(out, options, share, overwrite)
     for task in chosen:
@@ -156,7 +156,7 @@ def benchmark(
         _check_models(task, opened, models, size)
         if plan is None:
             continue
-        for floor in options.suite.floors:
+        for floor in _floors(options.suite, task):
             _score_floor(out, options.suite, task, opened, floor)
         for model in models:
             _run_model(out, plan, options, task, opened, model, progress)
@@ -173,6 +173,8 @@ class _Opened:
 
     @staticmethod
     def of(task: Task, progress: Progress) -> "_Opened":
+        if task.prepare is not None:
+            task.prepare(progress)
         splits = _open(task.data, progress)
         rollouts = splits["test"] if task.rollout_data is None else _open(task.rollout_data, progress)["test"]
         return _Opened(splits, rollouts)
@@ -183,6 +185,11 @@ def _open(config: Any, progress: Progress) -> dict[str, Any]:
     if missing := {"train", "test"} - set(splits):
         raise DataError(f"The data has no split {min(missing)!r}, which a benchmark needs.")
     return splits
+
+
+def _floors(suite: Suite, task: Task) -> tuple[str, ...]:
+    """Without time there is nothing to persist or extrapolate: the mean of the training solutions remains."""
+    return suite.floors if task.history else ("climatology",)
 
 
 def _stepper_config(task: Task) -> Any:

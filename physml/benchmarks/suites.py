@@ -1,11 +1,15 @@
 """`BENCHMARKS`: the protocols of the field, on their own data or on generated stand-ins of the same equations."""
 
+import functools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from physml.benchmarks import protocol
 from physml.benchmarks.protocol import Published, Suite, Task
-from physml.data import DataConfig, SyntheticConfig
+from physml.data import DataConfig, SyntheticConfig, open_dataset
 from physml.data.cfdbench import PARAMETERS, SUBSETS
 from physml.data.formats import recognize
 from physml.data.synthetic import Counts, cache_folder
@@ -23,31 +27,39 @@ EMBEDDED_OPTIONS = {"tube": {"time_step": 0.02}}  # without a front, the flow th
 # --- CFDBench ---------------------------------------------------------------------------------------------------------
 
 
-def _cfdbench(root: Path | None, points: int | None, progress: Progress) -> tuple[Task, ...]:
+def _cfdbench(root: Path | None, points: int | None) -> tuple[Task, ...]:
     if root is None:
-        from physml.data.cfdbench_writer import generate_cases
-
         points = points or 32
         root = cache_folder() / "generated" / f"cfdbench-{points}"
-        for problem in PROBLEMS:
-            progress.stage(f"generating {problem}")
-            generate_cases(
-                root, problem, cases=EMBEDDED_CASES, points=points, options=EMBEDDED_OPTIONS.get(problem),
-                overwrite=True, progress=progress,
-            )  # fmt: skip
+        return tuple(
+            _case_task(root, problem, SUBSETS, functools.partial(_generate_cases, root, problem, points))
+            for problem in PROBLEMS
+        )
     found = [name for name in PROBLEMS if (root / name).is_dir()]
     if not found:
         raise DataError(f"{root} holds none of the folders {', '.join(PROBLEMS)}. Give the root of CFDBench.")
+    return tuple(_case_task(root, name, [s for s in SUBSETS if (root / name / s).is_dir()]) for name in found)
 
-    def data(problem: str, steady: bool) -> DataConfig:
-        subset = "_".join(name for name in SUBSETS if (root / problem / name).is_dir())
-        options = {"problem": problem, "subset": subset, "steady": steady}
+
+def _case_task(root: Path, problem: str, subsets: Sequence[str], prepare: Any = None) -> Task:
+    def data(steady: bool) -> DataConfig:
+        options = {"problem": problem, "subset": "_".join(subsets), "steady": steady}
         return DataConfig(
             str(root), "cfdbench", variables=("u", "v"), static=("mask",), parameters=PARAMETERS[problem],
             options=options, **OWN_SPLITS,
         )  # fmt: skip
 
-    return tuple(Task(name, data(name, steady=True), 20, data(name, steady=False)) for name in found)
+    return Task(problem, data(steady=True), 20, data(steady=False), prepare=prepare)
+
+
+def _generate_cases(root: Path, problem: str, points: int, progress: Progress) -> None:
+    from physml.data.cfdbench_writer import generate_cases
+
+    progress.stage(f"generating {problem}")
+    generate_cases(
+        root, problem, cases=EMBEDDED_CASES, points=points, options=EMBEDDED_OPTIONS.get(problem), overwrite=True,
+        progress=progress,
+    )  # fmt: skip
 
 
 CFDBENCH = Suite(
@@ -78,9 +90,9 @@ CFDBENCH = Suite(
 # --- one folder, or several of one format -----------------------------------------------------------------------------
 
 
-def _found(root: Path, format: str) -> dict[str, Path]:
-    """Data sets of a format: the folder itself, or what is directly in it."""
-    if recognize(root) == format:
+def _found(root: Path, format: str, one_file_each: bool = False) -> dict[str, Path]:
+    """Data sets of a format: `root` itself, or what is directly in it (always where each is one file)."""
+    if recognize(root) == format and not (one_file_each and root.is_dir()):
         return {root.stem: root}
     inside = sorted(path for path in root.iterdir() if not path.name.startswith(".")) if root.is_dir() else []
     found = {path.stem: path for path in inside if recognize(path) == format}
@@ -89,14 +101,24 @@ def _found(root: Path, format: str) -> dict[str, Path]:
     return found
 
 
+def _conditions(path: Path, format: str) -> dict[str, tuple[str, ...]]:
+    """Fields without time as `static`, numbers that differ between trajectories as `parameters`."""
+    ds = open_dataset(path, format)
+    fields = {str(name): v for name, v in ds.data_vars.items() if v.dtype.kind in "iufb"}
+    static = (name for name, v in fields.items() if "time" not in v.dims and set(v.dims) - {"trajectory"})
+    numbers = {name: v.values for name, v in fields.items() if v.dims == ("trajectory",) and name != "frames"}
+    varying = (name for name, values in numbers.items() if np.isfinite(values).all() and np.ptp(values) > 0)
+    return {"static": tuple(static), "parameters": tuple(varying)}
+
+
 def _generated(name: str, points: int | None, counts: Counts, steps: int, **options: Any) -> SyntheticConfig:
     return SyntheticConfig(name, points, counts, steps, max(steps, 21), options=options)
 
 
-def _pdearena(root: Path | None, points: int | None, progress: Progress) -> tuple[Task, ...]:
+def _pdearena(root: Path | None, points: int | None) -> tuple[Task, ...]:
     if root is not None:
         return tuple(
-            Task(name, DataConfig(str(path), "pdearena", **OWN_SPLITS), 10)
+            Task(name, DataConfig(str(path), "pdearena", **_conditions(path, "pdearena"), **OWN_SPLITS), 10)
             for name, path in _found(root, "pdearena").items()
         )
     counts = Counts(32, 4, 8)
@@ -126,12 +148,33 @@ PDEARENA = Suite(
 )
 
 
-def _poseidon(root: Path | None, points: int | None, progress: Progress) -> tuple[Task, ...]:
+STEADY_SETS = {  # of Poseidon: what is given and what is to be found
+    "SE-AF": {"static": ("airfoil",), "variables": ("rho",)},
+    "Poisson-Gauss": {"static": ("source",), "variables": ("u",)},
+    "Helmholtz": {"static": ("a", "bc"), "variables": ("u",)},
+}
+
+
+def _poseidon_task(name: str, path: Path) -> Task:
+    """Channels that are constant by construction (density and pressure of incompressible flow) are left out."""
+    if name in STEADY_SETS:
+        data = DataConfig(str(path), "poseidon", options={"normalize": True}, **STEADY_SETS[name], **OWN_SPLITS)
+        return Task(name, data, 1, history=0, objective=OneStep())
+    fields: dict[str, tuple[str, ...]] = {}
+    if name.startswith(("NS-", "FNS-")):
+        fields = {"variables": ("u", "v", "tracer") if "Tracer" in name else ("u", "v")}
+    if name.startswith("FNS-"):
+        fields["static"] = ("forcing",)
+    if name.startswith("Wave-"):
+        fields = {"variables": ("u",), "static": ("c",)}
+    if name == "GCE-RT":
+        fields = {"variables": ("rho", "u", "v", "p"), "forcing": ("g",)}
+    return Task(name, DataConfig(str(path), "poseidon", options={"normalize": True}, **fields, **OWN_SPLITS), 20)
+
+
+def _poseidon(root: Path | None, points: int | None) -> tuple[Task, ...]:
     if root is not None:
-        return tuple(
-            Task(name, DataConfig(str(path), "poseidon", options={"normalize": True}, **OWN_SPLITS), 20)
-            for name, path in _found(root, "poseidon").items()
-        )
+        return tuple(_poseidon_task(name, path) for name, path in _found(root, "poseidon", one_file_each=True).items())
     counts, size = Counts(48, 6, 12), points or 32
     gas = {"solver_points": 2 * size, "precision": "float32"}
     flow = {"store": "velocity", "substeps": 20, **gas}
@@ -172,10 +215,10 @@ THE_WELL_ONE_STEP = {
 }
 
 
-def _well(root: Path | None, points: int | None, progress: Progress) -> tuple[Task, ...]:
+def _well(root: Path | None, points: int | None) -> tuple[Task, ...]:
     if root is not None:
         return tuple(
-            Task(name, DataConfig(str(path), "the_well", **OWN_SPLITS), 30)
+            Task(name, DataConfig(str(path), "the_well", **_conditions(path, "the_well"), **OWN_SPLITS), 30)
             for name, path in _found(root, "the_well").items()
         )
     counts, size = Counts(32, 4, 8), points or 32
@@ -203,7 +246,7 @@ WELL = Suite(
 )
 
 
-def _darcy(root: Path | None, points: int | None, progress: Progress) -> tuple[Task, ...]:
+def _darcy(root: Path | None, points: int | None) -> tuple[Task, ...]:
     objective = OneStep(loss=H1())
     if root is None:
         data = SyntheticConfig("darcy_flow", points or 16, Counts(1000, 50, 50))
@@ -239,7 +282,7 @@ DARCY = Suite(
 WEATHER_CHANNELS = {"variables": ("geopotential", "temperature", "2m_temperature"), "levels": (500, 850)}
 
 
-def _weather(root: Path | None, points: int | None, progress: Progress) -> tuple[Task, ...]:
+def _weather(root: Path | None, points: int | None) -> tuple[Task, ...]:
     if root is None:
         flow = _generated("shallow_water_sphere", points or 32, Counts(16, 2, 4), 40)
         return (Task("shallow_water_sphere", flow, 20),)

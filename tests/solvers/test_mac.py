@@ -279,7 +279,7 @@ def test_a_lower_cap_raises_the_viscosity_or_leaves_cases_out():
         ("cavity", {"viscosity": 1e-5}, "Reynolds number reaches 50000.*largest_reynolds is 5000.*Raise viscosity"),
         ("cavity", {"vel_top": (2.0, 1.0)}, "vel_top is .*increasing pair"),
         ("cavity", {"density": 0.0}, "density is 0.0"),
-        ("cavity", {"points": 48}, "points is 48, but stored cells are whole numbers of the solver's 64. Use solver_points=48"),
+        ("cavity", {"points": 48}, "stored cells are whole numbers of the solver's 64. Use solver_points=48"),
         ("cavity", {"subset": "propp"}, "propp.*Did you mean 'prop'"),
         ("cavity", {"subset": "prop", "largest_reynolds": 10.0}, "No case of 'prop'.*Raise largest_reynolds"),
         ("tube", {"time_step": 0.0}, "time_step is 0.0"),

@@ -19,6 +19,7 @@ from physml.data.synthetic import Counts
 from physml.errors import ConfigError, DataError, DivergedError
 from physml.evaluate import evaluate_stepper
 from physml.fields import Axis, Grid, Signature
+from physml.objectives import OneStep
 from physml.steppers import STEPPERS
 
 
@@ -227,6 +228,49 @@ def test_the_data_of_the_benchmarks_are_found(name, folder, tasks):
             splits = task.data.open()
             assert {"train", "test"} <= set(splits)
             assert run._stepper_config(task).signature(splits["train"].spec).outputs >= 1
+
+
+def test_weather_is_scored_against_the_climatology(tmp_path, monkeypatch):
+    """Three days in the real layout: fields on levels and without, ACC; the climatology has a relative RMSE of 1."""
+    store = SAMPLES / "weatherbench2" / "2020-6h-16x8_equiangular_conservative.zarr"
+    (task,) = run.Options("weather", str(store)).chosen()
+    data = dataclasses.replace(
+        task.data, train=("2020-01-01", "2020-01-02"), valid=(), test=("2020-01-03", "2020-01-03")
+    )
+    small = dataclasses.replace(task, data=data, steps=2, starts=1)
+    monkeypatch.setitem(
+        BENCHMARKS, "weather", dataclasses.replace(BENCHMARKS["weather"], tasks=lambda root, points: (small,))
+    )
+    monkeypatch.setattr(run, "MOST", 4)
+    monkeypatch.setattr(run, "FEWEST", 4)
+    out = benchmark("weather", store, models=["ffno"], size="embedded", seeds=1, budget=0.01, out=tmp_path / "board")
+    entries = {entry.model: entry for entry in read_entries(out, BENCHMARKS["weather"])[task.name]}
+    assert_allclose(entries["climatology"].rollout["relative_rmse"], 1.0, rtol=1e-5)
+    assert all(np.isfinite(entry.one_step["acc"]).all() for entry in entries.values())
+    with xr.open_dataset(out / task.name / "ffno" / "seed0" / "rollout.nc", decode_timedelta=True) as scores:
+        assert list(scores.channel.values) == [
+            "geopotential_500", "geopotential_850", "temperature_500", "temperature_850", "2m_temperature"
+        ]  # fmt: skip
+
+
+def test_a_problem_without_time(tmp_path, monkeypatch):
+    """Darcy flow: coefficient to solution, beside the mean of the training solutions."""
+    data = SyntheticConfig("darcy_flow", 8, Counts(12, 2, 6), options={"modes": 8}, cache=str(tmp_path / "cache"))
+    task = Task("darcy", data, 1, history=0, objective=OneStep(loss="h1"))
+    monkeypatch.setitem(
+        BENCHMARKS, "darcy", dataclasses.replace(BENCHMARKS["darcy"], tasks=lambda root, points: (task,))
+    )
+    monkeypatch.setattr(run, "MOST", 4)
+    monkeypatch.setattr(run, "FEWEST", 4)
+    out = benchmark("darcy", models=["fno"], seeds=1, budget=0.01, out=tmp_path / "board")
+    entries = {entry.model: entry for entry in read_entries(out, BENCHMARKS["darcy"])["darcy"]}
+    splits = data.open()
+    mean = np.mean([splits["train"].read(i, range(1)).frames[0] for i in range(12)], axis=0)
+    truth = np.stack([splits["test"].read(i, range(1)).frames[0] for i in range(6)])
+    expected = np.mean([np.linalg.norm(mean - u) / np.linalg.norm(u) for u in truth])
+    assert_allclose(entries["climatology"].one_step["scaled_l2"], expected, rtol=1e-4)
+    assert np.isfinite(entries["fno"].one_step["h1"]).all()
+    assert "rollout" not in (out / "leaderboard.html").read_text().replace("Rollouts", "").split("<table")[1]
 
 
 def test_conditions_reach_the_networks():

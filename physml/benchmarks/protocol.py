@@ -78,6 +78,11 @@ RELATIVE_L1 = Score(
 )  # fmt: skip  # Poseidon
 H1 = Score("h1", "relative H1 error", {"h1": METRICS["h1"]}, _mean_of("h1"))
 RMSE = Score("rmse", "RMSE, mean over channels", {"rmse": METRICS["rmse"]}, _mean_of("rmse"))
+RELATIVE_RMSE = Score(
+    "relative_rmse", "RMSE over that of the climatology, mean over channels", _registered("skill"),
+    lambda table: np.sqrt(1 - table.sel(metric="skill")).mean("channel", skipna=False),
+)  # fmt: skip
+ACC = Score("acc", "anomaly correlation, mean over channels", _registered("acc"), _mean_of("acc"))
 CORRELATION = Score("correlation", "correlation", {"correlation": METRICS["correlation"]}, _mean_of("correlation"))
 
 
@@ -149,6 +154,6 @@ class Suite:
 
 
 __all__ = [
-    "CORRELATION", "H1", "NMSE", "RELATIVE_L1", "RMSE", "SCALED_L2", "SMSE", "VRMSE", "Published", "Score", "Suite",
-    "Task",
+    "ACC", "CORRELATION", "H1", "NMSE", "RELATIVE_L1", "RELATIVE_RMSE", "RMSE", "SCALED_L2", "SMSE", "VRMSE",
+    "Published", "Score", "Suite", "Task",
 ]  # fmt: skip

@@ -171,6 +171,11 @@ class _Opened:
     splits: dict[str, Any]
     rollouts: Any
 
+    @functools.cached_property
+    def climatology(self) -> Any:
+        """The mean of the training split at each time of the year and of the day."""
+        return api.fit_floor(STEPPERS["climatology"](), self.splits["train"])
+
     @staticmethod
     def of(task: Task, progress: Progress) -> "_Opened":
         if task.prepare is not None:
@@ -309,7 +314,8 @@ def _affordable(experiment: Experiment, opened: _Opened, seconds: float) -> int:
 def _score_floor(out: Path, suite: Suite, task: Task, opened: _Opened, floor: str) -> None:
     folder = out / task.name / floor
     if not (folder / DONE).is_file():
-        stepper = api.fit_floor(STEPPERS[floor](), opened.splits["train"])
+        config = STEPPERS[floor]() if task.history else STEPPERS[floor](history=0)
+        stepper = api.fit_floor(config, opened.splits["train"])
         _score(suite, task, opened, stepper, floor, folder, {})
 
 
@@ -319,9 +325,12 @@ def _score(
     """One step over all pairs, rollouts, the worst of them, and what a step costs."""
     folder.mkdir(parents=True, exist_ok=True)
     metrics = {key: metric for score in suite.scores for key, metric in score.metrics.items()}
+    reference = opened.climatology if any(metric.climatology for metric in metrics.values()) else None
 
     def scored(dataset: Any, leads: int, starts: Any, **more: Any) -> xr.Dataset:
-        return evaluate_stepper(stepper, dataset, leads, starts=starts, metrics=metrics, name=name, draws=100, **more)
+        return evaluate_stepper(
+            stepper, dataset, leads, starts=starts, metrics=metrics, climatology=reference, name=name, draws=100, **more
+        )
 
     test, first = opened.splits["test"], stepper.history
     one_step = scored(test, 1, None, per_start=suite.score.median)

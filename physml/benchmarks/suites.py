@@ -295,14 +295,14 @@ def _weather(root: Path | None, points: int | None) -> tuple[Task, ...]:
 
 WEATHER = Suite(
     "Weather",
-    "Trained on 1979-2018, validated on 2019, scored on 2020 (WeatherBench 2). RMSE with cell areas as weights, "
-    "squared errors averaged over starts before the root, in the unit of each field; ACC against the climatology of"
-    " the training years.",
+    "Trained on 1979-2018, validated on 2019, scored on 2020 (WeatherBench 2), with cell areas as weights and squared "
+    "errors averaged over starts before the root. RMSE in units of that of the climatology of the training years, mean "
+    "over fields; ACC against the same climatology. RMSE in the unit of each field is in rollout.nc of every run.",
     _weather,
-    protocol.RMSE,
+    protocol.RELATIVE_RMSE,
     ("fno", "modern_unet", "scot"),
     "barotropically unstable jets of the shallow-water equations on the sphere (extra `sphere`)",
-    more=(protocol.CORRELATION,),
+    more=(protocol.ACC, protocol.RMSE),
 )
 
 BENCHMARKS: dict[str, Suite] = {

@@ -59,17 +59,21 @@ class ClimatologyConfig:
         half_width: days on either side that the day-of-year means are smoothed over, weight 1 - (d / half_width)^2.
         days: slots of the year, 366 or 1 (no season); None: 366 when the training data last for a year or longer.
         hours: slots of the day; None: one per time step of the day, at most 24.
+        history: frames that are given, though none is needed: 1, or 0 for problems without time.
     """
 
     half_width: float = 31.0
     days: int | None = None
     hours: int | None = None
+    history: int = 1
 
     def __post_init__(self):
         if self.days not in (None, 1, DAYS):
             raise ConfigError(f"days is {self.days}, but {DAYS} (seasonal), 1 (not) or None was expected.")
         if self.half_width <= 0 or (self.hours is not None and self.hours < 1):
             raise ConfigError(f"half_width is {self.half_width} and hours {self.hours}, but both must be positive.")
+        if self.history not in (0, 1):
+            raise ConfigError(f"history is {self.history}, but a climatology takes 1 frame, or 0 without time.")
 
     def signature(self, spec: Spec) -> None:
         return None
@@ -201,7 +205,7 @@ class Climatology(nnx.Module):
     """State: the last frame. `mean (days, hours, *space, channel)` in physical units."""
 
     def __init__(self, config: ClimatologyConfig, spec: Spec, mean=None):
-        self.config, self.spec, self.history = config, spec, 1
+        self.config, self.spec, self.history = config, spec, config.history
         shape = (config.days or 1, config.hours or 1, *spec.grid.shape, len(spec.channels))
         self.mean = Statistic(jnp.full(shape, jnp.nan) if mean is None else jnp.asarray(mean, jnp.float32))
 
@@ -210,7 +214,7 @@ class Climatology(nnx.Module):
         return ClimatologyConfig(**options).fit(dataset)
 
     def encode(self, frames, context: Context):
-        return frames[:, -1]
+        return frames[:, -1] if self.history else self.at(context.calendar)
 
     def advance(self, state, context: Context):
         return self.at(context.calendar)

@@ -108,3 +108,14 @@ def test_a_mistake_is_named(name, fields, parts):
     with pytest.raises(ConfigError) as caught:
         SyntheticConfig(name, **fields)
     assert all(part in str(caught.value) for part in parts), caught.value
+
+
+def test_masks_and_parameters_of_a_flow_with_walls_reach_the_windows(tmp_path):
+    counts, options = {"train": 2, "valid": 0, "test": 1}, {"solver_points": 32, "velocity": (0.1, 0.2)}
+    config = SyntheticConfig("dam", 16, counts, 2, options=options, cache=str(tmp_path))
+    window = config.open()["train"].read(1, range(2))
+    assert window.spec.names == ("u", "v")
+    assert [channel.name for channel in window.spec.static] == ["mask"]
+    assert 0 < window.mask.mean() < 1  # the barrier
+    np.testing.assert_array_equal(window.mask, np.repeat(window.static, 2, axis=-1) > 0)
+    assert len(window.parameters) == len(config.solver.drawn) > 0

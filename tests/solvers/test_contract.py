@@ -7,9 +7,8 @@ import pytest
 from numpy.testing import assert_allclose
 
 from physml import coding
-from physml.data import SyntheticConfig, open_dataset
+from physml.data import XarrayDataset, open_dataset, spec_of
 from physml.data.generate import generate
-from physml.data.synthetic import Counts
 from physml.solvers import SOLVERS, make_solver
 from physml.solvers.ensemble import Ensemble, precision
 from physml.solvers.solver import STEADY
@@ -66,6 +65,17 @@ def cast(state, dtype):
     return jax.tree.map(lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, state)
 
 
+def begin(solver, *keys):
+    """Drawn parameters of trajectory 0, and a random state for each key; compiled, which is quicker."""
+
+    @jax.jit
+    def states():
+        drawn = solver.draw(jax.random.key(1), jnp.asarray(0))
+        return drawn, [solver.initial(jax.random.key(key), **drawn) for key in keys]
+
+    return states()
+
+
 def relative(a, b):
     return float(np.linalg.norm(np.asarray(a, float) - b) / max(np.linalg.norm(b), 1e-30))
 
@@ -75,9 +85,8 @@ def test_a_step_keeps_shape_structure_and_precision(name):
     solver = make_solver(name, **SMALL[name])
     assert coding.from_dict(SOLVERS, coding.to_dict(solver, SOLVERS)) == solver
     with jax.enable_x64(True):
-        drawn = solver.draw(jax.random.key(1), jnp.asarray(0))
+        drawn, (state,) = begin(solver, 0)
         assert set(drawn) == set(solver.drawn) <= set(solver.parameters)
-        state = solver.initial(jax.random.key(0), **drawn)
         observe = jax.jit(solver.observe)
         frame = observe(state)
         assert frame.shape == (*solver.grid.shape, len(solver.channels))
@@ -118,9 +127,7 @@ def test_the_slope_of_a_step(name):
     """The gradient through a stored step is the difference quotient along a random direction."""
     solver = make_solver(name, **SMALL[name])
     with jax.enable_x64(True):
-        drawn = solver.draw(jax.random.key(1), jnp.asarray(0))
-        state = solver.initial(jax.random.key(0), **drawn)
-        other = solver.initial(jax.random.key(7), **drawn)
+        drawn, (state, other) = begin(solver, 0, 7)
         weight = jax.random.normal(jax.random.key(3), (*solver.grid.shape, len(solver.channels)))
 
         @jax.jit
@@ -152,10 +159,8 @@ def test_a_file_opens_as_training_data(name, tmp_path):
         assert data[name_].dims == ("trajectory",)
     for key in ("equation", "boundary_conditions", "scheme", "recipe", "history"):
         assert data.attrs[key]
-    config = SyntheticConfig(
-        name, trajectories=Counts(1, 0, 1), steps=steps, options=SMALL[name], cache=str(tmp_path / "cache")
-    )
-    dataset = config.open()["train"]
+    channels, static = ([channel.name for channel in fields] for fields in (solver.channels, solver.statics))
+    dataset = XarrayDataset(data, spec_of(data, channels, static=static, parameters=solver.drawn))
     window = dataset.read(0, range(1))
     assert window.frames.shape == (1, *solver.grid.shape, len(solver.channels))
     assert window.static.shape == (*solver.grid.shape, len(solver.statics))

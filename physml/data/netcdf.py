@@ -68,7 +68,15 @@ def open_zarr(path: str, *, chunks=None, group: str | None = None, decode_times:
     options = {"group": group, "chunks": chunks, "decode_times": decode_times, "storage_options": storage_options}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Failed to open Zarr store with consolidated")
-        return _open(path, lambda: xr.open_zarr(target, **options))
+        ds = _open(path, lambda: xr.open_zarr(target, **options))
+        where = {"path": group or "", "storage_options": storage_options}
+        listed = _open(path, lambda: zarr.open_group(target, mode="r", **where)).metadata.consolidated_metadata
+    if listed is not None:
+        return ds
+    # Without a list of its own, variables come in the order in which the store happened to answer.
+    ordered = ds.drop_vars(list(ds.data_vars)).assign({name: ds[name] for name in sorted(ds.data_vars, key=str)})
+    ordered.encoding = ds.encoding
+    return ordered
 
 
 def open_many(paths: Sequence[str], opener, **options) -> xr.Dataset:

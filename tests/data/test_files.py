@@ -324,3 +324,14 @@ def test_chunked_fields_can_be_renamed(tmp_path):
     ds = open_dataset(tmp_path / "u.nc", rename={"a": "x"})
     assert ds.u.dims == ("trajectory", "time", "x")
     assert_array_equal(ds.u, stored.u)
+
+
+def test_the_order_of_variables_in_a_store_is_no_accident(make, tmp_path):
+    """A store that lists its variables keeps their order; one that does not gives them by name."""
+    ds = make.weather()
+    ds = ds[["t2m", "slp"]]
+    ds.to_zarr(tmp_path / "listed.zarr", zarr_format=2, consolidated=True)
+    ds.to_zarr(tmp_path / "bare.zarr", zarr_format=3, consolidated=False)
+    assert list(open_dataset(tmp_path / "listed.zarr").data_vars) == list(xr.open_zarr(tmp_path / "listed.zarr"))
+    for _ in range(3):
+        assert list(open_dataset(tmp_path / "bare.zarr").data_vars) == ["slp", "t2m"]

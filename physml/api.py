@@ -81,6 +81,7 @@ def train(
     overwrite: bool = False,
     progress: Any = None,
     tracker: Any = None,
+    splits: dict[str, Any] | None = None,
     scored: bool = True,
 ) -> Run:
     """Trains, scores on the test split and writes a report.
@@ -94,6 +95,7 @@ def train(
         overwrite: replace an existing run.
         progress: receives the state of the training, see `physml.training.Progress`.
         tracker: receives the logged numbers, see `physml.training.tracking`.
+        splits: the experiment's data, where they are open already.
         scored: whether to score and report; False leaves that to the caller.
 
     Raises ConfigError, DataError or SpecError for input that does not fit, DivergedError when the loss is not finite,
@@ -107,7 +109,7 @@ def train(
     path = Path(folder) / experiment.name
     experiment.layout.check_batch(experiment.training.batch)
     progress = progress or Silent()
-    splits = open_data(experiment, progress)
+    splits = open_data(experiment, progress) if splits is None else splits
     with experiment.layout.use():
         stepper = initial_stepper(experiment, splits["train"])
         _claim(path, experiment, resume, overwrite)

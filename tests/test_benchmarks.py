@@ -10,6 +10,7 @@ import pytest
 import xarray as xr
 from numpy.testing import assert_allclose
 
+from physml import cli
 from physml.benchmarks import BENCHMARKS, CONTENDERS, benchmark, protocol, run, suites
 from physml.benchmarks.contenders import size_of
 from physml.benchmarks.leaderboard import read_entries, write_leaderboard
@@ -102,6 +103,26 @@ def test_scores_are_those_of_the_rollouts(suite, waves, tmp_path):
     with xr.open_dataset(out / "waves" / "persistence" / "worst.nc") as worst:
         assert worst.attrs["trajectory"] == np.argmax(np.sqrt(error / np.mean(frames[:, 4] ** 2, -1)))
         assert_allclose(worst["u_forecast"][-1], frames[worst.attrs["trajectory"], 0], rtol=1e-6)
+
+
+def test_the_command_line_makes_a_leaderboard(suite, tmp_path, capsys):
+    def call(*words):
+        with pytest.raises(SystemExit) as stop:
+            cli.main(["benchmark", *map(str, words)])
+        return stop.value.code or 0, *capsys.readouterr()
+
+    out = tmp_path / "board"
+    words = ("pdearena", "--models", "ffno", "--seeds", 1, "--budget", 0.01, "--out", out, "--json")
+    code, shown, _ = call(*words, "--dry-run")
+    assert (code, json.loads(shown)["models"], out.exists()) == (0, ["ffno"], False)
+    code, shown, _ = call(*words)
+    assert code == 0
+    best = json.loads(shown)["best at one step"]["waves"]
+    assert list(best.values()) == sorted(best.values())
+    assert set(best) == {"ffno", "persistence", "extrapolation", "climatology"}
+    code, _, error = call("pdearina", "--out", tmp_path / "other")
+    assert code == 2
+    assert "Did you mean 'pdearena'" in error
 
 
 def test_an_interrupted_leaderboard_is_finished(suite, tmp_path, monkeypatch):

@@ -12,7 +12,7 @@ import functools
 import json
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -248,7 +248,7 @@ class _Plan:
         plan.write()
         return plan
 
-    def updates_of(self, key: str, measure: Any) -> int:
+    def updates_of(self, key: str, measure: Callable[[], int]) -> int:
         """The number of updates of a (task, model): decided once, so that an interrupted run goes on with the same."""
         if key not in self.updates:
             self.updates[key] = measure()
@@ -283,7 +283,10 @@ def _run_model(
         run = dataclasses.replace(experiment, name=f"seed{seed}", seed=seed, training=training)
         start = time.perf_counter()
         try:
-            stepper = api.train(run, folder=folder, resume="auto", scored=False, progress=progress).stepper
+            trained = api.train(
+                run, folder=folder, resume="auto", splits=opened.splits, scored=False, progress=progress
+            )
+            stepper = trained.stepper
         except DivergedError as error:
             _finish(folder / run.name, {"updates": updates, "diverged": str(error)})
             continue

@@ -45,7 +45,7 @@ def open_grib(path: str, *, chunks=None, filter_by_keys: dict | None = None, dec
                 "the option filter_by_keys, such as filter_by_keys={'typeOfLevel': 'surface'}."
             ) from error
 
-    ds = netcdf._open(path, read)
+    ds = netcdf.guarded_open(path, read)
     if not ds.data_vars:
         raise DataError(f"{path} holds no GRIB message" + (f" with {filter_by_keys}." if filter_by_keys else "."))
     ds = _named(ds)

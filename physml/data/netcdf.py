@@ -50,7 +50,7 @@ def open_netcdf(path: str, *, chunks=None, group: str | None = None, decode_time
         if signature != HDF5:
             _check_classic_length(path)
         target, options["engine"] = path, "netcdf4"
-    return _open(path, lambda: xr.open_dataset(target, **options))
+    return guarded_open(path, lambda: xr.open_dataset(target, **options))
 
 
 def open_zarr(path: str, *, chunks=None, group: str | None = None, decode_times: bool = True, storage_options=None):
@@ -68,9 +68,9 @@ def open_zarr(path: str, *, chunks=None, group: str | None = None, decode_times:
     options = {"group": group, "chunks": chunks, "decode_times": decode_times, "storage_options": storage_options}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Failed to open Zarr store with consolidated")
-        ds = _open(path, lambda: xr.open_zarr(target, **options))
+        ds = guarded_open(path, lambda: xr.open_zarr(target, **options))
         where = {"path": group or "", "storage_options": storage_options}
-        listed = _open(path, lambda: zarr.open_group(target, mode="r", **where)).metadata.consolidated_metadata
+        listed = guarded_open(path, lambda: zarr.open_group(target, mode="r", **where)).metadata.consolidated_metadata
     if listed is not None:
         return ds
     # Without a list of its own, variables come in the order in which the store happened to answer.
@@ -168,7 +168,7 @@ def name_dimensions(ds: xr.Dataset) -> xr.Dataset:
 # --- one path ---------------------------------------------------------------------------------------------------------
 
 
-def _open(path: str, read):
+def guarded_open(path: str, read):
     try:
         ds = read()
     except DataError:

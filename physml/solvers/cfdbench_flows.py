@@ -22,7 +22,7 @@ from physml.errors import ConfigError
 from physml.fields import ArrayLike, Axis, Channel, Grid
 from physml.solvers import mac
 from physml.solvers.mac import Box, Flow
-from physml.solvers.solver import Range, Solver, Step, check_cells, check_parameters, interval, require
+from physml.solvers.solver import Range, Solver, Step, block_mean, check_cells, check_parameters, interval, require
 
 SMALLEST_REYNOLDS = 20.0  # of the cases of "prop": slower ones are steady within a frame and cost the most
 BARRIER_X = 0.5  # m from the inflow, as in CFDBench
@@ -183,9 +183,8 @@ class WallFlow(Solver):
 
     def observe(self, state: FlowState) -> Float[ArrayLike, "y x 2"]:
         """u and v, means over the stored cells; zero in the obstacle."""
-        fine, many = mac.centered(state.flow), self.solver_points // self.points
-        blocks = fine.reshape(self.points, many, self.points, many, 2)
-        return jnp.mean(blocks, axis=(1, 3)) * state.mask[..., None]
+        means = block_mean(mac.centered(state.flow), self.solver_points // self.points, 2)
+        return means * state.mask[..., None]
 
     def observe_static(self, state: FlowState) -> Float[ArrayLike, "y x 1"]:
         return state.mask[..., None]

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Float
 
 from physml.fields import ArrayLike, Axis, Grid
-from physml.solvers.solver import Solver, check_cells, require
+from physml.solvers.solver import Solver, block_mean, check_cells, require
 
 MOST_SUBSTEPS = 1_000_000  # of one stored step: a state that needs more has diverged
 
@@ -38,11 +38,7 @@ class FiniteVolume(Solver):
 
     def coarsen(self, field: Float[ArrayLike, "*space"]) -> Float[ArrayLike, "*stored"]:
         """Means over the solver's cells in every stored cell."""
-        ratio = self.solver_points // self.points
-        if ratio == 1:
-            return field
-        blocks = [size for points in field.shape for size in (points // ratio, ratio)]
-        return field.reshape(blocks).mean(axis=tuple(range(1, 2 * field.ndim, 2)))
+        return block_mean(field, self.solver_points // self.points, field.ndim)
 
 
 def van_leer(before: ArrayLike, after: ArrayLike) -> jax.Array:

@@ -24,6 +24,7 @@ import numpy as np
 from jaxtyping import Float
 
 from physml.fields import ArrayLike
+from physml.solvers.finite_volume import van_leer
 
 LARGEST_SUBSTEPS = 100_000  # in one call of `advance`: a state that explodes ends as NaN, not in an endless loop
 
@@ -180,10 +181,7 @@ def limited(before: jax.Array, left: jax.Array, right: jax.Array, after: jax.Arr
     """The upwind value between two cells, corrected to second order where that makes no new extremum (van Leer)."""
 
     def value(far, near, next_):
-        backward, forward = near - far, next_ - near
-        product, total = backward * forward, backward + forward
-        slope = jnp.where(product > 0, product, 0) / jnp.where(total == 0, 1, total)  # half the harmonic mean
-        return near + slope
+        return near + van_leer(near - far, next_ - near) / 2
 
     return jnp.where(speed > 0, value(before, left, right), value(after, right, left))
 

@@ -14,7 +14,7 @@ from physml.coding import check_choices
 from physml.fields import ArrayLike, Axis, Channel, Grid
 from physml.solvers import fourier, mac
 from physml.solvers.mac import Box, Flow
-from physml.solvers.solver import Range, Solver, Step, check_cells, check_parameters, check_time, require
+from physml.solvers.solver import Range, Solver, Step, block_mean, check_cells, check_parameters, check_time, require
 
 MODES = 4  # of the initial smoke; steep spectra have nothing beyond
 
@@ -125,5 +125,4 @@ class Smoke(Solver):
     def observe(self, state: SmokeState) -> Float[ArrayLike, "y x 3"]:
         """Smoke, u and v: means over the stored cells."""
         fine = jnp.concatenate([state.smoke[..., None], mac.centered(state.flow)], axis=-1)
-        many = self.solver_points // self.points
-        return jnp.mean(fine.reshape(self.points, many, self.points, many, 3), axis=(1, 3))
+        return block_mean(fine, self.solver_points // self.points, 2)

@@ -134,6 +134,12 @@ def check_cells(solver: Solver) -> None:
         )
 
 
+def block_mean(field: Float[ArrayLike, "*cells"], ratio: int, dims: int) -> Float[ArrayLike, "*stored"]:
+    """Means over blocks of `ratio` cells along each of the first `dims` axes."""
+    blocks = [size for points in field.shape[:dims] for size in (points // ratio, ratio)]
+    return field.reshape(*blocks, *field.shape[dims:]).mean(axis=tuple(range(1, 2 * dims, 2)))
+
+
 def interval(value: Range) -> tuple[float, float]:
     """Both ends; a number is its own interval."""
     return value if isinstance(value, tuple) else (value, value)

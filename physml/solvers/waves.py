@@ -15,7 +15,7 @@ from physml.errors import ConfigError
 from physml.fields import ArrayLike, Axis, Channel, Grid
 from physml.solvers import fourier
 from physml.solvers.fourier import TAU, Spectral
-from physml.solvers.solver import Range, Solver, Step, check_parameters, check_time, require
+from physml.solvers.solver import Range, Solver, Step, block_mean, check_parameters, check_time, require
 
 
 @dataclass(frozen=True)
@@ -225,15 +225,11 @@ class Acoustic(Solver):
     def observe(self, state: dict[str, Float[ArrayLike, "y x"]]) -> Float[ArrayLike, "y2 x2 3"]:
         """Pressure and velocity: means of the stored cells."""
         u, v = ((state[name] + jnp.roll(state[name], 1, axis)) / 2 for name, axis in (("u", 1), ("v", 0)))
-        return self._stored(jnp.stack([state["pressure"], u, v], axis=-1))
+        return block_mean(jnp.stack([state["pressure"], u, v], axis=-1), self.refinement, 2)
 
     def observe_static(self, state: dict[str, Float[ArrayLike, "y x"]]) -> Float[ArrayLike, "y2 x2 1"]:
         """The speed of sound, its mean in the stored cells."""
-        return self._stored(state["sound_speed"][..., None])
-
-    def _stored(self, fields):
-        n, r = self.points, self.refinement
-        return fields.reshape(n, r, n, r, -1).mean((1, 3))
+        return block_mean(state["sound_speed"][..., None], self.refinement, 2)
 
     def _field(self, key, modes):
         """A random field of unit root mean square, the same at every `points`; flat at walls."""

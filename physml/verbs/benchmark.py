@@ -17,8 +17,8 @@ class Benchmark(Common):
     Example: physml benchmark pdearena --data NavierStokes-2D --models fno,sinenet --budget 600
     """
 
-    name: tyro.conf.Positional[Literal["cfdbench", "darcy", "pdearena", "poseidon", "weather", "well"]]
-    """Whose protocol."""
+    name: tyro.conf.Positional[str]
+    """Whose protocol: cfdbench, darcy, pdearena, poseidon, weather or well."""
     data: Path | None = None
     """Folder of the benchmark's data; without it, an embedded version is generated."""
     models: str = ""

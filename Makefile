@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 WORKERS ?= 2
 
-.PHONY: demo test test-slow lint format benchmark peers clean
+.PHONY: demo test test-slow lint format benchmark peers apebench clean
 
 $(VENV)/.installed: pyproject.toml
 	@test -n "$(PYTHON)" || { echo "physml needs Python 3.11 or newer with venv; name one with make PYTHON=..."; exit 1; }
@@ -39,5 +39,12 @@ peers: .venv-peers/.installed  ## an environment with the packages that benchmar
 	.venv-peers/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[dev,peers]'
 	@touch $@
 
+apebench: .venv-apebench/.installed  ## an environment with APEBench, whose exponax physml cannot use
+
+.venv-apebench/.installed:
+	@test -x .venv-apebench/bin/python || $(PYTHON) -m venv .venv-apebench
+	.venv-apebench/bin/python -m pip install --quiet --disable-pip-version-check apebench==0.1.1
+	@touch $@
+
 clean:
-	rm -rf $(VENV) .venv-peers .pytest_cache .ruff_cache
+	rm -rf $(VENV) .venv-peers .venv-apebench .pytest_cache .ruff_cache

@@ -1,7 +1,7 @@
 """The verbs on runs: train one, open one. A run is a folder that describes itself.
 
-runs/NAME/{config.yaml, spec.json, environment.json, log.txt, metrics.jsonl, checkpoints/STEP/, model/, scores.nc,
-           scores.json, sample.nc, report.html}
+runs/NAME/{config.yaml, spec.json, start_from.json, environment.json, log.txt, metrics.jsonl, checkpoints/STEP/, model/,
+           scores.nc, scores.json, sample.nc, report.html}
 """
 
 import dataclasses
@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -24,16 +25,20 @@ import xarray as xr
 
 import physml
 from physml import saving
+from physml.convert.named import load
 from physml.data import MixtureConfig, SyntheticConfig, XarrayDataset, fit_normalizer
 from physml.errors import CheckpointError, ConfigError
-from physml.evaluate import evaluate_stepper, save_scores
+from physml.evaluate import RolloutScores, evaluate_stepper, save_scores
 from physml.experiment import Experiment, load_experiment, to_dict, to_yaml
+from physml.layers.lora import adapted, add_lora, parameters, trained_share
+from physml.parallel.mesh import Layout
 from physml.progress import Silent
 from physml.report import report
-from physml.saving import build_stepper
+from physml.saving import LoadReport, build_stepper
 from physml.steppers import STEPPERS
-from physml.training import fit
+from physml.training import fit, fit_members, spread_members
 
+START = "start_from.json"  # in a run folder: what was loaded before training
 log = logging.getLogger("physml")
 
 
@@ -52,6 +57,12 @@ class Run:
     def stepper(self) -> Any:
         """The trained stepper: model, normalizer and constraints."""
         return saving.load(self.folder)
+
+    @functools.cached_property
+    def loaded(self) -> LoadReport | None:
+        """What became of the weights that training started from; None where it started from none."""
+        path = self.folder / START
+        return LoadReport.from_dict(json.loads(path.read_text())) if path.is_file() else None
 
     @functools.cached_property
     def scores(self) -> xr.Dataset:
@@ -107,19 +118,30 @@ def train(
     if experiment.data is None:
         raise ConfigError("The experiment has no data: set `data` to a DataConfig or a SyntheticConfig.")
     path = Path(folder) / experiment.name
-    experiment.layout.check_batch(experiment.training.batch)
+    layout, seeds = experiment.layout, experiment.seeds
+    layout = spread_members(layout, len(seeds)) if seeds else layout
+    layout.check_batch(experiment.training.batch)
     progress = progress or Silent()
+    source = open_source(experiment)
+    experiment = complete(experiment, source)
     splits = open_data(experiment, progress) if splits is None else splits
-    with experiment.layout.use():
-        stepper = initial_stepper(experiment, splits["train"])
+    with layout.use():
+        stepper, loaded = first_stepper(_of_seed(experiment, 0), splits["train"], source)
+        validate = _validation(experiment, stepper, splits, layout)
+        if seeds and not parameter_count(stepper):
+            raise ConfigError("seeds asks for an ensemble, but the stepper has no network: all would be the same.")
         _claim(path, experiment, resume, overwrite)
-        _describe(path, experiment, stepper)
+        _describe(path, experiment, stepper, loaded)
         if parameter_count(stepper):
             progress.stage("training")
-            stepper = fit(
-                stepper, splits, experiment.objective, experiment.training, experiment.layout, path,
-                seed=experiment.seed, progress=progress, tracker=tracker, resume=resume,
-            ).stepper  # fmt: skip
+            arguments = (splits, experiment.objective, experiment.training, layout, path)
+            options = {"validate": validate, "progress": progress, "tracker": tracker, "resume": resume}
+            if seeds:
+                others = [_of_seed(experiment, i) for i in range(1, len(seeds))]
+                own = [first_stepper(one, splits["train"], source, stepper.normalizer)[0] for one in others]
+                stepper = fit_members([stepper, *own], *arguments, seeds=seeds, **options).stepper
+            else:
+                stepper = fit(stepper, *arguments, seed=experiment.seed, **options).stepper
         run = Run(path)
         if jax.process_index() == 0:
             saving.save(stepper, path / "model", overwrite=True)
@@ -128,6 +150,11 @@ def train(
                 score(run, splits, stepper)
                 report([path], path / "report.html")
     return run
+
+
+def _of_seed(experiment: Experiment, number: int) -> Experiment:
+    """The experiment of one member; itself where it is no ensemble."""
+    return dataclasses.replace(experiment, seed=experiment.seeds[number], seeds=()) if experiment.seeds else experiment
 
 
 def open_data(experiment: Experiment, progress: Any = None) -> dict[str, XarrayDataset]:
@@ -139,18 +166,93 @@ def open_data(experiment: Experiment, progress: Any = None) -> dict[str, XarrayD
 
 def initial_stepper(experiment: Experiment, train_split: XarrayDataset) -> Any:
     """The stepper before training: fitted normalizer, fresh or given weights; without a network a fitted floor."""
-    spec = train_split.spec
+    source = open_source(experiment)
+    return first_stepper(complete(experiment, source), train_split, source)[0]
+
+
+def open_source(experiment: Experiment) -> Any:
+    """The stepper or bare model that `start_from` names; None where it names none."""
+    start = experiment.start_from
+    return None if start is None else load(start.path, weights=start.weights or None)
+
+
+def complete(experiment: Experiment, source: Any) -> Experiment:
+    """The experiment with model and stepper of `source` where it names no model itself.
+
+    Raises ConfigError where a stepper is named that is not the one of the source: one of both would be ignored.
+    """
+    if source is None or experiment.model is not None:
+        return experiment
+    model = source if not hasattr(source, "spec") else getattr(source, "model", None)
+    if model is None:
+        raise ConfigError(f"start_from={experiment.start_from.path!r} has no network: nothing can be taken from it.")
+    config = getattr(source, "config", None) if model is not source else experiment.stepper
+    if experiment.stepper not in (config, Experiment().stepper):
+        raise ConfigError(
+            f"The experiment has no model, so model and stepper are those of {experiment.start_from.path}, but its own "
+            f"stepper is another one: {experiment.stepper}, not {config}. Name the model too, or leave the stepper out."
+        )
+    return dataclasses.replace(experiment, model=model.config, stepper=config)
+
+
+def first_stepper(
+    experiment: Experiment, train_split: XarrayDataset, source: Any = None, normalizer: Any = None
+) -> tuple[Any, LoadReport | None]:
+    """As `initial_stepper`, of a complete experiment, with a report of what was loaded from `source`."""
+    spec, start, lora = train_split.spec, experiment.start_from, experiment.lora
     if experiment.stepper.signature(spec) is None:
-        return fit_floor(experiment.stepper, train_split)
+        if start or lora:
+            raise ConfigError(
+                f"{type(experiment.stepper).__name__} has no network: start_from and lora cannot go with it."
+            )
+        return fit_floor(experiment.stepper, train_split), None
     if experiment.model is None:
         raise ConfigError("The experiment has no model: set `model`, e.g. model=FNOConfig(modes=(16, 16)).")
-    if experiment.start_from:
-        stepper = saving.load(experiment.start_from)
-        stepper.spec.check_same(spec, mine=experiment.start_from, theirs="the training data")
-        return stepper
-    normalizer = fit_normalizer(train_split, experiment.normalization)
+    intervals = getattr(experiment.stepper, "intervals", ())
+    if normalizer is None:
+        normalizer = fit_normalizer(train_split, experiment.normalization, intervals=intervals)
     constraints = tuple(constraint.build(spec) for constraint in experiment.constraints)
-    return build_stepper(experiment.stepper, experiment.model, spec, normalizer, constraints, seed=experiment.seed)
+    stepper = build_stepper(experiment.stepper, experiment.model, spec, normalizer, constraints, seed=experiment.seed)
+    if source is None:
+        return stepper, None
+    loaded = saving.load_into(stepper, source, start.path, strict=start.strict, normalizer=start.normalizer)
+    log.info("%s", loaded)
+    _check_untrained(experiment, stepper, loaded)
+    if lora:
+        stepper = add_lora(stepper, lora, experiment.seed)
+        log.info("LoRA in %d layers: training changes %s of %s numbers.", len(adapted(stepper)),
+                 *(f"{count:,}" for count in trained_share(stepper)))  # fmt: skip
+    return stepper, loaded
+
+
+def _check_untrained(experiment: Experiment, stepper: Any, loaded: LoadReport) -> None:
+    """Raises ConfigError where random numbers that the checkpoint did not fill would be frozen."""
+    lora, own = experiment.lora, parameters(stepper)
+    frozen = [
+        path
+        for path in loaded.untrained
+        if path in own
+        and (
+            experiment.training.optimizer.freezes(path)
+            or (lora and not (lora.train and re.search(lora.train, path)))
+        )
+    ]  # fmt: skip
+    if frozen:
+        advice = "name them in lora.train" if lora else "take them out of the groups whose rate is 0"
+        raise ConfigError(
+            f"{loaded.source} does not fill {', '.join(frozen[:5])}{' and others' if len(frozen) > 5 else ''}: they "
+            f"would stay random, because they are frozen. To train them, {advice}."
+        )
+
+
+def _validation(
+    experiment: Experiment, stepper: Any, splits: dict[str, XarrayDataset], layout: Layout
+) -> RolloutScores | None:
+    if experiment.validation is None:
+        return None
+    if splits.get("valid") is None:
+        raise ConfigError("The experiment has a validation by rollouts, but its data has no split 'valid'. Add one.")
+    return RolloutScores(experiment.validation, stepper, splits["valid"], layout, experiment.seed)
 
 
 def fit_floor(config: Any, train_split: XarrayDataset) -> Any:
@@ -173,6 +275,7 @@ def score(run: Run, splits: dict[str, XarrayDataset], stepper: Any = None, split
         floors=floors,
         metrics=settings.metrics or None,
         spectrum_leads=settings.spectrum_leads or None,
+        key=jax.random.key(run.experiment.seed),
         sample=run.folder / "sample.nc",
         name=run.experiment.name,
     )
@@ -247,9 +350,11 @@ def _claim(path: Path, experiment: Experiment, resume: str, overwrite: bool) -> 
     path.mkdir(parents=True, exist_ok=True)
 
 
-def _describe(path: Path, experiment: Experiment, stepper: Any) -> None:
+def _describe(path: Path, experiment: Experiment, stepper: Any, loaded: LoadReport | None) -> None:
     if jax.process_index() != 0:
         return
     saving.write_text(path / "config.yaml", to_yaml(experiment))
+    if loaded is not None:
+        saving.write_text(path / START, json.dumps(loaded.to_dict(), indent=1))
     saving.write_text(path / "spec.json", json.dumps(stepper.spec.to_dict()))
     saving.write_text(path / "environment.json", json.dumps({"version": physml.__version__, **environment()}, indent=1))

@@ -16,112 +16,14 @@ from typing import Any, Literal
 import tyro
 
 from physml.verbs.benchmark import Benchmark
-from physml.verbs.common import Assignments, Common, Words, first_line, frames_until, headline, progress_of
+from physml.verbs.common import Assignments, Common, Words, first_line, headline
 from physml.verbs.data import VERBS as DATA_VERBS
+from physml.verbs.export import Export
+from physml.verbs.finetune import Finetune
+from physml.verbs.rollout import Rollout
+from physml.verbs.train import Train
 
 INTERRUPTED = 75
-
-
-@dataclass(frozen=True, kw_only=True)
-class Train(Common):
-    """Train a surrogate, score it on the test split beside its floors, and write a report.
-
-    Example: physml train experiments/demo.py --set model.width=24 --name narrow
-    """
-
-    experiment: tyro.conf.Positional[str] = "experiments/demo.py"
-    """A .py file that defines `config`, or a .yaml file."""
-    set: Assignments = ()
-    """Override a field, e.g. --set training.steps=500; may be repeated."""
-    name: str | None = None
-    """Folder of the run inside --out."""
-    out: Path = Path("runs")
-    """Folder that keeps the runs."""
-    resume: Literal["never", "auto"] = "never"
-    """auto: continue the newest complete checkpoint of this run, if there is one."""
-    overwrite: bool = False
-    """Replace an existing run of this name."""
-    track: Literal["none", "tensorboard", "wandb", "mlflow"] = "none"
-    """Also log to a tracker (extra `track`)."""
-
-    def run(self) -> dict[str, Any]:
-        from physml.experiment import load_experiment, to_dict
-        from physml.parallel.mesh import start_distributed
-
-        start_distributed()
-        experiment = load_experiment(self.experiment, self.set)
-        if self.name:
-            experiment = dataclasses.replace(experiment, name=self.name)
-        if self.dry_run:
-            return {"would train": str(self.out / experiment.name), "experiment": to_dict(experiment)}
-        from physml import api
-        from physml.training import tracking
-
-        tracker = None if self.track == "none" else tracking.TRACKERS[self.track](self.out / experiment.name)
-        with progress_of(self, "generating") as progress:
-            run = api.train(
-                experiment,
-                folder=self.out,
-                resume=self.resume,
-                overwrite=self.overwrite,
-                progress=progress,
-                tracker=tracker,
-            )
-        result = {"run": str(run.folder), "report": str(run.folder / "report.html")}
-        return {**result, "scores": headline(run.scores)} if (run.folder / "scores.nc").is_file() else result
-
-
-@dataclass(frozen=True, kw_only=True)
-class Rollout(Common):
-    """Forecast with a saved model, from the last frames of a dataset.
-
-    Example: physml rollout runs/demo --initial start.nc --steps 200 --out forecast.zarr
-    """
-
-    model: tyro.conf.Positional[str]
-    """A run, or a folder made by `physml.save`."""
-    initial: str = tyro.MISSING
-    """Dataset whose last frames the forecast starts from."""
-    steps: int = 100
-    """Number of frames to predict."""
-    out: Path = Path("forecast.zarr")
-    """Where the forecast is streamed to: .zarr or .nc."""
-    at: str | None = None
-    """Start at this time (a date or a number) or frame (#12) instead of the last one."""
-    trajectory: int | None = None
-    """Take one trajectory of the dataset instead of all."""
-    forcing: str | None = None
-    """Dataset of prescribed fields over the forecast, when they are not in --initial."""
-    chunk: int | None = None
-    """Frames held in memory at once."""
-    on_divergence: Literal["raise", "stop", "flag"] = "stop"
-    """What to do when a trajectory leaves the finite numbers."""
-    overwrite: bool = False
-    """Replace an existing output."""
-
-    def run(self) -> dict[str, Any]:
-        from physml import saving
-        from physml.data import open_dataset
-        from physml.errors import ConfigError
-        from physml.forecast import forecast
-
-        stepper = saving.load(self.model)
-        initial = frames_until(open_dataset(self.initial), self.at, self.trajectory)
-        if self.steps < 1:
-            raise ConfigError(f"--steps is {self.steps}, but at least 1 frame must be predicted.")
-        if self.out.exists() and not self.overwrite:
-            raise ConfigError(f"{self.out} exists. Choose another --out, or give --overwrite.")
-        if self.dry_run:
-            return {"would write": str(self.out), "steps": self.steps, "from": dict(initial.sizes)}
-        forcing = open_dataset(self.forcing) if self.forcing else None
-        with progress_of(self, "rolling out") as progress:
-            prediction = forecast(
-                stepper, initial, self.steps, out=self.out, forcing=forcing, chunk=self.chunk, overwrite=self.overwrite,
-                on_divergence=self.on_divergence, progress=progress.update,
-            )  # fmt: skip
-        sizes = {str(name): int(size) for name, size in prediction.sizes.items()}
-        completed = [int(steps) for steps in prediction["steps_completed"].values.ravel()]
-        return {"forecast": str(self.out), "sizes": sizes, "steps completed": completed}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -291,11 +193,13 @@ class Doctor(Common):
 
 VERBS = {
     "train": Train,
+    "finetune": Finetune,
     "rollout": Rollout,
     "evaluate": Evaluate,
     "report": Report,
     "benchmark": Benchmark,
     "convert": Convert,
+    "export": Export,
     "models": Models,
     "doctor": Doctor,
 }

@@ -76,7 +76,16 @@ class StepperConfig(Protocol):
 
 
 class Objective(Protocol):
-    """A training strategy: a frozen dataclass, pure, usable in a notebook."""
+    """A training strategy: a frozen dataclass, pure, usable in a notebook.
+
+    Optional: an attribute `validation`, the objective by which validation is done in its place (without noise, without
+    penalties, of fixed length), so that its values can be compared. Objectives of rollouts come in two halves, so that
+    others can add to them: `predict(stepper, window, key)` gives a `physml.objectives.scoring.Prediction`, whose last
+    frame is the last of the window, and `score(stepper, window, prediction)` what the call itself gives.
+
+    The second part of the result may hold "channel" (channels,), "lead" (leads,) and "part" {name: number}; training
+    records "channel" and "part".
+    """
 
     def frames(self, history: int) -> int:
         """Length of the window that the loader must cut."""
@@ -85,6 +94,18 @@ class Objective(Protocol):
     def __call__(
         self, stepper: Stepper, window: Window, key: Key
     ) -> tuple[Float[ArrayLike, ""], dict[str, jax.Array]]: ...
+
+
+@runtime_checkable
+class Schedule(Protocol):
+    """An objective that changes while training goes on; its own call is that of the last stage.
+
+    Training compiles one update per stage, and cuts windows to the length of that stage's objective.
+    """
+
+    def stages(self, total: int, batch: int, unit: int = 1) -> tuple[Any, ...]:
+        """`physml.objectives.curriculum.Stage`s that cover updates 0 to `total`; batches are multiples of `unit`."""
+        ...
 
 
 @runtime_checkable

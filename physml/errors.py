@@ -36,7 +36,7 @@ class DivergedError(PhysmlError, ArithmeticError):
 
 
 class Interrupted(PhysmlError):
-    """Training stopped on request (SIGTERM, SIGINT) after saving its state; the command line exits with 75.
+    """A training or rollout stopped on request (SIGTERM, SIGINT), its state saved; the command line exits with 75.
 
     75 is EX_TEMPFAIL of sysexits.h: try again later, with `--resume auto`.
     """
@@ -54,3 +54,14 @@ def suggest(name: str, valid: Iterable[str]) -> str:
     close = difflib.get_close_matches(str(name), valid, n=1, cutoff=0.5)
     hint = f" Did you mean {close[0]!r}?" if close else ""
     return f"{hint} Valid: {', '.join(valid) or 'none'}."
+
+
+def nearest_paths(pattern: str, paths: Iterable[str], count: int = 3) -> list[str]:
+    """The dotted paths that have most in common with a regular expression, longest common pieces first."""
+    words = "".join(letter for letter in pattern if letter.isalnum() or letter in "._")
+
+    def common(path: str) -> int:
+        blocks = difflib.SequenceMatcher(None, words, path, autojunk=False).get_matching_blocks()
+        return sum(block.size**2 for block in blocks)
+
+    return sorted(paths, key=lambda path: (-common(path), len(path), path))[:count]

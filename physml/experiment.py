@@ -17,11 +17,15 @@ from physml import coding
 from physml.constraints import CONSTRAINTS
 from physml.data import DataConfig, MixtureConfig, SyntheticConfig
 from physml.errors import ConfigError
+from physml.evaluate.validation import PREFIX, RolloutValidation
+from physml.layers.lora import LoRA
 from physml.metrics import METRICS
+from physml.metrics.moments import ENSEMBLE_METRICS
 from physml.models import MODELS
 from physml.normalize import KINDS
 from physml.objectives import OBJECTIVES, OneStep
 from physml.parallel.mesh import Layout
+from physml.saving import StartFrom
 from physml.steppers import STEPPERS, ResidualConfig
 from physml.training import TrainingConfig
 
@@ -51,7 +55,8 @@ class Evaluation:
     def __post_init__(self):
         if self.steps < 1 or self.batch < 1 or self.starts < 0:
             raise ConfigError(f"evaluation needs steps >= 1, batch >= 1 and starts >= 0, but got {self}.")
-        for names, registry, what in ((self.floors, STEPPERS, "floor"), (self.metrics, METRICS, "metric")):
+        metrics = {**METRICS, **ENSEMBLE_METRICS}
+        for names, registry, what in ((self.floors, STEPPERS, "floor"), (self.metrics, metrics, "metric")):
             for name in names:
                 if name not in registry:
                     from physml.errors import suggest
@@ -72,10 +77,15 @@ class Experiment:
         constraints: projections applied after every step, in order.
         objective: the loss.
         training: optimizer, batch, length.
-        start_from: a run or saved model whose weights training starts from (fine-tuning); empty: random weights.
+        start_from: a run or saved model whose weights training starts from (fine-tuning), by its path or as a
+            `StartFrom`; None: random weights. Where model, channels or grid differ, what fits is taken, and
+            start_from.json in the run folder tells what. Without a `model`, model and stepper are those of the source.
+        lora: trains low-rank changes of linear layers only; goes with `start_from`.
+        validation: rollouts over the validation split, beside the loss.
         layout: device mesh.
         evaluation: scoring on the test split.
         seed: of initial weights, batch order and noise.
+        seeds: an ensemble, trained at once: a member for each of these instead of one stepper for `seed`.
     """
 
     name: str = "run"
@@ -86,16 +96,30 @@ class Experiment:
     constraints: tuple[Any, ...] = coding.tagged(CONSTRAINTS, default=())
     objective: Any = coding.tagged(OBJECTIVES, default=OneStep())
     training: TrainingConfig = TrainingConfig()
-    start_from: str = ""
+    start_from: str | StartFrom | None = None
+    lora: LoRA | None = None
+    validation: RolloutValidation | None = None
     layout: Layout = Layout()
     evaluation: Evaluation = Evaluation()
     seed: int = 0
+    seeds: tuple[int, ...] = ()
 
     def __post_init__(self):
         if self.normalization not in KINDS:
             raise ConfigError(f"normalization is {self.normalization!r}, but it must be one of {', '.join(KINDS)}.")
         if not self.name or Path(self.name).name != self.name:
             raise ConfigError(f"name is {self.name!r}, but it must be a folder name without slashes.")
+        if isinstance(self.start_from, str):
+            object.__setattr__(self, "start_from", StartFrom(self.start_from) if self.start_from else None)
+        if self.lora and not self.start_from:
+            raise ConfigError("lora changes trained weights a little, but start_from names none. Set start_from.")
+        if self.training.monitor.startswith(PREFIX):
+            if self.validation is None:
+                raise ConfigError(
+                    f"training.monitor is {self.training.monitor!r}, but there is no validation by rollouts: set "
+                    "validation=RolloutValidation(...)."
+                )
+            self.validation.check_monitor(self.training.monitor, self.training.monitor_mode)
 
 
 def load_experiment(source: "Experiment | str | Path", overrides: Iterable[str] = ()) -> Experiment:

@@ -3,7 +3,7 @@
 Its numbers are `Statistic` variables: saved with the model, placed on devices with it, never trained.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 
 import jax.numpy as jnp
 import numpy as np
@@ -42,11 +42,14 @@ class Normalizer(nnx.Module):
     physical one (increments have a scale of their own: at small time steps they are much smaller than the fields).
     `forcing`, `static` and `parameters` are `Scaling`s of the conditioning groups, None where the spec has none.
     `masked` tells whether the data had cells without a field (land): forecasts then accept NaN there.
+    `intervals` names the steps, in frames, that increments have a scale of their own for, `interval_increments
+    (interval, channel)`; None where there are none.
     """
 
     def __init__(
-        self, spec: Spec, center, scale, increment_scale, forcing=None, static=None, parameters=None, masked=False
-    ):
+        self, spec: Spec, center, scale, increment_scale, forcing=None, static=None, parameters=None, masked=False,
+        intervals: Mapping[int, Sequence[float]] | None = None,
+    ):  # fmt: skip
         self.frames = Scaling(center, scale)
         self.increments = Statistic(jnp.asarray(increment_scale, jnp.float32))
         self.masked = Statistic(jnp.asarray(masked, jnp.float32))  # not bool: states are differentiated
@@ -55,12 +58,17 @@ class Normalizer(nnx.Module):
         for name, size in sizes.items():
             # No empty arrays: checkpoints cannot hold them.
             setattr(self, name, Scaling(*(given[name] or (np.zeros(size), np.ones(size)))) if size else None)
-        for name, array in (("center", center), ("scale", scale), ("increment_scale", increment_scale)):
+        arrays = {"center": center, "scale": scale, "increment_scale": increment_scale}
+        arrays |= {f"intervals[{interval}]": numbers for interval, numbers in (intervals or {}).items()}
+        for name, array in arrays.items():
             if np.shape(array) != (len(spec.channels),):
                 raise SpecError(
                     f"Normalizer {name} has shape {np.shape(array)}, but the spec has {len(spec.channels)} channels "
                     f"{list(spec.names)}: one number per channel is needed."
                 )
+        self.intervals = check_intervals(intervals or ())
+        scales = [intervals[interval] for interval in self.intervals]
+        self.interval_increments = Statistic(jnp.asarray(np.array(scales), jnp.float32)) if scales else None
 
     def normalize(self, frames):
         return self.frames(frames)
@@ -75,27 +83,30 @@ class Normalizer(nnx.Module):
         return increment / self.increments[...]
 
     @classmethod
-    def identity(cls, spec: Spec, masked: bool = False) -> "Normalizer":
+    def identity(cls, spec: Spec, masked: bool = False, intervals: Sequence[int] = ()) -> "Normalizer":
         """Leaves every number as it is."""
         n = len(spec.channels)
-        return cls(spec, np.zeros(n), np.ones(n), np.ones(n), masked=masked)
+        scales = {interval: np.ones(n) for interval in check_intervals(intervals)}
+        return cls(spec, np.zeros(n), np.ones(n), np.ones(n), masked=masked, intervals=scales)
 
     @classmethod
-    def fit(cls, windows: Iterable[Window], kind: str = "zscore") -> "Normalizer":
+    def fit(cls, windows: Iterable[Window], kind: str = "zscore", intervals: Sequence[int] = ()) -> "Normalizer":
         """Fits to windows without a batch axis, in one streaming pass (float64, cell areas and masks as weights).
 
         A window whose times do not begin at zero continues the one before: its first frame was seen already, so it
         counts for the increment only. Cutting a trajectory that way leaves the result unchanged.
 
-        `kind` is "zscore" (center and scale), "rms" (scale only: zero stays zero) or "identity".
-        Raises DataError when a channel holds a number that is not finite or is constant without "identity".
+        `kind` is "zscore" (center and scale), "rms" (scale only: zero stays zero) or "identity". `intervals` are the
+        distances of frames whose increments get a scale of their own.
+        Raises DataError when a channel holds a number that is not finite or is constant without "identity", and when no
+        two frames are an interval apart.
         """
         _check(kind)
         totals = None
         for window in windows:
             if kind == "identity":
-                return cls.identity(window.spec, window.mask is not None)
-            totals = totals or Totals(window.spec)
+                return cls.identity(window.spec, window.mask is not None, intervals)
+            totals = totals or Totals(window.spec, intervals)
             totals.add(window)
         if totals is None:
             raise DataError("There is no data to fit the normalization to: the training split is empty.")
@@ -107,17 +118,26 @@ class Normalizer(nnx.Module):
         _check(kind)
         spec, moments = totals.spec, totals.moments
         if kind == "identity":
-            return cls.identity(spec, totals.masked)
+            return cls.identity(spec, totals.masked, totals.intervals)
         center, scale = moments["channels"].center_scale(kind, [c.name for c in spec.channels])
-        steps = moments["increments"]
-        increment = np.where(steps.rms > 0, steps.rms, scale)
+
+        def increments(name):
+            return np.where(moments[name].rms > 0, moments[name].rms, scale)
+
+        for interval in totals.intervals:
+            if not moments[_steps(interval)].weight.any():
+                raise DataError(
+                    f"No two frames of a trajectory are {interval} apart: the increments over that interval have no "
+                    "scale. Leave the interval out, or use longer trajectories."
+                )
+        intervals = {interval: increments(_steps(interval)) for interval in totals.intervals}
 
         def group(name):
             names = [c.name for c in getattr(spec, name)]
             return moments[name].center_scale(kind, names, constant_ok=True) if names else None
 
         groups = (group("forcing"), group("static"), group("parameters"))
-        return cls(spec, center, scale, increment, *groups, masked=totals.masked)
+        return cls(spec, center, scale, increments("increments"), *groups, masked=totals.masked, intervals=intervals)
 
 
 class Moments:
@@ -189,19 +209,24 @@ class Totals:
     """What one pass over windows gathers: all that normalization and `physml.data.statistics` are made of.
 
     Windows have no batch axis. One whose times do not begin at zero continues the one before: its first frame was seen
-    already and counts for the increment only. Cells count by area and mask.
+    already and counts for the increment only. Cells count by area and mask. As many frames as the longest of
+    `intervals` are kept in memory.
 
     Attributes:
         spec: of the windows.
-        moments: of "channels", "increments", "forcing", "static" and "parameters".
+        intervals: distances of frames, beyond neighbors, whose differences are gathered.
+        moments: of "channels", "increments", "forcing", "static", "parameters" and "increments_H" of every interval H.
         low, high: extremes of every channel where it exists. missing: sum over frames of the share of hidden cells.
         frames: how many. masked: whether windows had a mask.
     """
 
-    def __init__(self, spec: Spec):
-        self.spec = spec
+    def __init__(self, spec: Spec, intervals: Sequence[int] = ()):
+        self.spec, self.intervals = spec, check_intervals(intervals)
         sizes = {name: len(getattr(spec, name)) for name in ("channels", "forcing", "static", "parameters")}
-        self.moments = {name: Moments(size) for name, size in {**sizes, "increments": sizes["channels"]}.items()}
+        differences = ("increments", *map(_steps, self.intervals))
+        moments = {**sizes, **dict.fromkeys(differences, sizes["channels"])}
+        self.moments = {name: Moments(size) for name, size in moments.items()}
+        self._recent = np.zeros((0,))  # the last frames of the trajectory at hand
         self.low, self.high = np.full(sizes["channels"], np.inf), np.full(sizes["channels"], -np.inf)
         self.missing, self.frames, self.masked = np.zeros(sizes["channels"]), 0, False
 
@@ -219,9 +244,13 @@ class Totals:
         self.frames += len(fresh)
         self._add("channels", fresh, cells)
         self._add("forcing", np.asarray(window.forcing)[seen:])
-        rows = max(1, PIECE // max(cells.size, 1))  # differences in float64, a few frames at a time
-        for first in range(0, len(frames) - 1, rows):
-            self._add("increments", np.diff(frames[first : first + rows + 1].astype(np.float64), axis=0), cells)
+        self._add_differences("increments", frames, 1, 1, cells)
+        if self.intervals:
+            before = self._recent if seen else frames[:0]
+            joined = np.concatenate([before, fresh])
+            for interval in self.intervals:
+                self._add_differences(_steps(interval), joined, interval, len(before), cells)
+            self._recent = joined[-max(self.intervals) :].copy()
         if not seen:  # once per trajectory
             self._add("static", np.asarray(window.static))
             self._add("parameters", np.asarray(window.parameters)[None])
@@ -230,6 +259,14 @@ class Totals:
                 extreme = reduce.reduce(fresh, axis=0)
                 extreme = extreme if exists is None else np.where(exists, extreme, nothing)
                 reduce(bound, reduce.reduce(extreme.reshape(-1, extreme.shape[-1]), axis=0), out=bound)
+
+    def _add_differences(self, name: str, frames: np.ndarray, distance: int, first: int, cells: np.ndarray) -> None:
+        """Of frames `distance` apart, the later one at `first` or behind it: in float64, a few at a time."""
+        rows = max(1, PIECE // max(cells.size, 1))
+        for start in range(max(first, distance), len(frames), rows):
+            stop = min(start + rows, len(frames))
+            later, earlier = frames[start:stop].astype(np.float64), frames[start - distance : stop - distance]
+            self._add(name, later - earlier, cells)
 
     def _add(self, name: str, values: np.ndarray, weights: np.ndarray | None = None) -> None:
         if values.size:
@@ -242,9 +279,9 @@ class Totals:
         return {"moments": moments, **own, "frames": self.frames, "masked": self.masked}
 
     @classmethod
-    def from_dict(cls, data: dict, spec: Spec) -> "Totals":
+    def from_dict(cls, data: dict, spec: Spec, intervals: Sequence[int] = ()) -> "Totals":
         """Raises KeyError, TypeError or ValueError for containers that `to_dict` did not make for such a spec."""
-        result = cls(spec)
+        result = cls(spec, intervals)
         for name, moments in result.moments.items():
             for key in NUMBERS:
                 setattr(moments, key, _numbers(data["moments"][name][key], len(getattr(moments, key))))
@@ -252,6 +289,19 @@ class Totals:
             setattr(result, name, _numbers(data[name], len(spec.channels)))
         result.frames, result.masked = int(data["frames"]), bool(data["masked"])
         return result
+
+
+def check_intervals(intervals: Iterable[int]) -> tuple[int, ...]:
+    """The intervals as a tuple. Raises ConfigError unless they are rising whole numbers from 1 on."""
+    found = tuple(intervals)
+    rising = all(low < high for low, high in zip((0, *found), found, strict=False))
+    if not rising or not all(isinstance(interval, int) for interval in found):
+        raise ConfigError(f"intervals are {found}, but they count frames: rising whole numbers such as (1, 2, 4).")
+    return found
+
+
+def _steps(interval: int) -> str:
+    return f"increments_{interval}"
 
 
 def _check(kind: str) -> None:

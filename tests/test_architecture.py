@@ -9,13 +9,14 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 ROWS = (  # lowest first; names on one row never import each other
-    ("errors", "fields", "progress"),
+    ("errors", "fields", "interrupt", "progress"),
     ("contracts", "coding"),
     ("parallel",),
     ("layers", "solvers", "normalize"),
     ("models", "constraints", "metrics", "data"),
     ("steppers", "rollout"),
-    ("objectives", "saving", "forecast"),
+    ("objectives", "saving"),
+    ("forecast",),
     ("training", "evaluate", "report", "convert"),
     ("experiment",),
     ("api",),

@@ -60,6 +60,9 @@ def test_every_verb_teaches(capsys, words):
         (["train", "absent.py"], "absent.py"),
         (["train", "--set", "training.stepz=5"], "steps"),
         (["train", "--set", "model.width=wide"], "model.width"),
+        (["finetune", "absent", "experiments/demo.py"], "absent"),
+        (["finetune", "poseidon-t", "experiments/demo.py"], "weights"),
+        (["finetune", "runs", "experiments/demo.py", "--set", "lora.rank=0"], "lora.rank"),
         (["rollout", "absent", "--initial", "absent.nc"], "absent"),
         (["evaluate", "absent.nc"], "--truth"),
         (["report", "absent"], "config.yaml"),
@@ -112,6 +115,30 @@ def test_an_existing_run_is_kept(capsys, trained):
     assert code == 2
     assert "seed" in err
     assert (trained / "runs/tiny/model/model.safetensors").read_bytes() == before
+
+
+def test_finetuning_says_what_it_loaded(capsys, trained, tmp_path):
+    other = TINY.replace('model=MODELS["fno"](width=8, modes=(8,), depth=2),', "").replace("points=32", "points=16")
+    (tmp_path / "other.py").write_text(other)
+    words = ["finetune", trained / "runs/tiny", tmp_path / "other.py", "--out", tmp_path, "--name", "tuned", "--json"]
+    words += ["--set", "lora.rank=2", "--set", "training.steps=2"]
+    code, out, _ = call(capsys, *words, "--dry-run")
+    assert code == 0
+    assert json.loads(out)["experiment"]["model"]["width"] == 8  # of the source
+    assert not (tmp_path / "tuned").exists()
+    code, out, err = call(capsys, *words)
+    assert code == 0, err
+    result = json.loads(out)
+    assert "normalizer: saved" in result["loaded"]
+    assert "(32,) points there, (16,) here" in result["loaded"]
+    written = json.loads((tmp_path / "tuned/start_from.json").read_text())
+    assert written["numbers"][0] == written["numbers"][1]
+    assert "lora" in json.loads((tmp_path / "tuned/model/config.json").read_text())
+    deeper = "model={name: fno, width: 8, modes: [8], depth: 3}"
+    code, _, err = call(capsys, *words, "--overwrite", "--strict", "--set", deeper)
+    assert code == 2
+    assert "strict" in err
+    assert "model.blocks.2" in err
 
 
 def test_a_terminated_training_exits_with_75_and_goes_on(trained, tmp_path):

@@ -22,6 +22,7 @@ from physml.evaluate.statistics import blocks_of_starts
 from physml.fields import Window
 from physml.forecast import forecast
 from physml.metrics import METRICS, Measure
+from physml.steppers import stack_members
 from physml.steppers.floors import ClimatologyConfig, ExtrapolationConfig, PersistenceConfig
 
 
@@ -285,6 +286,53 @@ def test_stochastic_rollouts_follow_their_key(dataset):
     other = evaluate_stepper(model, dataset, 2, starts=2, metrics=("rmse",), key=jax.random.key(2))
     assert_allclose(one["score"], again["score"])
     assert abs(one["score"] - other["score"]).max() > 1e-3
+
+
+def test_an_ensemble_of_steppers_is_scored_as_one(dataset):
+    """Three models that add 0, 1 and 3 at every step, scored by hand; the floor is a single forecast."""
+    spec, rates = dataset.spec, (0.0, 1.0, 3.0)
+    members = stack_members([Blowup(spec, rate=rate) for rate in rates])
+    floors = {"persistence": PersistenceConfig().fit(dataset)}
+    scores = evaluate_stepper(members, dataset, 2, starts=1, floors=floors, batch=2)
+    x = np.stack([[dataset.frames[t, 0] + rate * np.arange(1, 3)[:, None, None, None] for t in range(3)]
+                  for rate in rates])  # fmt: skip
+    y = dataset.frames[:, 1:3]
+    space = (0, 2, 3)  # of (start, lead, *space, channel): all but lead and channel
+
+    def mean(field):
+        return field.mean(space).T
+
+    def score(metric, model="model"):
+        return scores["score"].sel(model=model, metric=metric)
+
+    distance, error = np.abs(x - y).mean(0), x.mean(0) - y
+    pairs = np.abs(x[:, None] - x[None]).sum((0, 1)) / 6
+    assert_allclose(score("crps_fair"), mean(distance - pairs / 2), rtol=1e-4)
+    assert_allclose(score("crps"), mean(distance - pairs / 3), rtol=1e-4)
+    assert_allclose(score("rmse"), np.sqrt(mean(error**2)), rtol=1e-4)
+    assert_allclose(score("spread"), np.sqrt(mean(x.var(0, ddof=1))), rtol=1e-4)
+    assert_allclose(score("spread_skill"), np.sqrt(4 / 3 * mean(x.var(0, ddof=1)) / mean(error**2)), rtol=1e-4)
+    ranks = scores["rank_histogram"].sel(model="model")
+    for rank in range(4):
+        assert_allclose(ranks.sel(rank=rank), mean(((x < y).sum(0) == rank).astype(float)), atol=1e-6)
+    assert_allclose(score("crps", "persistence"), score("mae", "persistence"), rtol=1e-6)
+    assert np.isnan(score("crps_fair", "persistence")).all()
+    assert scores.attrs["members"] == "model: 3"
+    with pytest.raises(ConfigError, match="ensemble of 3: use a multiple"):
+        evaluate_stepper(members, dataset, 2, members=4)
+    with pytest.raises(ConfigError, match="'crps_fair' scores ensembles"):
+        evaluate_stepper(Blowup(spec), dataset, 2, metrics=("crps_fair",))
+
+
+def test_realizations_of_a_stochastic_stepper_are_an_ensemble(dataset):
+    class Noisy(Blowup):
+        def advance(self, state, context):
+            return state[0] + jax.random.normal(context.key, state[0].shape), state[1]
+
+    scores = evaluate_stepper(Noisy(dataset.spec), dataset, 2, starts=3, members=20, metrics=("spread", "spread_skill"))
+    # the sum of n standard normal numbers; 20 members, 3 x 3 starts and 48 cells
+    expected = np.broadcast_to(np.sqrt([1, 2]), (2, 2))
+    assert_allclose(scores["score"].sel(model="model", metric="spread"), expected, rtol=0.03)
 
 
 # --- labelled forecasts --------------------------------------------------------------------------------------------

@@ -301,10 +301,17 @@ def test_ensembles_are_scored(truth, member):
     assert_allclose(value(scores, "spread_skill"), expected, rtol=1e-6)
     pieces = evaluate(ensemble.chunk({member: 1, "latitude": 3, "init_time": 2}), truth.chunk(time=3), **options)
     assert_allclose(pieces["score"], scores["score"], rtol=1e-6)
+    ranks = scores["rank_histogram"].sel(model="model", channel="t2m")
+    for rank in range(5):
+        expected = area_mean(((x < y).sum(0) == rank).astype(float)).mean(0)
+        assert_allclose(ranks.sel(rank=rank), expected, rtol=1e-6)
+    assert_allclose(pieces["rank_histogram"], scores["rank_histogram"], rtol=1e-6)
     both = evaluate({"ensemble": ensemble, "one": parts[0]}, truth, metrics=("crps", "mae", "spread"))
     assert_allclose(value(both, "crps", model="one"), value(both, "mae", model="one"))
     assert np.isnan(value(both, "spread", model="one")).all()
-    with pytest.raises(ConfigError, match="no prediction has a dimension of members"):
+    assert np.isnan(both["rank_histogram"].sel(model="one")).all()
+    assert "rank_histogram" not in evaluate(parts[0], truth, metrics=("rmse",))
+    with pytest.raises(ConfigError, match="no prediction has a dimension of two members"):
         evaluate(parts[0], truth, metrics=("crps",))
 
 

@@ -10,8 +10,18 @@ from numpy.testing import assert_allclose
 from physml.errors import ConfigError, SpecError
 from physml.fields import Axis, Channel, Grid, Spec, Window
 from physml.metrics.losses import H1, MSE, RelativeLp
+from physml.models.resnet import ResNetConfig
 from physml.normalize import Normalizer
-from physml.objectives import OBJECTIVES, OneStep, Unrolled
+from physml.objectives import (
+    OBJECTIVES,
+    Curriculum,
+    NoisyInputs,
+    OneStep,
+    Penalized,
+    Pushforward,
+    SpectralPower,
+    Unrolled,
+)
 from physml.steppers import DirectConfig, ResidualConfig
 
 SPEC = Spec(Grid((Axis.uniform("x", 4),)), (Channel("u"),))
@@ -68,7 +78,7 @@ def test_unrolled_loss_and_gradient_reach_back_through_every_step():
     assert_allclose(gradient(objective), expected, rtol=1e-5)
 
 
-def test_pushforward_gradient_is_that_of_the_last_step_alone():
+def test_a_warm_up_of_fixed_length_leaves_the_gradient_of_the_last_step_alone():
     """With u2 = a^2 u0 held constant, d/da (a u2 - t)^2 = 2 (a u2 - t) u2."""
     objective = Unrolled(steps=3, differentiate=1)
     assert_allclose(value(objective)[0], LEADS[2], rtol=1e-5)
@@ -78,12 +88,81 @@ def test_pushforward_gradient_is_that_of_the_last_step_alone():
     assert_allclose(gradient(OneStep(), constant_window(first=before)), expected, rtol=1e-5)
 
 
-def test_truncation_keeps_the_last_steps():
+def test_a_warm_up_keeps_the_last_steps():
     """Two of three: u1 = a u0 is constant, leads 2 and 3 are scored."""
     u1 = A * U0
     expected = np.mean([2 * (A**k * u1 - TRUTH) * k * A ** (k - 1) * u1 for k in (1, 2)])
     assert_allclose(gradient(Unrolled(steps=3, differentiate=2)), expected, rtol=1e-5)
     assert_allclose(gradient(Unrolled(steps=3, differentiate=3)), gradient(Unrolled(steps=3)), rtol=1e-6)
+
+
+def test_truncated_gradients_are_the_sum_of_those_of_their_groups():
+    """All leads count, but each group of steps starts from a state that is held constant."""
+    objective = Unrolled(steps=3, truncate=2)
+    loss, aux = value(objective)
+    assert_allclose(aux["lead"], LEADS, rtol=1e-5)
+    u2 = A**2 * U0
+    first = [2 * (A**k * U0 - TRUTH) * k * A ** (k - 1) * U0 for k in (1, 2)]
+    second = 2 * (A * u2 - TRUTH) * u2
+    assert_allclose(gradient(objective), (sum(first) + second) / 3, rtol=1e-5)
+    pieces = [gradient(OneStep(), constant_window(first=A**k * U0)) for k in range(3)]
+    assert_allclose(gradient(Unrolled(steps=3, truncate=1)), np.mean(pieces), rtol=1e-5)
+    assert_allclose(gradient(Unrolled(steps=3, truncate=3)), gradient(Unrolled(steps=3)), rtol=1e-6)
+    # after a warm-up the groups begin with the first scored step
+    pieces = [gradient(OneStep(), constant_window(first=A**k * U0)) for k in (1, 2)]
+    assert_allclose(gradient(Unrolled(steps=3, differentiate=2, truncate=1)), np.mean(pieces), rtol=1e-5)
+
+
+def test_pushforward_draws_the_length_of_its_warm_up():
+    """Truth stands still from the first frame on, so a warm-up of n steps gives u = a^(n + 1) t, always against t."""
+    objective, window = Pushforward(steps=2), constant_window(first=TRUTH)
+    lengths = {round(((A ** (n + 1) - 1) * TRUTH) ** 2, 5): n for n in range(3)}
+    call = jax.jit(lambda key: objective(stepper(), window, key)[0])
+    drawn = [lengths[round(float(call(jax.random.key(i))), 5)] for i in range(60)]
+    counts = np.bincount(drawn, minlength=3)
+    assert counts.sum() == 60
+    assert counts.min() >= 8  # 20 are expected; below 8 once in 10 000
+    longest = value(Unrolled(steps=3, differentiate=1), window)[0]
+    assert_allclose(objective(stepper(), window, None)[0], longest, rtol=1e-6)
+    assert_allclose(objective.validation(stepper(), window, None)[0], longest, rtol=1e-6)
+    with pytest.raises(SpecError, match="4 \\(steps\\)"):
+        value(Pushforward(steps=3))
+
+
+def test_pushforward_gradients_stop_at_the_warm_up():
+    """Of whatever length: with u = a^n u0 held constant, d/da (a u - t)^2 = 2 (a u - t) u. Also under vmap."""
+    window, objective = constant_window(first=TRUTH), Pushforward(steps=2)
+    graphdef, params, rest = nnx.split(stepper(), nnx.Param, ...)
+
+    def loss(params, key):
+        return objective(nnx.merge(graphdef, params, rest), window, key)[0]
+
+    keys = jax.random.split(jax.random.key(3), 12)
+    both = jax.vmap(jax.value_and_grad(loss), (None, 0))
+    values, gradients = jax.jit(both)(params, keys)
+    before = (TRUTH - np.sqrt(np.asarray(values))) / A
+    assert len(np.unique(before.round(4))) == 3
+    assert_allclose(gradients["model"]["factor"][...], 2 * (A * before - TRUTH) * before, rtol=1e-4)
+
+
+def test_memory_of_recomputed_steps_hardly_grows_with_their_number():
+    """What is kept per step is its state, which is small beside the hidden fields of one step."""
+    spec = Spec(Grid((Axis.uniform("x", 32),)), (Channel("u"),))
+    config = ResNetConfig(width=32, depth=2)
+    built = ResidualConfig().build(
+        spec, config.build(ResidualConfig().signature(spec), nnx.Rngs(0)), Normalizer.identity(spec)
+    )
+    graphdef, params, rest = nnx.split(built, nnx.Param, ...)
+
+    def memory(objective):
+        def loss(params, frames):
+            return objective(nnx.merge(graphdef, params, rest), Window.of(frames, spec), jax.random.key(0))[0]
+
+        frames = jax.ShapeDtypeStruct((8, objective.frames(1), 32, 1), jnp.float32)
+        return jax.jit(jax.grad(loss)).lower(params, frames).compile().memory_analysis().temp_size_in_bytes
+
+    assert memory(Unrolled(20, remat=True)) < 1.5 * memory(Unrolled(5, remat=True))
+    assert memory(Unrolled(20)) > 2 * memory(Unrolled(5))
 
 
 def test_leads_are_weighted():
@@ -184,12 +263,16 @@ def test_bad_arguments_are_named():
         value(Unrolled(9))
     for wrong in (
         {"steps": 0}, {"differentiate": 0}, {"steps": 2, "differentiate": 3}, {"weights": (1.0,)}, {"discount": 0.0},
-        {"weights": (1.0, 1.0), "discount": 0.5}, {"loss": "mze"}, {"space": "fourier"},
+        {"weights": (1.0, 1.0), "discount": 0.5}, {"loss": "mze"}, {"space": "fourier"}, {"truncate": 0},
     ):  # fmt: skip
         with pytest.raises(ConfigError):
             Unrolled(**wrong)
+    for wrong in ({"steps": 0}, {"differentiate": 0}, {"loss": "mze"}):
+        with pytest.raises(ConfigError):
+            Pushforward(**wrong)
     assert OneStep("mse") == OneStep(MSE())
-    assert sorted(OBJECTIVES) == ["one_step", "unrolled"]
+    assert list(OBJECTIVES) == sorted(OBJECTIVES)
+    assert {"all_to_all", "one_step", "random_interval", "unrolled"} < set(OBJECTIVES)
 
 
 def test_objectives_have_a_plain_form_that_names_their_loss():
@@ -202,3 +285,31 @@ def test_objectives_have_a_plain_form_that_names_their_loss():
     assert coding.from_dict(OBJECTIVES, plain) == objective
     changed = coding.override(plain, ["loss=relative", "loss.p=1"])
     assert coding.from_dict(OBJECTIVES, changed).loss == RelativeLp(p=1)
+
+
+def test_nested_objectives_survive_yaml_and_take_overrides():
+    from physml.experiment import Experiment, load_experiment, to_yaml
+
+    penalties = (SpectralPower(cut=0.75),)
+    nested = Curriculum(NoisyInputs(Penalized(Unrolled(loss=H1()), penalties), std=0.2, walk=True), (3, 5), (10,))
+    experiment = Experiment(objective=nested)
+    assert coding_of(to_yaml(experiment)).objective == nested
+    changed = load_experiment(experiment, ["objective.steps=[1, 2, 4]", "objective.objective.std=0.5"])
+    assert changed.objective.steps == (1, 2, 4)
+    assert changed.objective.objective.std == 0.5
+    assert changed.objective.objective.objective.penalties == penalties
+    other = load_experiment(
+        experiment, ["objective=penalized", "objective.penalties=[spectral_power]", "objective.objective=pushforward"]
+    )
+    assert other.objective == Penalized(Pushforward(), (SpectralPower(),))
+    with pytest.raises(ConfigError, match="objective.objective"):
+        load_experiment(experiment, ["objective=noisy_inputs", "objective.objective=curriculum"])
+
+
+def coding_of(text):
+    import yaml
+
+    from physml import coding
+    from physml.experiment import Experiment
+
+    return coding.from_dict(Experiment, yaml.safe_load(text))

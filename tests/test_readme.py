@@ -6,7 +6,9 @@ from pathlib import Path
 import pytest
 
 from physml.data.generate import generate
+from physml.objectives import OBJECTIVES
 from physml.solvers import make_solver
+from physml.steppers import FLOORS, STEPPERS
 
 ROOT = Path(__file__).parents[1]
 SMALL = {"solver_points": 32, "substeps": 4, "warmup": 0.0, "precision": "float32"}
@@ -32,6 +34,15 @@ def test_the_python_example_runs(tmp_path, monkeypatch):
     generate(make_solver("kolmogorov", points=16, time_step=0.2, **SMALL), tmp_path / "kolmogorov.nc", 1, steps=5)
     exec(compile(block, "README.md", "exec"), {})
     assert (tmp_path / "report.html").is_file()
+
+
+def test_the_strategies_of_the_docs_can_be_built():
+    """And no objective or trained stepper is left out."""
+    text, names = (ROOT / "docs/training.md").read_text(), {}
+    for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
+        exec(compile(block, "docs/training.md", "exec"), names)
+    registered = {*OBJECTIVES.values(), *STEPPERS.values()} - set(FLOORS.values())
+    assert {kind.__name__ for kind in registered} <= set(re.findall(r"\w+", text))
 
 
 @pytest.mark.parametrize("link", sorted(set(re.findall(r"\]\(([^)#]+)\)", (ROOT / "README.md").read_text()))))

@@ -20,6 +20,7 @@ from physml.evaluate import evaluate_stepper, save_scores
 from physml.fields import Axis, Channel, Grid, Spec, Window
 from physml.report import animation, correlation_times, drawing, error_curves, field_panels, report, spectra
 from physml.report.drawing import color_scale, time_scale
+from physml.report.ensembles import rank_histograms
 from physml.report.fields import panel_leads
 from physml.report.page import number
 from physml.report.runs import entries, read_runs
@@ -316,6 +317,23 @@ def test_spectra_of_runs_are_compared_at_equal_leads(run):
     assert "waves #2" in drawn[1] & drawn[2]
     one, two = (next(a for a in panels[1].lines if a.get_label() == f"waves #{i}") for i in (1, 2))
     np.testing.assert_allclose(one.get_ydata(), two.get_ydata())
+
+
+def test_ensembles_have_a_section_of_their_own(run, tmp_path, quick):
+    """Bars of the last lead are the rank histogram; a single model has none."""
+    assert "ensembles" not in SECTIONS
+    scores = read_runs(run)[0].scores
+    with pytest.raises(SpecError, match="no model is an ensemble"):
+        rank_histograms(scores, "u")
+    shares = np.full((scores.sizes["model"], 2, scores.sizes["lead"], 4), np.nan)
+    shares[0] = [0.1, 0.2, 0.3, 0.4]
+    ranked = scores.assign(rank_histogram=(("model", "channel", "lead", "rank"), shares))
+    panels = rank_histograms(ranked, "u").axes
+    assert len(panels) == 3
+    np.testing.assert_allclose([bar.get_height() for bar in panels[2].patches], [0.1, 0.2, 0.3, 0.4])
+    text = report(ranked, tmp_path / "page.html").read_text()
+    assert "Rank histogram, u" in text
+    assert "Rank histogram" not in report(scores, tmp_path / "single.html").read_text()
 
 
 def test_figures_take_scores_and_name_what_is_missing(run):

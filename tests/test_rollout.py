@@ -17,11 +17,11 @@ from physml.rollout import (
     Watchdog,
     ensemble,
     ensemble_devices,
+    perturbed,
     rollout,
     rollout_chunks,
-    stack_members,
 )  # fmt: skip
-from physml.steppers import ResidualConfig
+from physml.steppers import ResidualConfig, stack_members
 
 chunks = importlib.import_module("physml.rollout.chunks")
 
@@ -285,7 +285,7 @@ def test_ensembles_are_their_members(spec, window):
     for i in range(3):
         assert_array_equal(frames[i], jitted(stepper, window, 4, keys[i]))
     parameters = stack_members([Shift(spec, factor=f) for f in (0.5, 1.0, 2.0)])
-    frames = ensemble(parameters, window, 2, stacked=True)
+    frames = ensemble(parameters, window, 2)
     assert_allclose(frames[:, :, 1], [f**2 * np.roll(window.frames[:, 0], 2, 1) for f in (0.5, 1, 2)], rtol=1e-6)
 
 
@@ -298,8 +298,8 @@ def test_devices_share_the_members(tiny, spec, window, count):
     assert_allclose(spread, ensemble(Shift(spec, noise=0.1), window, 4, keys), rtol=1e-6, atol=1e-6)
     steppers = [Shift(spec, factor=1 + 0.1 * i) for i in range(count)]
     stacked = stack_members(steppers)
-    spread = ensemble_devices(stacked, window, 4, stacked=True)
-    assert_allclose(spread, ensemble(stacked, window, 4, stacked=True), rtol=1e-6)
+    spread = ensemble_devices(stacked, window, 4)
+    assert_allclose(spread, ensemble(stacked, window, 4), rtol=1e-6)
     assert_allclose(spread[-1], jitted(steppers[-1], window, 4), rtol=1e-6)
 
 
@@ -316,9 +316,65 @@ def test_what_cannot_be_rolled_out_is_said(tiny, spec, window):
         rollout(Shift(spec), window, 2, remat="all")
     with pytest.raises(ConfigError, match="at least 1"):
         rollout_chunks(Shift(spec), window, 0, 1)
-    with pytest.raises(ConfigError, match="counts are none"):
+    with pytest.raises(ConfigError, match="there are none"):
         ensemble(Shift(spec), window, 2)
-    with pytest.raises(ConfigError, match=r"counts are \[2, 3\]"):
-        ensemble(stack_members([Shift(spec)] * 2), window, 2, jax.random.split(jax.random.key(0), 3), stacked=True)
+    with pytest.raises(ConfigError, match=r"'keys': 3, 'steppers': 2"):
+        ensemble(stack_members([Shift(spec)] * 2), window, 2, jax.random.split(jax.random.key(0), 3))
     with pytest.raises(ConfigError, match="built differently"):
         stack_members([Shift(spec), Shift(spec, noise=1.0)])
+
+
+def test_perturbations_have_the_size_and_the_correlation_asked_for(tiny, spec, window):
+    """Unit variance at every point; smooth fields correlate as exp(-(d / length)^2 / 2), on both kinds of axes."""
+    still = dataclasses.replace(window, frames=np.zeros_like(window.frames))
+    scale = np.array([2.0, 0.5], np.float32)
+    for kind, length in (("white", 0.1), ("smooth", 0.15)):
+        found = perturbed(still, jax.random.key(1), 3000, scale, kind=kind, length=length).frames
+        assert found.shape == (3000, *window.frames.shape)
+        assert_array_equal(found[:, :, 0], found[:, :, -1])  # one error for the whole history
+        drawn = np.asarray(found[:, :, 0], np.float64).reshape(-1, *found.shape[3:])
+        assert_allclose(drawn.std(0), np.broadcast_to(scale, drawn.shape[1:]), rtol=0.04)
+        assert np.abs(drawn.mean(0) / scale).max() < 0.04
+        size = drawn.shape[1]
+        next_one = (drawn[:, 0] * drawn[:, 1]).mean(0) / scale**2
+        expected = np.exp(-((1 / size / length) ** 2) / 2) if kind == "smooth" else 0.0
+        assert_allclose(next_one, expected, atol=0.05)
+        assert abs((drawn[..., 0] * drawn[..., 1]).mean()) < 0.05  # channels are independent
+
+
+def test_perturbations_make_an_ensemble(spec, window):
+    start = perturbed(window, jax.random.key(0), 4, 0.1)
+    frames = ensemble(Shift(spec), start, 3)
+    assert frames.shape == (4, 3, 3, 8, 6, 2)
+    assert_allclose(frames[2, :, 2], np.roll(start.frames[2, :, 0], 3, 1), rtol=1e-6)
+    assert_allclose(ensemble_devices(Shift(spec), start, 3), frames, rtol=1e-6)
+    both = ensemble(stack_members([Shift(spec, factor=f) for f in (0.5, 1.0, 2.0, 1.0)]), start, 3)
+    assert_allclose(both[0], frames[0] * 0.5 ** np.arange(1, 4)[:, None, None, None], rtol=1e-6)
+    land = np.ones((3, 8, 6, 2), np.float32)
+    land[:, 2] = 0
+    masked = perturbed(dataclasses.replace(window, mask=land), jax.random.key(0), 2, 1.0).frames
+    assert_array_equal(masked[:, :, :, 2], np.broadcast_to(window.frames[None, :, :, 2], masked[:, :, :, 2].shape))
+    for options, error, message in (
+        ({"members": 0, "scale": 1.0}, ConfigError, "members=0"),
+        ({"members": 2, "scale": -1.0}, ConfigError, "scale is -1"),
+        ({"members": 2, "scale": 1.0, "kind": "pink"}, ConfigError, "kind='pink'"),
+        ({"members": 2, "scale": [1.0, 1.0, 1.0]}, SpecError, "one per channel"),
+    ):
+        with pytest.raises(error, match=message):
+            perturbed(window, jax.random.key(0), **options)
+
+
+def test_stacked_steppers_are_one_stepper(spec, window):
+    """Its rollout is the mean of separate rollouts; apart, each runs on its own part of the batch."""
+    members = stack_members([Shift(spec, factor=f) for f in (0.5, 1.0, 2.0)])
+    each = ensemble(members, window, 4)
+    assert_allclose(rollout(members, window, 4), each.mean(0), rtol=1e-6)
+    tiled = jax.tree.map(lambda a: np.concatenate([a] * 3), window)
+    assert_allclose(rollout(members.apart(), tiled, 4).reshape(each.shape), each, rtol=1e-6)
+    noisy = stack_members([Shift(spec, noise=0.1)] * 2)
+    first, second = rollout(noisy.apart(), jax.tree.map(lambda a: np.concatenate([a] * 2), window), 1,
+                            jax.random.key(0)).reshape(2, -1)  # fmt: skip
+    assert np.corrcoef(first - second, first)[0, 1] != 0
+    assert not np.array_equal(first, second)
+    with pytest.raises(ConfigError, match="batch of 3 cannot be shared by 2"):
+        rollout(noisy.apart(), window, 1, jax.random.key(0))

@@ -375,7 +375,7 @@ def _compiled(stepper: Any, steps: int) -> Any:
     def run(state, window):
         model = nnx.merge(graph, state)
         model.eval()
-        return rollout(model, window, steps)
+        return rollout(model, window, steps, jax.random.key(0))
 
     return functools.partial(run, state)
 

@@ -22,43 +22,43 @@ FILES = 200_000  # a store of more files is not watched: looking at them would t
 PROBES = 4  # frames of a trajectory whose numbers take part in the key
 
 
-def totals(dataset: Dataset, store: bool = True, chunk: int | None = None) -> Totals:
+def totals(dataset: Dataset, store: bool = True, chunk: int | None = None, intervals: tuple[int, ...] = ()) -> Totals:
     """What one streaming pass gathers (`physml.normalize.Totals`); with `store` from a file if it was gathered before.
 
     The file `.SOURCE.physml-DIGEST.json` lies beside the data, or below `physml.data.cache_folder()` where that folder
     cannot be written or is remote. Its name holds a digest of what was selected: spec, times, trajectories, parameters,
-    and the numbers of a few frames. Inside stand path, size and time of change (of remote files the identity that the
-    file system gives) of every file of the data: when one differs, the pass is repeated. Data in memory, or of unknown
-    files, are never stored. A damaged file is replaced, with a warning.
+    the numbers of a few frames, and `intervals` where there are some. Inside stand path, size and time of change (of
+    remote files the identity that the file system gives) of every file of the data: when one differs, the pass is
+    repeated. Data in memory, or of unknown files, are never stored. A damaged file is replaced, with a warning.
     """
-    before = _identity(dataset) if store else None
+    before = _identity(dataset, intervals) if store else None
     if before is None:
-        return _gather(dataset, chunk)
+        return _gather(dataset, chunk, intervals)
     places = _places(before)
     for place in places:
-        if (found := _load(place, before, dataset)) is not None:
+        if (found := _load(place, before, dataset, intervals)) is not None:
             return found
-    result = _gather(dataset, chunk)
-    if _identity(dataset) == before:  # nothing was written meanwhile
+    result = _gather(dataset, chunk, intervals)
+    if _identity(dataset, intervals) == before:  # nothing was written meanwhile
         _save(places, before, result)
     return result
 
 
-def _gather(dataset: Dataset, chunk: int | None) -> Totals:
-    result = Totals(dataset.spec)
+def _gather(dataset: Dataset, chunk: int | None, intervals: tuple[int, ...]) -> Totals:
+    result = Totals(dataset.spec, intervals)
     for window in dataset.windows(chunk):
         result.add(window)
     return result
 
 
-def _load(place: Path, identity: dict, dataset: Dataset) -> Totals | None:
+def _load(place: Path, identity: dict, dataset: Dataset, intervals: tuple[int, ...]) -> Totals | None:
     try:
         content = json.loads(place.read_text(encoding="utf-8"))
         if not isinstance(content, dict) or content["checksum"] != _digest(content["totals"]):
             raise ValueError("its checksum does not fit")
         if content["identity"] != identity:
             return None
-        return Totals.from_dict(content["totals"], dataset.spec)
+        return Totals.from_dict(content["totals"], dataset.spec, intervals)
     except OSError:
         return None
     except (ValueError, KeyError, TypeError, RecursionError) as error:
@@ -91,8 +91,11 @@ def _places(identity: dict) -> list[Path]:
     return [beside.with_name(f".{beside.name}.physml-{digest}.json"), cached]
 
 
-def _identity(dataset: Dataset) -> dict | None:
+def _identity(dataset: Dataset, intervals: tuple[int, ...] = ()) -> dict | None:
     """What decides the totals, in plain containers; None where the files are not known."""
+    if intervals:
+        plain = _identity(dataset)
+        return plain and {**plain, "selection": _digest([plain["selection"], list(intervals)])}
     if hasattr(dataset, "parts"):
         parts = [_identity(part) for part in dataset.parts.values()]
         if any(part is None for part in parts):

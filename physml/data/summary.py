@@ -59,11 +59,16 @@ def statistics(dataset: Dataset, chunk: int | None = None, store: bool = False) 
     }
 
 
-def fit_normalizer(dataset: Dataset, kind: str = "zscore", store: bool = True) -> Normalizer:
-    """A normalizer fitted to all frames of a dataset; `store` keeps and reuses the numbers, see `totals`."""
+def fit_normalizer(
+    dataset: Dataset, kind: str = "zscore", store: bool = True, intervals: tuple[int, ...] = ()
+) -> Normalizer:
+    """A normalizer fitted to all frames of a dataset; `store` keeps and reuses the numbers, see `totals`.
+
+    `intervals`, in frames, get increments of a scale of their own, as `physml.steppers.IntervalConfig` needs them.
+    """
     if kind == "identity":
-        return Normalizer.fit(dataset.windows(), kind)
-    return Normalizer.of(totals(dataset, store), kind)
+        return Normalizer.fit(dataset.windows(), kind, intervals)
+    return Normalizer.of(totals(dataset, store, intervals=tuple(intervals)), kind)
 
 
 def _axis(ds: xr.Dataset, dim: str) -> dict:

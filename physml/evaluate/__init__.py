@@ -13,6 +13,7 @@ from physml.data import XarrayDataset
 from physml.errors import ConfigError
 from physml.evaluate.forecasts import evaluate_forecasts
 from physml.evaluate.rollouts import evaluate_stepper, plan_starts, sample_dataset
+from physml.evaluate.validation import RolloutScores, RolloutValidation
 from physml.metrics.table import load_scores, save_scores, to_csv, to_plain, to_rows
 
 
@@ -71,6 +72,8 @@ def evaluate(
 
 
 __all__ = [
+    "RolloutScores",
+    "RolloutValidation",
     "evaluate",
     "evaluate_forecasts",
     "evaluate_stepper",

@@ -11,7 +11,7 @@ from physml.evaluate.blocks import CLIMATOLOGY, PERSISTENCE, Work, check_schedul
 from physml.evaluate.labels import LEAD, MEMBER, Forecast, Times, choose_channels
 from physml.evaluate.scores import Setting, assemble
 from physml.evaluate.sources import Categories, Climatology, Source, truth_source
-from physml.evaluate.statistics import TWINS, Tally, choose_spectrum_leads, has_spectrum
+from physml.evaluate.statistics import RANKS, TWINS, Tally, choose_spectrum_leads, has_spectrum
 from physml.fields import Spec
 from physml.metrics import FORECAST_METRICS, METRICS, THRESHOLDS, Metric, MomentMetric
 from physml.metrics.moments import Moments
@@ -42,7 +42,7 @@ def evaluate_forecasts(
     - Cells where the truth is NaN do not count; the weights of a frame are those of its other cells, and a frame
       without any does not count. A forecast that is NaN where the truth is not has no score there: `finite` says so.
     - An ensemble (dimension `member`, `realization`, `number` or `ensemble`) is scored by `crps`, `crps_fair`,
-      `spread` and `spread_skill`; every other metric, and the spectrum, is that of its mean.
+      `spread` and `spread_skill`, and its `rank_histogram`; every other metric, and the spectrum, is that of its mean.
     - Spectra and the metrics of whole frames (h1, log_spectral_error, own ones) need all cells at once. They are left
       out when `metrics` names only others, and no `spectrum_leads` are given.
 
@@ -122,7 +122,7 @@ def _choose_metrics(names, forecasts, climatology, spec: Spec) -> dict[str, Metr
     }
     needed = {
         "climatology": "compares with a climatology, but none is given: pass `climatology=`",
-        "ensemble": "scores ensembles, but no prediction has a dimension of members",
+        "ensemble": "scores ensembles, but no prediction has a dimension of two members or more",
         "seeps": "needs a climatology with the variables NAME_seeps_threshold and NAME_seeps_dry_fraction of a "
         "predicted precipitation: pass `climatology=`",
     }
@@ -238,6 +238,8 @@ def _tally(work: Work, setting: Setting, totals: dict, frames: dict, members: di
         parts["mean"], parts["square"] = (moments.field_mean,), (moments.field_power,)
         finite = (moments.finite | (sums["weight"] == 0)).all(-1, keepdims=True)
         parts["finite"] = (finite.astype(float),)
+        if moments.members > 1:
+            parts[RANKS] = (moments.ranks,)
         tallies[name] = Tally(starts, setting.spectrum_leads)
         # Frames with a gap that the first does not have: no spectrum, but every other score.
         complete = np.full(weights.shape, work.masked) | (sums["cells"] == np.prod(setting.spec.grid.shape))

@@ -21,15 +21,17 @@ from physml.evaluate.statistics import (
     blocks_of_starts,
     choose_metrics,
     choose_spectrum_leads,
+    ensemble_statistics,
     field_statistics,
     finite_frames,
     has_spectrum,
     pair_statistics,
 )
 from physml.fields import Spec, Window, stack
-from physml.metrics import METRICS, THRESHOLDS, Measure
+from physml.metrics import METRICS, THRESHOLDS, Measure, MomentMetric
 from physml.metrics.table import write_netcdf
 from physml.rollout import rollout
+from physml.steppers import Members
 
 CLIMATOLOGY = "climatology"  # a floor of this name also serves as the climatology of skill and ACC
 SAMPLE_VALUES = 2**25  # numbers per field of sample.nc: longer rollouts are thinned
@@ -48,6 +50,7 @@ def evaluate_stepper(
     spectrum_leads: Sequence[int] | None = None,
     thresholds: tuple[float, ...] = THRESHOLDS,
     key: jax.Array | None = None,
+    members: int | None = None,
     name: str = "model",
     sample: str | Path | None = None,
     draws: int = 500,
@@ -71,7 +74,10 @@ def evaluate_stepper(
         metrics: names of `METRICS`, or own `Metric`s by name; all that apply by default.
         spectrum_leads: leads in frames whose energy spectrum is kept; first, middle and last by default.
         thresholds: of the high-correlation time.
-        key: randomness of stochastic steppers; every start gets its own.
+        key: randomness of stochastic steppers, jax.random.key(0) if not given; every start gets its own.
+        members: realizations of a stochastic stepper from every start, each with a key of its own. They, or the members
+            of an ensemble of steppers (`physml.stack_members`), are also scored by `crps`, `crps_fair`, `spread` and
+            `spread_skill`, and have a `rank_histogram`; every other score is that of their mean.
         sample: a file to write the truth and the forecast of the first start to, for the figures of a report.
         draws: bootstrap draws for the interval of confidence `level`, over trajectories or blocks of starts.
         per_start: also keep `score_per_start (model, metric, channel, lead, start)`.
@@ -93,12 +99,15 @@ def evaluate_stepper(
     first = dataset.read(plan[0][0], range(max(plan[0][1] - history, 0), plan[0][1] + 1))
     masked = first.mask is not None
     spectral = has_spectrum(spec.grid, masked)
-    chosen = choose_metrics(metrics, climatology=climatology is not None, spectrum=spectral)
+    counts = {name: _member_count(stepper, members)}
+    chosen = choose_metrics(
+        metrics, climatology=climatology is not None, spectrum=spectral, ensemble=(counts[name] or 1) > 1
+    )
     setting = Setting(
         spec, chosen, np.arange(1, leads + 1), choose_spectrum_leads(spectrum_leads, leads) if spectral else (),
         thresholds, grouping, draws, level,
     )  # fmt: skip
-    run = _Run(setting, models, climatology, history, leads, key)
+    run = _Run(setting, models, counts, climatology, history, leads, jax.random.key(0) if key is None else key)
     share = slice(jax.process_index(), None, jax.process_count()) if processes else slice(None)
     tallies, truth, shown = run(dataset, plan[share], groups[share], int(groups.max()) + 1, batch)
     if processes:
@@ -111,6 +120,7 @@ def evaluate_stepper(
         "trajectories": len({trajectory for trajectory, _ in plan}),
         "history": history,
         "climatology": "given" if climatology is not None else "none",
+        **({"members": f"{name}: {counts[name]}"} if counts[name] else {}),
     }
     scores = assemble(tallies, truth, setting, attrs)
     if per_start:
@@ -127,6 +137,15 @@ def _name_models(stepper: Stepper, floors: dict[str, Stepper], name: str) -> dic
             "Pass another `name=`."
         )
     return {name: stepper, **floors}
+
+
+def _member_count(stepper: Stepper, asked: int | None) -> int | None:
+    """Members that are rolled out; None for a single stepper. Raises ConfigError for a number that cannot be shared."""
+    own = stepper.count if isinstance(stepper, Members) else None
+    if asked is not None and (asked < 1 or asked % (own or 1)):
+        what = f"the stepper is an ensemble of {own}: use a multiple of it" if own else "at least one is needed"
+        raise ConfigError(f"members is {asked}, but {what}.")
+    return asked or own
 
 
 def plan_starts(lengths: Sequence[int], history: int, leads: int, starts) -> list[tuple[int, int]]:
@@ -173,25 +192,28 @@ def _check_starts(plan, lengths, history):
 class _Run:
     """The jitted functions of one evaluation and the loop over its batches."""
 
-    def __init__(self, setting: Setting, models, climatology, history: int, leads: int, key):
-        self.setting, self.history, self.leads, self.key = setting, history, leads, key
+    def __init__(self, setting: Setting, models, counts, climatology, history: int, leads: int, key):
+        self.setting, self.history, self.leads = setting, history, leads
         # All devices of this process, and no other: the caller may be the only process that evaluates.
         devices = jax.local_devices()
         self.mesh = jax.make_mesh(
             (1, len(devices), 1), ("member", "data", "space"), axis_types=(AxisType.Auto,) * 3, devices=devices
         )
+        self.key = jax.device_put(key, NamedSharding(self.mesh, PartitionSpec()))  # it may come from another mesh
         # Correlation is always taken: the high-correlation time needs it.
-        self.metrics = {**setting.metrics, "correlation": METRICS["correlation"]}
-        self.models = {label: self._compile(model, self._score) for label, model in models.items()}
+        metrics = {**setting.metrics, "correlation": METRICS["correlation"]}
+        self.of_ensembles = {label: m for label, m in metrics.items() if isinstance(m, MomentMetric)}
+        self.metrics = {label: m for label, m in metrics.items() if label not in self.of_ensembles}
+        self.models = {label: self._compile(m, self._score, counts.get(label)) for label, m in models.items()}
         self.climatology = None if climatology is None else self._compile(climatology, lambda frames, *_: frames)
         self.truth = jax.jit(
             lambda frames, mask: field_statistics(frames, Measure.of(setting.spec, mask), setting.spectrum_leads)
         )
 
-    def _compile(self, stepper: Stepper, finish):
+    def _compile(self, stepper: Stepper, finish, members: int | None = None):
         """`(window, truth, climatology, number of the batch) -> finish(rollout, ...)`, with the parameters as arguments
         of jit."""
-        graph, state = nnx.split(stepper)
+        graph, state = nnx.split(stepper.apart() if isinstance(stepper, Members) else stepper)
         state = jax.tree.map(lambda a: a.addressable_data(0) if not a.is_fully_addressable else a, state)
         state = jax.device_put(state, NamedSharding(self.mesh, PartitionSpec()))
         skip = self.history - stepper.history
@@ -200,19 +222,26 @@ class _Run:
         def scored(state, window, truth, climatology, number):
             model = nnx.merge(graph, state)
             model.eval()
-            key = None if self.key is None else jax.random.fold_in(self.key, number)
-            frames = rollout(model, _later(window, skip), self.leads, key)
-            return finish(frames, truth, climatology, window.mask)
+            start, mask = _later(window, skip), window.mask
+            if members:
+                start = jax.tree.map(lambda a: jnp.tile(a, (members, *(1,) * (a.ndim - 1))), start)
+            frames = rollout(model, start, self.leads, jax.random.fold_in(self.key, number))
+            frames = frames.reshape(members, -1, *frames.shape[1:]) if members else frames
+            return finish(frames, truth, climatology, mask)
 
         return lambda *arguments: scored(state, *arguments)
 
     def _score(self, frames, truth, climatology, mask):
         setting = self.setting
         measure = Measure.of(setting.spec, mask, climatology)
+        ensemble = frames if frames.ndim > truth.ndim else frames[None]
+        frames = ensemble.mean(0) if len(ensemble) > 1 else ensemble[0]
         parts, pairs = pair_statistics(frames, truth, measure, self.metrics)
         parts |= field_statistics(frames, measure, setting.spectrum_leads)
         finite = finite_frames(frames)
         parts["finite"] = (finite[..., None].astype(jnp.float32),)
+        if self.of_ensembles:
+            parts |= ensemble_statistics(ensemble, truth, measure)
         return parts, pairs, frames[:1]
 
     def __call__(self, dataset: Dataset, plan, groups, count: int, batch: int):
@@ -241,7 +270,9 @@ class _Run:
                     counts = weights[..., None] * exists[:, None, :]
                 truth_tally.add(jax.device_get(of_truth), {}, index, counts)
                 for label, (parts, pairs, _) in found.items():
-                    tallies[label].add(*jax.device_get((parts, pairs)), index, counts)
+                    parts, pairs = jax.device_get((parts, pairs))
+                    pairs |= {key: metric.per_pair(parts[key]) for key, metric in self.of_ensembles.items()}
+                    tallies[label].add(parts, pairs, index, counts)
                 if shown is None:
                     frames = found[next(iter(found))][2]
                     kept = int(weights[0].sum())

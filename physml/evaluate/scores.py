@@ -9,7 +9,7 @@ import numpy as np
 import xarray as xr
 
 from physml import __version__
-from physml.evaluate.statistics import Tally, channel_units, spread
+from physml.evaluate.statistics import RANKS, Tally, channel_units, spread
 from physml.fields import Spec
 from physml.metrics import Metric, MomentMetric, high_correlation_time
 from physml.metrics.aggregate import interval, resample
@@ -49,6 +49,8 @@ def assemble(tallies: dict[str, Tally], truth: Tally, setting: Setting, attrs: d
     - correlation_time, _low, _high, _spread, _capped `(model, channel, threshold)`, in the unit of time;
     - spectrum, spectrum_low, spectrum_high `(source, channel, spectrum_lead, wavenumber)`; source is the truth or a
     model; - mean, energy `(source, channel, lead)`: area mean of the field and of half its square;
+    - rank_histogram `(model, channel, lead, rank)`, where a model is an ensemble: share of the cells and starts where
+      the truth has that rank among its members (NaN beyond their number, and for single forecasts);
     - finite `(model, lead)`: share of rollouts that hold only finite numbers; pairs `(lead)`: how many were averaged.
     """
     groups = truth.groups
@@ -62,6 +64,8 @@ def assemble(tallies: dict[str, Tally], truth: Tally, setting: Setting, attrs: d
         variables[name] = (("source", "channel", "lead"), np.stack(values))
     if setting.spectrum_leads:
         variables |= _spectrum_variables(sources, setting, draws)
+    if any(RANKS in tally.sums for tally in tallies.values()):
+        variables["rank_histogram"] = _rank_variable(tallies, next(iter(variables.values()))[1].shape)
     finite = [tally.sums["finite"].means()[0][:, 0] for tally in tallies.values()]
     variables["finite"] = (("model", "lead"), np.stack(finite))
     variables["pairs"] = (("lead",), next(iter(tallies.values())).sums["finite"].weights.sum(0).astype(int))
@@ -120,6 +124,16 @@ def _correlation_variables(tallies, setting: Setting, draws) -> dict[str, tuple]
     return {f"correlation_time{key}": (dims, np.stack(values)) for key, values in result.items()}
 
 
+def _rank_variable(tallies, shape: tuple[int, ...]) -> tuple:
+    """Mean over starts; `shape (model, metric, channel, lead)`."""
+    means = [tally.sums[RANKS].means()[0] if RANKS in tally.sums else np.zeros((0, 0, 0)) for tally in tallies.values()]
+    values = np.full((shape[0], shape[2], shape[3], max(mean.shape[-1] for mean in means)), np.nan)
+    for own, mean in zip(values, means, strict=True):
+        if mean.size:
+            own[..., : mean.shape[-1]] = np.moveaxis(mean, 0, 1)
+    return ("model", "channel", "lead", "rank"), values
+
+
 def _spectrum_variables(sources, setting: Setting, draws) -> dict[str, tuple]:
     dims = ("source", "channel", "spectrum_lead", "wavenumber")
     result = {"": [], "_low": [], "_high": []}
@@ -164,6 +178,9 @@ def _describe(scores: xr.Dataset, setting: Setting) -> xr.Dataset:
         scores[name].attrs["units"] = unit
     scores["correlation_time"].attrs["long_name"] = "time of the first lead with mean correlation below the threshold"
     scores["correlation_time_capped"].attrs["long_name"] = "true where it never fell below: the time is a lower bound"
+    if "rank_histogram" in scores:
+        scores["rank_histogram"].attrs["long_name"] = "share of cells where the truth has a rank among the members"
+        scores["rank"] = ("rank", np.arange(scores.sizes["rank"]), {"long_name": "members below the truth"})
     if "spectrum" in scores:
         plan = shells(setting.spec.grid)
         scores["wavenumber"].attrs.update(units=plan.unit, resolved=plan.resolved)

@@ -1,7 +1,9 @@
 """What is taken from every pair of rollout and truth, and how it adds up over batches."""
 
 from collections.abc import Sequence
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -9,33 +11,43 @@ from physml.errors import ConfigError, SpecError, suggest
 from physml.fields import Grid, Spec
 from physml.metrics import METRICS, Measure, Metric, energy_spectrum
 from physml.metrics.aggregate import Sums, across_processes
+from physml.metrics.ensemble import crps, rank_shares, variance
+from physml.metrics.moments import ENSEMBLE_METRICS
 from physml.metrics.spectra import shells
 
 SPECTRAL = ("spectrum", "log_spectral_error")  # defined for frames without missing cells
+RANKS = "ranks"  # parts of a rank histogram, (pair, lead, channel, rank)
 TWINS = ("h1_periodic",)  # variants that are scored only when asked for by name
 
 
-def choose_metrics(names, *, climatology: bool, spectrum: bool) -> dict[str, Metric]:
+def choose_metrics(names, *, climatology: bool, spectrum: bool, ensemble: bool = False) -> dict[str, Any]:
     """Metrics by name, or all that apply when `names` is empty; a dict of own `Metric`s is taken as it is.
 
-    Raises ConfigError for an unknown name and for one that needs a climatology where there is none.
+    Raises ConfigError for an unknown name and for one that needs a climatology or an `ensemble` where there is none.
     """
     if isinstance(names, dict):
         return dict(names)
+    every = {**METRICS, **ENSEMBLE_METRICS}
     for name in names or ():
-        if name not in METRICS:
-            raise ConfigError(f"There is no metric {name!r}." + suggest(name, METRICS))
-        if METRICS[name].climatology and not climatology:
+        if name not in every:
+            raise ConfigError(f"There is no metric {name!r}." + suggest(name, every))
+        if name in ENSEMBLE_METRICS and not ensemble:
+            raise ConfigError(
+                f"The metric {name!r} scores ensembles, but the stepper is a single one. Pass `members=` for several "
+                "realizations, or train it with several seeds."
+            )
+        if name in METRICS and METRICS[name].climatology and not climatology:
             raise ConfigError(
                 f"The metric {name!r} compares with a climatology, but none is given: pass `climatology=`, or score "
                 "the "
                 "floor 'climatology' beside the model."
             )
     if names:
-        return {name: METRICS[name] for name in names}
+        return {name: every[name] for name in names}
     unfit = {name for name, metric in METRICS.items() if metric.climatology and not climatology} | set(TWINS)
     unfit |= set() if spectrum else {"log_spectral_error"}
-    return {name: metric for name, metric in METRICS.items() if name not in unfit}
+    fit = every if ensemble else METRICS
+    return {name: metric for name, metric in sorted(fit.items()) if name not in unfit}
 
 
 def has_spectrum(grid: Grid, masked: bool) -> bool:
@@ -69,6 +81,24 @@ def pair_statistics(prediction, truth, measure: Measure, metrics: dict[str, Metr
     """(parts, score of every pair by itself) of each metric. Jittable."""
     parts = {name: metric.statistic(prediction, truth, measure) for name, metric in metrics.items()}
     return parts, {name: metrics[name].per_pair(part) for name, part in parts.items()}
+
+
+def ensemble_statistics(ensemble, truth, measure: Measure) -> dict:
+    """Parts of `ENSEMBLE_METRICS` and of the rank histogram, from `(member, batch, lead, *space, channel)`. Jittable.
+
+    A single member has a CRPS, the absolute error, but no spread and no ranks.
+    """
+    members, error = len(ensemble), ensemble.mean(0) - truth
+    spread = measure.mean(variance(ensemble))
+    parts = {
+        "crps": (measure.mean(crps(ensemble, truth)),),
+        "crps_fair": (measure.mean(crps(ensemble, truth, fair=True)),),
+        "spread": (spread,),
+        "spread_skill": (spread * ((members + 1) / members), measure.mean(error**2)),
+    }
+    if members > 1:
+        parts[RANKS] = (jnp.moveaxis(jax.vmap(measure.mean)(rank_shares(ensemble, truth)), 0, -1),)
+    return parts
 
 
 def finite_frames(frames):

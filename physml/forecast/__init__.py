@@ -1,5 +1,6 @@
 """xarray in, xarray out: labelled forecasts of any length, in memory or streamed to a file."""
 
 from physml.forecast.run import forecast
+from physml.forecast.summary import blow_ups, stability
 
-__all__ = ["forecast"]
+__all__ = ["blow_ups", "forecast", "stability"]

@@ -1,6 +1,8 @@
 """`forecast`: from labelled initial states to labelled predictions, watched, in chunks, to memory or to a file."""
 
+import contextlib
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,23 +12,20 @@ import xarray as xr
 from flax import nnx
 
 from physml.data.labelled import from_frames
-from physml.errors import ConfigError, DivergedError
+from physml.errors import ConfigError, DivergedError, Interrupted, SpecError
 from physml.fields import Window
+from physml.forecast import resume as resuming
+from physml.forecast.ledgers import SPECTRUM_STEP, Labels, spectrum_coordinates
 from physml.forecast.start import Start, start_of
-from physml.forecast.stores import open_store
-from physml.rollout import Bounds, Watchdog, rollout_chunks
+from physml.forecast.stores import LEAD, open_store
+from physml.interrupt import Signals
+from physml.rollout import Bounds, Chunk, Watchdog, check_spectrum, perturbed, rollout_chunks
+from physml.steppers import Members
 from physml.steppers.describe import provenance
 
-QUANTITIES = {
-    "finite": "every number of the frame is finite",
-    "mean": "area-weighted mean",
-    "energy": "area-weighted mean square",
-    "variance": "area-weighted variance",
-    "minimum": "minimum over the cells",
-    "maximum": "maximum over the cells",
-}
-SQUARED = ("energy", "variance")
 CHUNK_BYTES = 2**25
+PERTURBATION = 2**32 - 1  # folded into the key for initial states; steps count from 0
+SAVE_EVERY = 8  # chunks from one saved state of an unfinished rollout to the next
 
 
 def forecast(
@@ -38,11 +37,15 @@ def forecast(
     chunk: int | None = None,
     key=None,
     members: int | None = None,
+    perturb: float | None = None,
+    perturb_kind: Literal["smooth", "white"] = "smooth",
     forcing: xr.Dataset | None = None,
     on_divergence: Literal["raise", "stop", "flag"] = "raise",
     limit: float | None = 100.0,
     masked: bool | None = None,
     overwrite: bool = False,
+    resume: Literal["never", "auto"] = "never",
+    spectrum_every: int | Literal["auto"] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> xr.Dataset:
     """Predicts `steps` frames after the last one of `initial`.
@@ -53,13 +56,22 @@ def forecast(
     maximum; initial value and training range as attributes), and `steps_completed (trajectory)`, the steps before a
     divergence. Attributes name the model, its config hash and the version.
 
+    With `out` the state is saved beside it, in `OUT.partial`, every few chunks and when SIGTERM or SIGINT asks to stop;
+    the same call with `resume="auto"` then gives bit for bit what an uninterrupted one gives.
+
     Args:
         stepper: what `physml.load` gives.
         initial: one frame when the stepper's history is 1, else at least `history` frames, of which the last are taken;
             one or several trajectories.
         out: a .zarr or .nc path to stream to; memory then does not grow with `steps`, and the result is opened lazily.
         chunk: frames computed between two looks at the ledger, and per storage chunk.
-        key: typed PRNG key of a stochastic stepper. members: with it, so many realizations along dimension `member`.
+        key: typed PRNG key of a stochastic stepper, jax.random.key(0) if not given.
+        members: an ensemble of so many along dimension `member`. An ensemble of steppers (`Experiment.seeds`,
+            `physml.stack_members`) gives its own members without being asked, or the same number of each; one stepper
+            needs a key and random numbers: its own, or `perturb`.
+        perturb: standard deviation of random fields that are added to the initial state of every member, in units of
+            the scale of the training data; for other sizes see `physml.perturbed`.
+        perturb_kind: "smooth" fields, with a correlation length of a tenth of each axis, or "white" ones.
         forcing: prescribed fields at every valid time, when the stepper has forcing.
         on_divergence: "raise" a DivergedError that names step, variable and place, leaving nothing behind; "stop" a bad
             trajectory there (NaN from then on), and everything when none is left, keeping the good part; "flag" only.
@@ -67,37 +79,88 @@ def forecast(
             numbers that are not finite do.
         masked: whether NaN in the initial state mean cells without a field; None: as in the training data.
         overwrite: replace `out` if it exists.
+        resume: "auto" continues an unfinished rollout to `out`, if there is one; "never" refuses to touch it.
+        spectrum_every: also keep `ledger_spectrum_VARIABLE (trajectory, spectrum_step, wavenumber)`, the energy by
+            wavenumber shell (`physml.metrics.spectra`) of the initial state and of every so many steps; "auto": of
+            about fifty steps, where the fields have a spectrum.
         progress: called with (steps done, steps).
 
-    Raises SpecError and DataError for data that does not fit the stepper, before anything is computed.
+    Raises SpecError and DataError for data that does not fit the stepper, before anything is computed; CheckpointError
+    for an unfinished rollout that was begun with anything else; Interrupted after SIGTERM or SIGINT (with `out`).
     """
-    _check_options(steps, chunk, key, members, on_divergence)
+    own = stepper.count if isinstance(stepper, Members) else None
+    members = own if members is None else members
+    _check_options(steps, chunk, key, members, own, perturb, on_divergence, out, resume)
+    key = jax.random.key(0) if key is None else key
     start = start_of(stepper, initial, steps, forcing, masked)
-    stepper = _for_inference(stepper)
+    model = provenance(stepper)
+    stepper = _for_inference(stepper.apart() if own else stepper)
     window, names = _with_members(start.window, members), _member_names(start, members)
+    if perturb is not None:
+        window = _perturbed(window, start.window, stepper, key, members, perturb, perturb_kind)
     chunk = min(chunk or _default_chunk(window), steps)
-    store = open_store(out, _labels(start, stepper.spec, members), _lead_coordinates(start), overwrite)
+    spectrum_every = _spectrum_every(spectrum_every, window, steps)
+    coords = _lead_coordinates(start) | spectrum_coordinates(start.leads, spectrum_every)
+    store = open_store(out, _labels(start, stepper.spec, members), coords, overwrite, resume)
     read = start.forcing and (lambda first, last: _tiled(start.forcing(first, last), members))
+    options = {"steps": steps, "chunk": chunk, "members": members, "on_divergence": on_divergence, "limit": limit}
+    options["spectrum_every"] = spectrum_every
+    owner = resuming.identity(model, window, start.valid[0], key, read, **options) if store.folder else {}
+    saved = resuming.load(store.folder, owner) if resume == "auto" else None
+    run = _Run(store, stepper.spec, stepper, names, members, owner, saved, on_divergence, limit, steps, spectrum_every)
     try:
-        pieces = rollout_chunks(stepper, window, steps, chunk, key, forcing=read)
-        watch, ledgers, leads = _run(pieces, store, stepper, names, on_divergence, limit, steps, progress)
-        extra = _extra_variables(stepper.spec, ledgers, watch, leads, members)
-        attrs = {**_attributes(stepper, watch, leads, steps), "stopped_early": int(leads < steps)}
-        return store.finish(leads, extra, attrs)
-    except BaseException:
-        store.abort()
+        store.begin(saved.names if saved else [])
+        pieces = rollout_chunks(
+            stepper, window, steps, chunk, key, forcing=read, spectrum_every=spectrum_every,
+            resume=saved and (saved.step, saved.arrays),
+        )  # fmt: skip
+        leads = run(pieces, progress)
+        sizes = {LEAD: leads, **({SPECTRUM_STEP: leads // spectrum_every + 1} if spectrum_every else {})}
+        attrs = {**model, **_divergences(run.watch), "steps_asked": str(steps), "stopped_early": int(leads < steps)}
+        return store.finish(sizes, run.labels.completed(run.watch.good), attrs)
+    except BaseException as error:
+        store.abort(keep=run.saved and not isinstance(error, DivergedError))
         raise
 
 
-def _check_options(steps, chunk, key, members, on_divergence) -> None:
+def _check_options(steps, chunk, key, members, own, perturb, on_divergence, out, resume) -> None:
+    if resume not in ("never", "auto") or (resume == "auto" and out is None):
+        raise ConfigError(
+            f"resume is {resume!r} and out {out}, but an unfinished rollout is continued with resume='auto' and the "
+            "path of its output."
+        )
     if on_divergence not in ("raise", "stop", "flag"):
         raise ConfigError(f"on_divergence is {on_divergence!r}, but raise, stop or flag was expected.")
     if steps < 1 or (chunk is not None and chunk < 1) or (members is not None and members < 1):
         raise ConfigError(f"steps={steps}, chunk={chunk} and members={members} count things: at least 1.")
-    if members is not None and key is None:
+    if own and members % own:
+        raise ConfigError(
+            f"members is {members}, but the stepper is an ensemble of {own} that forecast equally often. Use a "
+            f"multiple of {own}, or leave members out."
+        )
+    if members is not None and key is None and (members != own or perturb is not None):
         raise ConfigError(
             "members needs a key: without random numbers all members are the same. Pass jax.random.key(0)."
         )
+    if perturb is not None and (members is None or not 0 < perturb < np.inf):
+        raise ConfigError(
+            f"perturb is {perturb} and members {members}, but perturbations have a size above 0 and make members: say "
+            "how many."
+        )
+
+
+def _spectrum_every(asked, window: Window, steps: int) -> int | None:
+    if asked is None:
+        return None
+    if asked != "auto" and (not isinstance(asked, int) or asked < 1):
+        raise ConfigError(f"spectrum_every is {asked!r}, but it counts steps: at least 1, 'auto', or None for none.")
+    try:
+        check_spectrum(window.spec, window.mask)
+    except SpecError:
+        if asked == "auto":
+            return None
+        raise
+    return max(1, steps // 50) if asked == "auto" else asked
 
 
 def _for_inference(stepper):
@@ -117,6 +180,19 @@ def _with_members(window: Window, members: int | None) -> Window:
     if members is None:
         return window
     return jax.tree.map(lambda array: _tiled(array, members), window)
+
+
+def _perturbed(tiled: Window, window: Window, stepper, key, members: int, size: float, kind: str) -> Window:
+    """`tiled` with an initial state for each member. Raises ConfigError for a stepper that knows no scale."""
+    frames = getattr(getattr(stepper, "normalizer", None), "frames", None)
+    if frames is None:
+        raise ConfigError(
+            f"{type(stepper).__name__} has no normalizer, so perturb={size} has no unit. Perturb the initial states "
+            "yourself, see physml.perturbed."
+        )
+    own_key = jax.random.fold_in(key, PERTURBATION)
+    states = perturbed(window, own_key, members, size * np.asarray(frames.scale[...]), kind=kind).frames
+    return replace(tiled, frames=np.asarray(states.reshape(-1, *states.shape[2:])))
 
 
 def _tiled(array, members: int | None) -> np.ndarray:
@@ -160,31 +236,109 @@ def _lead_coordinates(start: Start) -> dict[str, xr.Variable]:
     }
 
 
-def _run(pieces, store, stepper, names, on_divergence: str, limit, steps: int, progress):
-    """Writes every chunk; returns the watchdog, the ledgers (initial first) and the number of leads that were kept."""
-    watch, ledgers = None, []
-    for piece in pieces:
-        if watch is None:
-            watch = Watchdog(stepper.spec, Bounds.of(stepper, piece.initial, limit), names)
-            ledgers.append(piece.initial)
-        found, count = watch.read(piece.start, piece.frames, piece.ledger), piece.frames.shape[1]
-        frames = piece.frames
-        if on_divergence == "raise":
+@dataclass
+class _Run:
+    """The loop over chunks: watches, writes and saves.
+
+    Attributes:
+        saved: the state that the rollout goes on from; later whether one is on disk.
+        watch: set by the first chunk. labels: of the ledger, too.
+    """
+
+    store: Any
+    spec: Any
+    stepper: Any
+    names: tuple[str, ...]
+    members: int | None
+    owner: dict[str, str]
+    saved: Any
+    on_divergence: str
+    limit: float | None
+    steps: int
+    spectrum_every: int | None
+    watch: Watchdog | None = None
+    labels: Labels | None = None
+
+    def __call__(self, pieces, progress) -> int:
+        """How many leads were kept."""
+        waiting: list[Chunk] = []
+        with Signals() if self.store.folder else contextlib.nullcontext() as signals:
+            for piece in pieces:
+                if self.watch is None:
+                    self._begin(piece)
+                count, stopped = self._write(piece)
+                done = piece.start + count
+                waiting.append(_cut(piece, count, self.spectrum_every))
+                finished = stopped or done == self.steps
+                asked = signals is not None and signals.received
+                if finished or asked or len(waiting) == SAVE_EVERY:
+                    self._write_ledger(waiting)
+                    waiting = []
+                    if self.store.folder and not finished:
+                        resuming.save(self.store.folder, self.owner, done, piece.state, self.store.names, self.watch)
+                        self.saved = True
+                if progress:
+                    progress(done, self.steps)
+                if stopped:
+                    return done
+                if asked and not finished:
+                    raise Interrupted(
+                        f"The rollout stopped after step {done} of {self.steps} on {asked}. Its state is saved in "
+                        f'{self.store.folder}. Continue it with resume="auto" (--resume auto).'
+                    )
+        return self.steps
+
+    def _begin(self, piece: Chunk) -> None:
+        bounds = Bounds.of(self.stepper, piece.initial, self.limit)
+        self.watch = Watchdog(self.spec, bounds, self.names)
+        self.labels = Labels(self.spec, piece.initial, bounds, self.members)
+        if self.saved:
+            self.saved.put_into(self.watch)
+        elif self.spectrum_every:
+            self.store.extend(SPECTRUM_STEP, 0, self.labels.spectra(piece.initial.spectrum[:, None]))
+
+    def _write(self, piece: Chunk) -> tuple[int, bool]:
+        """Writes the good frames of a chunk; returns how many, and whether the rollout ends there."""
+        watch, frames, count = self.watch, piece.frames, piece.frames.shape[1]
+        found = watch.read(piece.start, frames, piece.ledger)
+        if self.members and self.members > 1 and piece.start == 0:
+            self._check_members(frames)
+        if self.on_divergence == "raise":
             watch.raise_first(found)
-        if on_divergence == "stop" and watch.events:
+        if self.on_divergence == "stop" and watch.events:
             frames = np.array(frames)
             for sample in watch.events:
                 frames[sample, max(watch.good[sample] - piece.start, 0) :] = np.nan
             if watch.everything_failed:
                 count = _last_good(watch) - piece.start
-        ledgers.append(piece.ledger)
         if count:
-            store.write(piece.start + 1, frames[:, :count])
-        if progress:
-            progress(piece.start + count, steps)
-        if on_divergence == "stop" and watch.everything_failed:
-            return watch, ledgers, piece.start + count
-    return watch, ledgers, steps
+            self.store.write(piece.start + 1, frames[:, :count])
+        return count, self.on_divergence == "stop" and watch.everything_failed
+
+    def _check_members(self, frames: np.ndarray) -> None:
+        first, *others = np.split(frames, self.members)
+        if all(np.array_equal(first, other, equal_nan=True) for other in others):
+            raise ConfigError(
+                f"All {self.members} members are the same: the stepper draws no random numbers. Perturb the initial "
+                "state (perturb=0.01), use a stepper trained with several seeds, or leave members out."
+            )
+
+    def _write_ledger(self, waiting: list[Chunk]) -> None:
+        first, every = waiting[0].start, self.spectrum_every
+        ledger = jax.tree.map(lambda *parts: np.concatenate(parts, axis=1), *(chunk.ledger for chunk in waiting))
+        if ledger.mean.shape[1]:
+            self.store.extend(LEAD, first, self.labels.totals(ledger))
+        if every and ledger.spectrum.shape[1]:
+            self.store.extend(SPECTRUM_STEP, first // every + 1, self.labels.spectra(ledger.spectrum))
+
+
+def _cut(piece: Chunk, count: int, every: int | None) -> Chunk:
+    """The first `count` leads of a chunk's ledger, without the frames."""
+    spectrum, ledger = piece.ledger.spectrum, replace(piece.ledger, spectrum=None)
+    ledger = jax.tree.map(lambda array: array[:, :count], ledger)
+    if every:
+        ledger = replace(ledger, spectrum=spectrum[:, : (piece.start + count) // every - piece.start // every])
+    return replace(piece, frames=piece.frames[:, :0].copy(), ledger=ledger, state=None)
 
 
 def _last_good(watch: Watchdog) -> int:
@@ -194,38 +348,8 @@ def _last_good(watch: Watchdog) -> int:
     return last
 
 
-def _extra_variables(spec, ledgers, watch: Watchdog, leads: int, members: int | None) -> xr.Dataset:
-    """The ledger and the steps that each trajectory completed."""
-    start, *rest = ledgers
-    ledger = jax.tree.map(lambda *parts: np.concatenate(parts, axis=1)[:, :leads], *rest)
-    dims = ("trajectory",) if members is None else ("member", "trajectory")
-
-    def fold(array):
-        return array if members is None else array.reshape(members, -1, *array.shape[1:])
-
-    variables = {}
-    for quantity, meaning in QUANTITIES.items():
-        values, initial = (np.asarray(getattr(x, quantity)) for x in (ledger, start))
-        for i, channel in enumerate(spec.channels):
-            attrs: dict[str, Any] = {"long_name": f"{meaning}: {channel.name}"}
-            column = fold(values[..., i])
-            if quantity == "finite":
-                column = column.astype(np.int8)
-            else:
-                unit = channel.unit and (f"({channel.unit})2" if quantity in SQUARED else channel.unit)
-                attrs |= {"units": unit} if unit else {}
-                attrs |= {"initial": initial[:, i].astype(np.float64)}
-                if watch.bounds.scale is not None:
-                    attrs |= {"training_center": float(watch.bounds.center[i])}
-                    attrs |= {"training_scale": float(watch.bounds.scale[i])}
-            variables[f"ledger_{quantity}_{channel.name}"] = ((*dims, "lead"), column, attrs)
-    attrs = {"long_name": "steps before the trajectory diverged (all of them if it did not)"}
-    variables["steps_completed"] = (dims, fold(watch.good.astype(np.int32)), attrs)
-    return xr.Dataset(variables)
-
-
-def _attributes(stepper, watch: Watchdog, leads: int, steps: int) -> dict[str, str]:
+def _divergences(watch: Watchdog) -> dict[str, str]:
     events = sorted(watch.events.values(), key=lambda event: event.step)
     text = " | ".join(event.message for event in events[:10])
     more = f" | and {len(events) - 10} more" if len(events) > 10 else ""
-    return {**provenance(stepper), "divergence": text + more or "none", "steps_asked": str(steps)}
+    return {"divergence": text + more or "none"}

@@ -1,5 +1,6 @@
 """Where the frames of a forecast go as they come: memory, zarr or netCDF. A file appears complete or not at all."""
 
+import functools
 import os
 import shutil
 import uuid
@@ -9,17 +10,23 @@ from pathlib import Path
 import numpy as np
 import xarray as xr
 
-from physml.errors import ConfigError
+from physml.errors import CheckpointError, ConfigError
 
 LEAD = "lead"
 SUFFIXES = {".nc": "netcdf", ".nc4": "netcdf", ".netcdf": "netcdf", ".zarr": "zarr"}
 Label = Callable[[np.ndarray, int], xr.Dataset]  # frames (batch, lead, *space, channel) and their first step -> labels
 
 
-def open_store(out: str | Path | None, label: Label, coords: dict[str, xr.Variable], overwrite: bool):
-    """A store for leads that arrive in order. `coords` are the coordinates along `lead`, for all steps.
+def partial_of(path: Path) -> Path:
+    """The folder that holds an unfinished output and what it takes to continue it."""
+    return path.with_name(f"{path.name}.partial")
 
-    Raises ConfigError for an unknown suffix, or when the output exists and `overwrite` is not set.
+
+def open_store(out: str | Path | None, label: Label, coords: dict[str, xr.Variable], overwrite: bool, resume: str):
+    """A store for leads that arrive in order. `coords` are all coordinates along the dimensions that grow.
+
+    Raises ConfigError for an unknown suffix, or when the output, or an unfinished one, exists and is neither to be
+    replaced nor to be continued.
     """
     if out is None:
         return Memory(label, coords)
@@ -30,32 +37,77 @@ def open_store(out: str | Path | None, label: Label, coords: dict[str, xr.Variab
         raise ConfigError(f"{path} exists. Choose another name, or pass overwrite=True.")
     if not path.parent.is_dir():
         raise ConfigError(f"{path.parent} is no folder: make it first, or choose another place for {path.name}.")
+    if resume == "never" and not overwrite and partial_of(path).exists():
+        raise ConfigError(
+            f"{partial_of(path)} holds an unfinished rollout. Continue it with resume='auto' (--resume auto), or pass "
+            "overwrite=True to start anew."
+        )
     return (Zarr if SUFFIXES[path.suffix] == "zarr" else Netcdf)(path, label, coords)
 
 
 class Memory:
     """Keeps everything."""
 
+    folder = None
+
     def __init__(self, label: Label, coords: dict[str, xr.Variable]):
-        self.label, self.coords, self.frames = label, coords, []
+        self.label, self.coords, self.frames, self.pieces = label, coords, [], {}
+
+    def begin(self, names: list[str]) -> None:
+        pass
 
     def write(self, first: int, frames: np.ndarray) -> None:
         self.frames.append(np.array(frames))  # a copy: the view would keep the whole device buffer
 
-    def finish(self, leads: int, extra: xr.Dataset, attrs: dict) -> xr.Dataset:
-        frames = np.concatenate(self.frames, axis=1)[:, :leads]
-        return xr.merge([self.label(frames, 1), extra], combine_attrs="override").assign_attrs(attrs)
+    def extend(self, dim: str, at: int, piece: xr.Dataset) -> None:
+        self.pieces.setdefault(dim, []).append(piece)
 
-    def abort(self) -> None:
+    def finish(self, sizes: dict[str, int], extra: xr.Dataset, attrs: dict) -> xr.Dataset:
+        frames = np.concatenate(self.frames, axis=1)[:, : sizes[LEAD]]
+        options = {"coords": "minimal", "compat": "override", "join": "override", "combine_attrs": "override"}
+        parts = [self.label(frames, 1)]
+        for dim, pieces in self.pieces.items():
+            along = {name: c[: sizes[dim]] for name, c in self.coords.items() if c.dims == (dim,)}
+            parts.append(xr.concat(pieces, dim, data_vars="minimal", **options).assign_coords(along))
+        return xr.merge([*parts, extra], compat="override", combine_attrs="override").assign_attrs(attrs)
+
+    def abort(self, keep: bool) -> None:
         self.frames.clear()
 
 
 class _File:
-    """A file or folder under a partial name until it is finished."""
+    """A file or folder inside a partial folder until it is finished.
+
+    Attributes:
+        names: variables in the order of the result.
+    """
 
     def __init__(self, path: Path, label: Label, coords: dict[str, xr.Variable]):
         self.path, self.label, self.coords = path, label, coords
-        self.partial = path.with_name(f".{path.stem}.{uuid.uuid4().hex[:8]}.partial{path.suffix}")
+        self.folder = partial_of(path)
+        self.partial = self.folder / f"data{path.suffix}"
+        self.names: list[str] = []
+
+    def begin(self, names: list[str]) -> None:
+        """Opens the unfinished output with the variables `names`, or starts anew when there are none."""
+        if names:
+            self._reopen()
+            self.names = list(names)
+        else:
+            shutil.rmtree(self.folder, ignore_errors=True)
+            self.folder.mkdir()
+
+    def write(self, first: int, frames: np.ndarray) -> None:
+        """Frames `(batch, lead, *space, channel)` from step `first` on."""
+        self.extend(LEAD, first - 1, self.label(frames, first))
+
+    def extend(self, dim: str, at: int, piece: xr.Dataset) -> None:
+        """The variables of `piece`, which all have `dim`, from position `at` along it."""
+        fresh = piece[[name for name in piece.data_vars if name not in self.names]]
+        if fresh.data_vars:
+            self._create(dim, fresh)
+            self.names += [str(name) for name in fresh.data_vars]
+        self._write(dim, at, piece)
 
     def _put(self) -> None:
         """The partial name becomes the final one; what was there is set aside first and removed last."""
@@ -63,14 +115,21 @@ class _File:
         if self.path.is_dir():
             os.replace(self.path, aside)
         os.replace(self.partial, self.path)
+        shutil.rmtree(self.folder, ignore_errors=True)
         if aside.exists():
             shutil.rmtree(aside, ignore_errors=True)
 
-    def _remove(self) -> None:
-        if self.partial.is_dir():
-            shutil.rmtree(self.partial, ignore_errors=True)
-        else:
-            self.partial.unlink(missing_ok=True)
+    def abort(self, keep: bool) -> None:
+        """Stops writing; what was written stays for a later continuation, or goes."""
+        self._close()
+        if not keep:
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _damaged(self, error: Exception) -> CheckpointError:
+        return CheckpointError(
+            f"{self.partial} cannot be continued ({type(error).__name__}: {error}). Start anew with resume='never' and "
+            "overwrite=True; zarr outlasts a killed process more surely than netCDF."
+        )
 
 
 class Zarr(_File):
@@ -78,114 +137,129 @@ class Zarr(_File):
 
     group = None
 
-    def write(self, first: int, frames: np.ndarray) -> None:
-        piece = self.label(frames, first)
-        if self.group is None:
-            self._create(piece)
-        count = piece.sizes[LEAD]
-        for name, variable in piece.data_vars.items():
-            at = tuple(slice(first - 1, first - 1 + count) if dim == LEAD else slice(None) for dim in variable.dims)
-            self.group[name][at] = variable.values
+    def _reopen(self) -> None:
+        import zarr
 
-    def _create(self, piece: xr.Dataset) -> None:
+        try:
+            self.group = zarr.open_group(self.partial, mode="r+", zarr_format=3)
+        except (OSError, ValueError) as error:
+            raise self._damaged(error) from error
+
+    def _write(self, dim: str, at: int, piece: xr.Dataset) -> None:
+        for name, variable in piece.data_vars.items():
+            place = tuple(slice(at, at + size) if d == dim else slice(None) for d, size in variable.sizes.items())
+            self.group[name][place] = variable.values
+
+    def _create(self, dim: str, piece: xr.Dataset) -> None:
         import dask.array
         import zarr
 
-        total, chunk = self.coords[LEAD].size, piece.sizes[LEAD]
+        total = next(c.size for c in self.coords.values() if c.dims == (dim,))
         variables, encoding = {}, {}
         for name, variable in piece.data_vars.items():
-            shape = tuple(total if dim == LEAD else size for dim, size in variable.sizes.items())
-            chunks = tuple(chunk if dim == LEAD else size for dim, size in variable.sizes.items())
+            shape = tuple(total if d == dim else size for d, size in variable.sizes.items())
+            chunks = tuple(variable.sizes.values())
             values = dask.array.full(shape, np.nan, chunks=chunks, dtype=variable.dtype)  # a shape, never computed
             variables[name] = xr.Variable(variable.dims, values, variable.attrs)
             encoding[name] = {"chunks": chunks}
-        coords = {name: c.variable for name, c in piece.coords.items() if LEAD not in c.dims}
-        template = xr.Dataset(variables, {**coords, **self.coords}, piece.attrs)
-        template.to_zarr(self.partial, mode="w-", compute=False, zarr_format=3, consolidated=False, encoding=encoding)
-        self.names = tuple(variables)
+        there = set() if self.group is None else set(self.group.array_keys())
+        coords = {n: c.variable for n, c in piece.coords.items() if dim not in c.dims and n not in there}
+        coords |= {n: c for n, c in self.coords.items() if self.group is None}
+        # Every call replaces all attributes of the store.
+        template = xr.Dataset(variables, coords, piece.attrs if self.group is None else dict(self.group.attrs))
+        mode = "w-" if self.group is None else "a"
+        template.to_zarr(self.partial, mode=mode, compute=False, zarr_format=3, consolidated=False, encoding=encoding)
         self.group = zarr.open_group(self.partial, mode="r+", zarr_format=3)
 
-    def finish(self, leads: int, extra: xr.Dataset, attrs: dict) -> xr.Dataset:
+    def finish(self, sizes: dict[str, int], extra: xr.Dataset, attrs: dict) -> xr.Dataset:
         for _, array in self.group.arrays():
             dims = array.metadata.dimension_names
-            if LEAD in dims and leads < self.coords[LEAD].size:
-                array.resize(tuple(leads if dim == LEAD else size for dim, size in zip(dims, array.shape, strict=True)))
+            shape = tuple(sizes.get(dim, size) for dim, size in zip(dims, array.shape, strict=True))
+            if shape != array.shape:
+                array.resize(shape)
+        extra = extra.assign_attrs({**self.group.attrs, **attrs})
         extra.to_zarr(self.partial, mode="a", zarr_format=3, consolidated=False)
-        self.group.attrs.update(attrs)
         self._put()
         result = xr.open_zarr(self.path, chunks=None, consolidated=False)
         return result[[*self.names, *extra.data_vars]]  # zarr does not keep the order
 
-    def abort(self) -> None:
-        self._remove()
+    def _close(self) -> None:
+        self.group = None
 
 
 class Netcdf(_File):
-    """netCDF-4 with an unlimited lead dimension."""
+    """netCDF-4; the dimensions that grow are unlimited."""
 
     file = None
 
-    def write(self, first: int, frames: np.ndarray) -> None:
-        piece = self.label(frames, first)
-        if self.file is None:
-            self._create(piece)
-        stop = first - 1 + piece.sizes[LEAD]
-        self._write_leads({**piece.data_vars, **self.encoded}, first - 1, stop)
-        self.file.sync()
-
-    def _create(self, piece: xr.Dataset) -> None:
+    def _reopen(self) -> None:
         import netCDF4
 
-        names, attrs = xr.conventions.encode_dataset_coordinates(piece.isel({LEAD: slice(0)}))
-        full = {name: xr.conventions.encode_cf_variable(v, name=name) for name, v in self.coords.items()}
-        self.file = netCDF4.Dataset(self.partial, "w", format="NETCDF4")
-        self.file.setncatts(_plain(attrs))
-        self.encoded = {}
-        for name, variable in names.items():
-            encoded = full[name] if name in full else xr.conventions.encode_cf_variable(variable, name=name)
-            encoded.attrs.update({k: v for k, v in variable.attrs.items() if k == "coordinates"})
-            lead_chunk = piece.sizes[LEAD] if name in piece.data_vars else self.coords[LEAD].size
-            self._define(name, encoded, lead_chunk)
-            if name in full:
-                self.encoded[name] = encoded
+        try:
+            self.file = netCDF4.Dataset(self.partial, "a")
+        except (OSError, RuntimeError) as error:
+            raise self._damaged(error) from error
+        self.file.set_auto_maskandscale(False)
 
-    def _define(self, name: str, variable: xr.Variable, lead_chunk: int) -> None:
+    @functools.cached_property
+    def _along(self) -> dict[str, xr.Variable]:
+        """The coordinates along growing dimensions, encoded over their whole length."""
+        return {name: xr.conventions.encode_cf_variable(v, name=name) for name, v in self.coords.items()}
+
+    def _write(self, dim: str, at: int, piece: xr.Dataset) -> None:
+        part = slice(at, at + piece.sizes[dim])
+        along = {name: v[part] for name, v in self._along.items() if v.dims == (dim,)}
+        for name, variable in {**piece.data_vars, **along}.items():
+            place = tuple(part if d == dim else slice(None) for d in variable.dims)
+            self.file.variables[name][place] = variable.values
+        self.file.sync()
+
+    def _create(self, dim: str, piece: xr.Dataset) -> None:
+        import netCDF4
+
+        along = {name: v[:0] for name, v in self.coords.items() if v.dims == (dim,)}
+        names, attrs = xr.conventions.encode_dataset_coordinates(piece.isel({dim: slice(0)}).assign_coords(along))
+        if self.file is None:
+            self.file = netCDF4.Dataset(self.partial, "w", format="NETCDF4")
+            self.file.setncatts(_plain(attrs))
+        for name, variable in names.items():
+            if name in self.file.variables:
+                continue
+            encoded = self._along.get(name)
+            encoded = xr.conventions.encode_cf_variable(variable, name=name) if encoded is None else encoded.copy()
+            encoded.attrs.update({k: v for k, v in variable.attrs.items() if k == "coordinates"})
+            self._define(name, encoded, piece.sizes[dim] if name in piece.data_vars else encoded.size)
+
+    def _define(self, name: str, variable: xr.Variable, length: int = 0) -> None:
+        """`length` of a storage chunk along the dimension that grows."""
+        growing = {c.dims[0] for c in self.coords.values()}
         for dim, size in variable.sizes.items():
             if dim not in self.file.dimensions:
-                self.file.createDimension(dim, None if dim == LEAD else size)
+                self.file.createDimension(dim, None if dim in growing else size)
         attrs = dict(variable.attrs)
         fill = attrs.pop("_FillValue", None)
         kind = str if variable.dtype.kind in "OU" else variable.dtype
-        chunks = [lead_chunk if dim == LEAD else size for dim, size in variable.sizes.items()]
-        options = {"chunksizes": chunks} if LEAD in variable.dims else {}
+        chunks = [length if dim in growing else size for dim, size in variable.sizes.items()]
+        grows = bool(growing & set(variable.dims))
+        options = {"chunksizes": chunks} if grows else {}
         target = self.file.createVariable(name, kind, variable.dims, fill_value=fill, **options)
         target.setncatts(_plain(attrs))
         target.set_auto_maskandscale(False)
-        if LEAD not in variable.dims:
+        if not grows:
             target[...] = variable.values
 
-    def _write_leads(self, variables: dict, start: int, stop: int) -> None:
-        for name, variable in variables.items():
-            values = variable.isel({LEAD: slice(start, stop)}) if name in self.encoded else variable
-            at = tuple(slice(start, stop) if dim == LEAD else slice(None) for dim in variable.dims)
-            self.file.variables[name][at] = values.values
-
-    def finish(self, leads: int, extra: xr.Dataset, attrs: dict) -> xr.Dataset:
+    def finish(self, sizes: dict[str, int], extra: xr.Dataset, attrs: dict) -> xr.Dataset:
         for name, variable in extra.variables.items():
-            encoded = xr.conventions.encode_cf_variable(variable, name=name)
-            self._define(name, encoded, leads)
-            if LEAD in encoded.dims:
-                self.file.variables[name][...] = encoded.values
+            self._define(name, xr.conventions.encode_cf_variable(variable, name=name))
         self.file.setncatts(_plain(attrs))
-        self.file.close()
-        self.file = None
+        self._close()
         self._put()
         return xr.open_dataset(self.path, engine="netcdf4", chunks=None)
 
-    def abort(self) -> None:
+    def _close(self) -> None:
         if self.file is not None:
             self.file.close()
-        self._remove()
+        self.file = None
 
 
 def _plain(attrs: dict) -> dict:

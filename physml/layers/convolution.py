@@ -199,7 +199,7 @@ def convolve(
     On CPUs the gradients are written as convolutions with batch first and channels last: XLA rewrites others into that
     order only outside loops, and inside a `lax.scan` they ran 37 times slower (86 times with stride 2). Convolutions in
     groups, which XLA computes there one number at a time, are one convolution for each group, or where every channel
-    is its own group a sum over shifted fields.
+    is its own group a sum over shifted fields. So are those that `jax.vmap` makes of several kernels: one for each.
     """
     ndim = x.ndim - 2
     stride = per_axis(stride, ndim)
@@ -211,14 +211,11 @@ def convolve(
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4, 5))
 def _with_gradients(x, weight, padding, dilation, stride, groups):
     plain = functools.partial(_plain, padding=padding, dilation=dilation, stride=stride, groups=groups)
-    if groups == 1:
-        return plain(x, weight)
     if _is_depthwise(weight, stride, groups):
         parts = functools.partial(_shifted_sum, padding=padding, dilation=dilation)
     else:
-        parts = functools.partial(
-            _by_group, groups, functools.partial(_plain, padding=padding, dilation=dilation, stride=stride, groups=1)
-        )
+        one = _by_member(functools.partial(_plain, padding=padding, dilation=dilation, stride=stride))
+        parts = one if groups == 1 else functools.partial(_by_group, groups, one)
     return jax.lax.platform_dependent(x, weight, cpu=parts, default=plain)
 
 
@@ -234,7 +231,7 @@ def _backward(padding, dilation, stride, groups, saved, gradient):
     def canonical(x, weight, gradient):
         if _is_depthwise(weight, stride, groups):
             return _depthwise_gradients(x, weight, gradient, padding, dilation)
-        one = functools.partial(_canonical_gradients, padding=padding, dilation=dilation, stride=stride)
+        one = _by_member(functools.partial(_canonical_gradients, padding=padding, dilation=dilation, stride=stride))
         return one(x, weight, gradient) if groups == 1 else _by_group(groups, one, x, weight, gradient)
 
     return jax.lax.platform_dependent(*saved, gradient, cpu=canonical, default=native)
@@ -252,6 +249,26 @@ def _plain(x, weight, *, padding, dilation=1, stride=1, groups=1, spread=1):
         rhs_dilation=per_axis(dilation, ndim), dimension_numbers=(f"N{space}C", f"{space}IO", f"N{space}C"),
         feature_group_count=groups,
     )  # fmt: skip
+
+
+def _by_member(function):
+    """`function` of (fields, kernel) or (fields, kernel, gradient), mapped by `jax.vmap` one member after the other.
+
+    Where all members have one kernel, and no gradient of it is asked for, they are one batch.
+    """
+    mapped = jax.custom_batching.custom_vmap(function)
+
+    @mapped.def_vmap
+    def of_members(size: int, batched: list[bool], *arrays):
+        if batched == [True, False]:
+            fields, kernel = arrays
+            together = mapped(fields.reshape(-1, *fields.shape[2:]), kernel)
+            return together.reshape(size, -1, *together.shape[1:]), True
+        members = [mapped(*(a[i] if b else a for a, b in zip(arrays, batched, strict=True))) for i in range(size)]
+        stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *members)
+        return stacked, jax.tree.map(lambda _: True, stacked)
+
+    return mapped
 
 
 def _by_group(groups: int, function, *arrays):

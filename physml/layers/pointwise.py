@@ -38,6 +38,7 @@ def _gelu_jvp(primals, tangents):
 ACTIVATIONS: dict[str, Callable] = {
     "elu": jax.nn.elu,
     "gelu": gelu,
+    "gelu_tanh": jax.nn.gelu,  # the approximation by a hyperbolic tangent
     "leaky_relu": jax.nn.leaky_relu,
     "relu": jax.nn.relu,
     "sigmoid": jax.nn.sigmoid,

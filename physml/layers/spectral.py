@@ -103,15 +103,19 @@ class SpectralConvolution(nnx.Module):
         path: str = "auto",
         excess: str = "center",
         legacy_shift: bool = False,
+        scale: float | None = None,
         rngs: nnx.Rngs,
     ):
-        """`kept` frequencies per axis (see `kept_modes`); `ranks` of the factorization (see `tucker_ranks`) or None."""
+        """`kept` frequencies per axis (see `kept_modes`); `ranks` of the factorization (see `tucker_ranks`) or None.
+
+        Weights start with the standard deviation `scale`; None: sqrt(2 / (inputs + outputs)).
+        """
         for name, value, valid in (("path", path, PATHS), ("excess", excess, EXCESS)):
             if value not in valid:
                 raise ConfigError(f"There is no spectral {name} {value!r}." + suggest(value, valid))
         self.inputs, self.outputs, self.kept = inputs, outputs, tuple(kept)
         self.path, self.excess, self.legacy_shift = path, excess, legacy_shift
-        scale = math.sqrt(2 / (inputs + outputs))
+        scale = math.sqrt(2 / (inputs + outputs)) if scale is None else scale
         if ranks is None:
             self.weight = ComplexParam(_complex_normal(rngs, (*self.kept, inputs, outputs), scale))
             self.core, self.factors = None, None

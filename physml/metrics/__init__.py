@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from physml.metrics import moments, pointwise, spectra, weather
 from physml.metrics.chaos import THRESHOLDS, high_correlation_time
+from physml.metrics.efficiency import EfficiencyGain, efficiency_gain
 from physml.metrics.ensemble import crps
 from physml.metrics.metric import Measure, Metric
 from physml.metrics.moments import MomentMetric
@@ -60,6 +61,7 @@ FORECAST_METRICS: dict[str, MomentMetric] = {
 }  # fmt: skip
 
 __all__ = [
+    "EfficiencyGain",
     "FORECAST_METRICS",
     "METRICS",
     "THRESHOLDS",
@@ -67,6 +69,7 @@ __all__ = [
     "Metric",
     "MomentMetric",
     "crps",
+    "efficiency_gain",
     "energy_spectrum",
     "high_correlation_time",
 ]

@@ -24,6 +24,20 @@ def member_distance(ensemble):
     return xp.tensordot(rank, xp.sort(ensemble, axis=0), 1) * (2 / (members * (members - 1)))
 
 
+def rank_shares(ensemble, truth):
+    """Rank of the truth among the M members, 0 .. M, as `(rank, ...)` shares: 1 at its rank.
+
+    Where it equals members, the ranks between which it could stand share alike. NaN where a member is. The mean over
+    many cells is the rank histogram: flat for a reliable ensemble, high at both ends for one of too little spread
+    (Hamill 2001, doi:10.1175/1520-0493(2001)129<0550:IORHFV>2.0.CO;2).
+    """
+    xp = ensemble.__array_namespace__()
+    below, equal = (ensemble < truth).sum(0), (ensemble == truth).sum(0)
+    rank = xp.arange(len(ensemble) + 1).reshape(-1, *(1,) * truth.ndim)
+    shares = ((rank >= below) & (rank <= below + equal)) / (equal + 1).astype(truth.dtype)
+    return xp.where(xp.isnan(ensemble).any(0) | xp.isnan(truth), xp.nan, shares)
+
+
 def variance(ensemble):
     """Unbiased variance over members; NaN with a single one. The root of its mean is the spread."""
     members = len(ensemble)

@@ -12,10 +12,11 @@ from typing import Any
 
 import numpy as np
 
-from physml.metrics.ensemble import member_distance, variance
+from physml.metrics.ensemble import member_distance, rank_shares, variance
 from physml.metrics.metric import identity
 from physml.metrics.weather import seeps
 
+RANK = "rank_"  # with a number: cells where the truth has that rank among the members
 CELLS = 2**15  # numbers handled at once: they stay in the cache of a core
 CONSTANT = 1e-13  # share of the mean square below which a variance is rounding of float64
 
@@ -111,6 +112,7 @@ def _sums(prediction, truth, area, shift, climatology, categories) -> dict[str, 
             "member_distance": total(member_distance(members)),
             "variance": total(variance(members)),
         }
+        sums |= {f"{RANK}{i}": total(share) for i, share in enumerate(rank_shares(members, true))}
     if categories is not None:
         score = seeps(field + shift, true + shift, *categories)
         defined = np.isfinite(score) | np.isnan(field)
@@ -176,6 +178,11 @@ class Moments:
     @property
     def anomaly_product(self):
         return (self.anomaly_field + self.anomaly_truth - self.square) / 2
+
+    @property
+    def ranks(self) -> np.ndarray:
+        """Share of the cells where the truth has each rank among the members, `(start, lead, channel, member + 1)`."""
+        return np.stack([getattr(self, f"{RANK}{i}") for i in range(self.members + 1)], -1)
 
     @property
     def finite(self) -> np.ndarray:

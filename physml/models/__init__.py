@@ -5,6 +5,7 @@ from physml.models.auto_ffn import AutoFFNConfig
 from physml.models.cfdbench_resnet import CFDBenchResNetConfig
 from physml.models.classic_fno import ClassicFNOConfig
 from physml.models.classic_unet import ClassicUNetConfig
+from physml.models.conv_net import ConvNetConfig
 from physml.models.ffno import FFNOConfig
 from physml.models.fno import FNOConfig
 from physml.models.ifactformer import IFactFormerConfig
@@ -19,6 +20,7 @@ MODELS = {
     "cfdbench_resnet": CFDBenchResNetConfig,
     "classic_fno": ClassicFNOConfig,
     "classic_unet": ClassicUNetConfig,
+    "conv_net": ConvNetConfig,
     "ffno": FFNOConfig,
     "fno": FNOConfig,
     "ifactformer": IFactFormerConfig,

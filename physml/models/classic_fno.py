@@ -2,7 +2,8 @@
 
 Li et al. 2021, arXiv:2010.08895; two-dimensional checkpoints of CFDBench (Luo et al. 2023, arXiv:2310.05963) load into
 it. It differs from `fno` in the block, `GELU(spectral(x) + linear(x))` throughout, in weights for modes -m .. m-1, and
-in positions that include the end point.
+in positions that include the end point. Without positions and with `projection=0` it is the network of APEBench
+(Koehler et al. 2024, arXiv:2411.00180).
 """
 
 import math
@@ -17,7 +18,7 @@ from physml.coding import check_choices
 from physml.errors import ConfigError
 from physml.fields import ArrayLike, Signature
 from physml.layers.conditioning import append_positions, append_scalars
-from physml.layers.pointwise import ChannelMLP, Linear, gelu
+from physml.layers.pointwise import ChannelMLP, Linear, activation
 from physml.layers.sequence import apply_in_turn
 from physml.layers.spectral import SpectralConvolution
 
@@ -31,7 +32,11 @@ class ClassicFNOConfig:
         modes: wavenumbers kept of either sign: m keeps -m .. m-1 (0 .. m-1 along the last axis). One number serves
             every axis.
         depth: Fourier blocks.
-        projection: hidden channels of the readout.
+        projection: hidden channels of the readout; 0: one linear map.
+        positions: append the coordinates of every point, in [0, 1] with both ends, to the input.
+        activation: after each block; that of the readout is GELU.
+        small_start: spectral weights start with a standard deviation of sqrt(2) / width^2, near that of the 2021 code,
+            instead of 1 / sqrt(width).
         padding: zeros appended to the end of every axis, for fields that are not periodic.
         spectral: path of the transform; "auto" takes the cheaper one on each grid.
         allow_excess_modes: accept 2m > n: the block of negative wavenumbers then wins, as in the 2021 code.
@@ -43,6 +48,9 @@ class ClassicFNOConfig:
     modes: tuple[int, ...] = (12,)
     depth: int = 4
     projection: int = 128
+    positions: bool = True
+    activation: str = "gelu"
+    small_start: bool = False
     padding: int = 0
     spectral: Literal["auto", "fft", "matmul"] = "auto"
     allow_excess_modes: bool = False
@@ -50,9 +58,10 @@ class ClassicFNOConfig:
     dtype: Literal["float32", "bfloat16"] = "float32"
 
     def __post_init__(self):
-        numbers = (self.width, self.depth, self.projection, len(self.modes), *self.modes)
-        if min(numbers) < 1 or self.padding < 0:
-            raise ConfigError(f"Sizes must be positive (padding may be 0), but {self} was given.")
+        numbers = (self.width, self.depth, len(self.modes), *self.modes)
+        if min(numbers) < 1 or min(self.projection, self.padding) < 0:
+            raise ConfigError(f"Sizes must be positive (projection and padding may be 0), but {self} was given.")
+        activation(self.activation)
         check_choices(self)
 
     def kept(self, ndim: int) -> tuple[int, ...]:
@@ -69,10 +78,11 @@ class ClassicFNOConfig:
     def parameters(self, signature: Signature) -> int:
         """Trained numbers of the model, complex ones counted twice."""
         ndim, width = signature.grid.ndim, self.width
-        inputs = signature.inputs + signature.scalars + ndim
+        inputs = signature.inputs + signature.scalars + ndim * self.positions
         block = 2 * width**2 * math.prod(self.kept(ndim)) + (width + 1) * width
-        ends = (inputs + 1) * width + (width + 1) * self.projection + (self.projection + 1) * signature.outputs
-        return ends + self.depth * block
+        hidden, outputs = self.projection, signature.outputs
+        readout = (width + 1) * hidden + (hidden + 1) * outputs if hidden else (width + 1) * outputs
+        return (inputs + 1) * width + self.depth * block + readout
 
 
 class ClassicFNO(nnx.Module):
@@ -84,7 +94,8 @@ class ClassicFNO(nnx.Module):
         if not 1 <= ndim <= 3:
             raise ConfigError(f"classic_fno needs one to three spatial axes, but the grid has {ndim}.")
         _check_modes(config, tuple(n + config.padding for n in signature.grid.shape))
-        self.lifting = Linear(signature.inputs + signature.scalars + ndim, config.width, rngs=rngs)
+        inputs = signature.inputs + signature.scalars + ndim * config.positions
+        self.lifting = Linear(inputs, config.width, rngs=rngs)
         self.blocks = nnx.List([ClassicBlock(config, ndim, rngs=rngs) for _ in range(config.depth)])
         self.projection = ChannelMLP(config.width, config.projection, signature.outputs, rngs=rngs)
 
@@ -96,7 +107,7 @@ class ClassicFNO(nnx.Module):
 
     def lift(self, fields, scalars):
         """Inputs -> hidden fields `(width, batch, *space)`."""
-        inputs = append_scalars(append_positions(fields, endpoint=True), scalars)
+        inputs = append_scalars(append_positions(fields, endpoint=True) if self.config.positions else fields, scalars)
         wide = jnp.promote_types(inputs.dtype, jnp.float32)
         dtype = wide if self.config.dtype == "float32" else jnp.bfloat16
         return self.lifting(jnp.moveaxis(inputs, -1, 0).astype(dtype))
@@ -128,13 +139,15 @@ def _check_modes(config: ClassicFNOConfig, shape: tuple[int, ...]) -> None:
 
 
 class ClassicBlock(nnx.Module):
-    """`GELU(spectral(x) + linear(x))`."""
+    """`act(spectral(x) + linear(x))`."""
 
     def __init__(self, config: ClassicFNOConfig, ndim: int, *, rngs: nnx.Rngs):
         self.convolution = SpectralConvolution(
-            config.width, config.width, config.kept(ndim), bias=False, path=config.spectral, excess="end", rngs=rngs
-        )
+            config.width, config.width, config.kept(ndim), bias=False, path=config.spectral, excess="end",
+            scale=math.sqrt(2) / config.width**2 if config.small_start else None, rngs=rngs,
+        )  # fmt: skip
         self.linear = Linear(config.width, config.width, rngs=rngs)
+        self.activate = activation(config.activation)
 
     def __call__(self, x: Float[Array, "width batch *space"]) -> Float[Array, "width batch *space"]:
-        return gelu(self.convolution(x) + self.linear(x))
+        return self.activate(self.convolution(x) + self.linear(x))

@@ -1,7 +1,8 @@
 """The classic U-Net: down a pyramid of coarser grids and up again, with the fields of the way down beside.
 
 Ronneberger et al. 2015, arXiv:1505.04597, with batch normalization and boundaries that keep the grid, as CFDBench
-trains it (Luo et al. 2023, arXiv:2310.05963); its weights load into it.
+trains it (Luo et al. 2023, arXiv:2310.05963); its weights load into it. With group normalization and strided
+convolutions it is the network of APEBench (Koehler et al. 2024, arXiv:2411.00180).
 """
 
 from dataclasses import dataclass
@@ -17,8 +18,9 @@ from physml.errors import ConfigError
 from physml.fields import ArrayLike, Grid, Signature
 from physml.layers.batch_norm import BatchNorm
 from physml.layers.conditioning import append_scalars
-from physml.layers.convolution import Convolution, TransposedConvolution, resolve_boundaries
+from physml.layers.convolution import Convolution, TransposedConvolution, pad_boundary, resolve_boundaries
 from physml.layers.dense import Dense
+from physml.layers.group_norm import GroupNorm
 from physml.layers.increment import add_and_mask, check_frame_and_mask
 from physml.layers.interpolation import interpolate_corners, max_pool
 
@@ -29,11 +31,14 @@ class ClassicUNetConfig:
 
     Attributes:
         width: channels on the finest grid; each coarser one has twice as many.
-        levels: coarser grids, each with half the points of the one before (rounded down).
+        levels: coarser grids, each with half the points of the one before.
         conditioning: where scalars enter: as constant "input" channels, or through a linear map on the coarsest grid
             ("hidden").
-        upsampling: by a transposed convolution ("transposed"), or by linear interpolation between the corner points
-            ("bilinear"), which has half as many channels on the coarse grids.
+        norm: of each convolution: by the "batch", or of each sample over channels and points ("group").
+        downsampling: the largest of two points ("max"; half the points, rounded down), or a convolution of three points
+            with stride two ("strided"; rounded up).
+        upsampling: by a transposed convolution of two points ("transposed") or three ("overlapping"), or by linear
+            interpolation between the corner points ("bilinear"), which has half as many channels on the coarse grids.
         boundary: of convolutions on every axis; "auto": periodic axes wrap round, others repeat the edge cell.
         frame: input channel where the frame starts that the result is added to: (h - 1) * C for a history of h frames
             of C channels. None: added to nothing.
@@ -45,7 +50,9 @@ class ClassicUNetConfig:
     width: int = 12
     levels: int = 4
     conditioning: Literal["input", "hidden"] = "input"
-    upsampling: Literal["transposed", "bilinear"] = "transposed"
+    norm: Literal["batch", "group"] = "batch"
+    downsampling: Literal["max", "strided"] = "max"
+    upsampling: Literal["transposed", "overlapping", "bilinear"] = "transposed"
     boundary: Literal["auto", "periodic", "zero", "replicate", "reflect"] = "auto"
     frame: int | None = 0
     mask: int | None = None
@@ -94,8 +101,11 @@ class ClassicUNetConfig:
 
         down = self.down(signature.inputs + at_input)
         count = sum(pair(a, b, b) for a, b in down) + sum(pair(*channels) for channels in self.up())
-        if self.upsampling == "transposed":
-            count += sum((2**ndim * inputs + 1) * (inputs // 2) for inputs, *_ in self.up())
+        if self.upsampling != "bilinear":
+            taps = (3 if self.upsampling == "overlapping" else 2) ** ndim
+            count += sum((taps * inputs + 1) * (inputs // 2) for inputs, *_ in self.up())
+        if self.downsampling == "strided":
+            count += sum((3**ndim * outputs + 1) * outputs for _, outputs in down[:-1])
         if self.conditioning == "hidden" and signature.scalars:
             count += (signature.scalars + 1) * down[-1][1]
         return count + (self.width + 1) * signature.outputs
@@ -117,11 +127,15 @@ class ClassicUNet(nnx.Module):
         boundaries = config.boundaries(signature.grid)
         hidden = config.conditioning == "hidden"
         down = config.down(signature.inputs + (0 if hidden else signature.scalars))
-        self.down = nnx.List([ConvolutionPair(a, b, b, boundaries, rngs=rngs) for a, b in down])
+        self.down = nnx.List([ConvolutionPair(a, b, b, boundaries, config.norm, rngs=rngs) for a, b in down])
+        strided = config.downsampling == "strided"
+        self.shrink = (
+            nnx.List([Convolution(b, b, 3, boundaries, stride=2, rngs=rngs) for _, b in down[:-1]]) if strided else None
+        )
         coarsest = down[-1][1]
         self.conditions = Dense(signature.scalars, coarsest, rngs=rngs) if hidden and signature.scalars else None
         self.up = nnx.List(
-            [UpwardStep(*channels, config.upsampling, boundaries, rngs=rngs) for channels in config.up()]
+            [UpwardStep(*channels, config.upsampling, boundaries, config.norm, rngs=rngs) for channels in config.up()]
         )
         self.readout = Convolution(config.width, signature.outputs, 1, boundaries, rngs=rngs)
 
@@ -141,7 +155,9 @@ class ClassicUNet(nnx.Module):
         x = inputs.astype(wide if self.config.dtype == "float32" else jnp.bfloat16)
         states = []
         for i, pair in enumerate(self.down):
-            x = self._apply(pair, max_pool(x) if i else x)
+            if i:
+                x = max_pool(x) if self.shrink is None else self.shrink[i - 1](x)
+            x = self._apply(pair, x)
             states.append(x)
         if self.conditions is not None:
             shift = self.conditions(jnp.asarray(scalars).astype(x.dtype))
@@ -173,10 +189,11 @@ def check_halves(levels: int, shape: tuple[int, ...]) -> None:
 class ConvolutionPair(nnx.Module):
     """`relu(norm(conv(relu(norm(conv(x))))))` with kernels of three points."""
 
-    def __init__(self, inputs: int, inner: int, outputs: int, boundaries, *, rngs: nnx.Rngs):
+    def __init__(self, inputs: int, inner: int, outputs: int, boundaries, norm: str, *, rngs: nnx.Rngs):
         self.first = Convolution(inputs, inner, 3, boundaries, rngs=rngs)
         self.second = Convolution(inner, outputs, 3, boundaries, rngs=rngs)
-        self.norms = nnx.List([BatchNorm(inner), BatchNorm(outputs)])
+        normalize = BatchNorm if norm == "batch" else GroupNorm
+        self.norms = nnx.List([normalize(inner), normalize(outputs)])
 
     def __call__(self, x: Float[Array, "batch *space inputs"]) -> Float[Array, "batch *space outputs"]:
         for convolution, norm in zip((self.first, self.second), self.norms, strict=True):
@@ -187,18 +204,24 @@ class ConvolutionPair(nnx.Module):
 class UpwardStep(nnx.Module):
     """From a coarse grid to the next finer one, whose field from the way down is put beside."""
 
-    def __init__(self, inputs: int, inner: int, outputs: int, upsampling: str, boundaries, *, rngs: nnx.Rngs):
-        transposed = upsampling == "transposed"
-        ndim = len(boundaries)
-        self.grow = TransposedConvolution(inputs, inputs // 2, 2, 2, 0, ndim, rngs=rngs) if transposed else None
-        self.pair = ConvolutionPair(inputs, inner, outputs, boundaries, rngs=rngs)
+    def __init__(
+        self, inputs: int, inner: int, outputs: int, upsampling: str, boundaries, norm: str, *, rngs: nnx.Rngs
+    ):
+        taps, ndim = {"transposed": 2, "overlapping": 3, "bilinear": 0}[upsampling], len(boundaries)
+        self.grow = TransposedConvolution(inputs, inputs // 2, taps, 2, taps - 2, ndim, rngs=rngs) if taps else None
+        self.beyond = tuple(boundaries) if taps == 3 else None  # three points reach one cell beyond the edge
+        self.pair = ConvolutionPair(inputs, inner, outputs, boundaries, norm, rngs=rngs)
 
     def __call__(
         self, x: Float[Array, "batch *coarse channel"], beside: Float[Array, "batch *space other"]
     ) -> Float[Array, "batch *space outputs"]:
-        shape = [2 * points for points in x.shape[1:-1]]
-        x = interpolate_corners(x, shape) if self.grow is None else self.grow(x)
+        space = beside.shape[1:-1]
+        if self.grow is None:
+            x = interpolate_corners(x, [2 * points for points in x.shape[1:-1]])
+        else:
+            x = self.grow(x if self.beyond is None else pad_boundary(x, [(0, 1)] * len(space), self.beyond))
+        x = x[:, *map(slice, space)]
         # Where halving had left out a point there is one too few: zeros, half of them before.
-        missing = [n - m for n, m in zip(beside.shape[1:-1], shape, strict=True)]
+        missing = [n - m for n, m in zip(space, x.shape[1:-1], strict=True)]
         x = jnp.pad(x, [(0, 0), *((n // 2, n - n // 2) for n in missing), (0, 0)]) if any(missing) else x
         return self.pair(jnp.concatenate([beside, x], axis=-1))

@@ -1,7 +1,8 @@
 """Residual convolutional network that keeps the grid, with dilations: the local counterpart of `fno`.
 
-Residual blocks: He et al. 2016, arXiv:1603.05027 (pre-activation order). Dilated for fluid flow: Stachenfeld et al.
-2022, arXiv:2112.15275.
+Residual blocks: He et al. 2016, arXiv:1603.05027 (pre-activation order), or He et al. 2015, arXiv:1512.03385
+(activation after the sum), as APEBench has them (Koehler et al. 2024, arXiv:2411.00180). Dilated for fluid flow:
+Stachenfeld et al. 2022, arXiv:2112.15275.
 """
 
 from dataclasses import dataclass
@@ -32,6 +33,9 @@ class ResNetConfig:
         boundary: beyond the edges of axes that are not periodic (periodic axes of the grid wrap round).
         activation: inside the blocks.
         norm: "group_norm" standardizes each sample at the start of a block.
+        preactivation: activations come before the convolutions of a block and before the last convolution; otherwise
+            after the first convolution and after the sum.
+        pointwise_ends: the first and the last convolution have kernels of one point.
         positions: append the coordinates of every point, in [0, 1), to the input.
         dropout: share of the channels that a block leaves out of its sum in training, drawn for each sample (Tompson et
             al. 2015, arXiv:1411.4280).
@@ -46,6 +50,8 @@ class ResNetConfig:
     boundary: Literal["zero", "replicate", "reflect"] = "replicate"
     activation: str = "gelu"
     norm: Literal["none", "group_norm"] = "none"
+    preactivation: bool = True
+    pointwise_ends: bool = False
     positions: bool = False
     dropout: float = 0.0
     remat: bool = False
@@ -66,7 +72,8 @@ class ResNetConfig:
         taps, width = self.kernel**signature.grid.ndim, self.width
         inputs = signature.inputs + signature.scalars + signature.grid.ndim * self.positions
         block = 2 * (taps * width + 1) * width + 2 * width * (self.norm == "group_norm")
-        return (taps * inputs + 1) * width + self.depth * block + (taps * width + 1) * signature.outputs
+        ends = 1 if self.pointwise_ends else taps
+        return (ends * inputs + 1) * width + self.depth * block + (ends * width + 1) * signature.outputs
 
 
 class ResNet(nnx.Module):
@@ -83,11 +90,12 @@ class ResNet(nnx.Module):
         self.dropout, self.deterministic = config.dropout, True  # `train()` and `eval()` switch `deterministic`
         boundaries = ["periodic" if periodic else config.boundary for periodic in signature.grid.periodic]
         inputs = signature.inputs + signature.scalars + ndim * config.positions
-        self.first = Convolution(inputs, config.width, config.kernel, boundaries, rngs=rngs)
+        ends = 1 if config.pointwise_ends else config.kernel
+        self.first = Convolution(inputs, config.width, ends, boundaries, rngs=rngs)
         spacings = [config.dilations[i % len(config.dilations)] for i in range(config.depth)]
         self.blocks = nnx.List([ResidualBlock(config, boundaries, spacing, rngs=rngs) for spacing in spacings])
         self.activate = activation(config.activation)
-        self.last = Convolution(config.width, signature.outputs, config.kernel, boundaries, rngs=rngs)
+        self.last = Convolution(config.width, signature.outputs, ends, boundaries, rngs=rngs)
 
     def __call__(
         self, fields: Float[ArrayLike, "batch *space inputs"], scalars: Float[ArrayLike, "batch scalars"], key=None
@@ -101,7 +109,7 @@ class ResNet(nnx.Module):
         apply = nnx.remat(ResidualBlock.__call__) if self.config.remat else ResidualBlock.__call__
         for i, block in enumerate(self.blocks):
             x = apply(block, x, self._kept(x, key, i))
-        return self.last(self.activate(x)).astype(fields.dtype)
+        return self.last(self.activate(x) if self.config.preactivation else x).astype(fields.dtype)
 
     def _kept(self, x, key, block: int):
         """Factors `(batch, 1, ..., channel)` of a block's channels, mean one; None where all are kept."""
@@ -113,10 +121,10 @@ class ResNet(nnx.Module):
 
 
 class ResidualBlock(nnx.Module):
-    """`x + kept * conv(act(conv(act(norm(x)))))`."""
+    """`x + kept * conv(act(conv(act(norm(x)))))`, or `act(x + kept * conv(act(conv(norm(x)))))`."""
 
     def __init__(self, config: ResNetConfig, boundaries: list[str], dilation: int, *, rngs: nnx.Rngs):
-        self.activate = activation(config.activation)
+        self.activate, self.preactivation = activation(config.activation), config.preactivation
         self.norm = GroupNorm(config.width) if config.norm == "group_norm" else None
         self.first, self.second = (
             Convolution(config.width, config.width, config.kernel, boundaries, dilation=dilation, rngs=rngs)
@@ -125,5 +133,6 @@ class ResidualBlock(nnx.Module):
 
     def __call__(self, x: Float[Array, "batch *space width"], kept=None) -> Float[Array, "batch *space width"]:
         h = x if self.norm is None else jnp.moveaxis(self.norm(jnp.moveaxis(x, -1, 0)), 0, -1)
-        change = self.second(self.activate(self.first(self.activate(h))))
-        return x + (change if kept is None else kept * change)
+        change = self.second(self.activate(self.first(self.activate(h) if self.preactivation else h)))
+        y = x + (change if kept is None else kept * change)
+        return y if self.preactivation else self.activate(y)

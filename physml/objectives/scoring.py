@@ -1,16 +1,45 @@
 """What objectives share: steps through which gradients flow, and the comparison of frames with the truth."""
 
-from typing import Literal, get_args
+from collections.abc import Mapping
+from typing import Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jaxtyping import Array, Float
 
 from physml.errors import ConfigError, SpecError
 from physml.fields import Window
 from physml.metrics.losses import resolve
 
 Space = Literal["normalized", "physical", "increment"]
+
+
+class Prediction(NamedTuple):
+    """Frames of a rollout and the frame that each was stepped from, `(batch, lead, *space, channel)`."""
+
+    frames: Float[Array, "batch lead *space channel"]
+    previous: Float[Array, "batch lead *space channel"]
+
+
+def inner_objectives() -> Mapping[str, type]:
+    """Objectives that another one may hold: all but schedules of objectives."""
+    from physml.objectives import OBJECTIVES
+
+    return {name: cls for name, cls in OBJECTIVES.items() if not hasattr(cls, "stages")}
+
+
+def check_inner(objective, owner: str) -> None:
+    """Raises ConfigError where `owner` cannot hold this objective."""
+    if hasattr(objective, "stages"):
+        raise ConfigError(
+            f"{owner} cannot hold a {type(objective).__name__}, which changes while training goes on. "
+            f"Put the {owner} into the {type(objective).__name__}."
+        )
+    if not callable(objective) or not hasattr(objective, "frames"):
+        raise ConfigError(
+            f"{owner} holds {objective!r}, which is no objective. Use one of {sorted(inner_objectives())}."
+        )
 
 
 def settle(objective) -> None:
@@ -20,15 +49,38 @@ def settle(objective) -> None:
         raise ConfigError(f"space is {objective.space!r}, but it must be one of {get_args(Space)}.")
 
 
-def unroll(stepper, window: Window, key, steps: int, skip: int = 0, remat: bool = False):
+def unroll(stepper, window: Window, key, steps: int, skip: int = 0, remat: bool = False, **options):
     """Frames `(batch, steps - skip, *space, channel)` after the first `skip` steps, which carry no gradient."""
+    return predict(stepper, window, key, steps, skip, remat, **options).frames
+
+
+def predict(
+    stepper,
+    window: Window,
+    key,
+    steps: int,
+    skip: int = 0,
+    remat: bool = False,
+    *,
+    truncate: int | None = None,
+    start=0,
+) -> Prediction:
+    """What `unroll` gives, and where each frame came from.
+
+    Args:
+        truncate: gradients do not flow from one group of so many scored steps into the group before; None: one group.
+        start: frames to leave out at the beginning, at most `skip`; may be traced.
+
+    Raises SpecError for a window that is too short, ConfigError where steps do not fit a stepper that predicts several
+    frames at once.
+    """
     history = stepper.history
     if window.length < history + steps:
         raise SpecError(
             f"The window holds {window.length} frames, but {history} (history) + {steps} (steps) are needed. "
             "Cut windows of `objective.frames(stepper.history)` frames."
         )
-
+    _check_bundle(getattr(stepper, "bundle", 1), steps - skip, skip, truncate)
     graphdef, running, variables = nnx.split(stepper, nnx.BatchStat, ...)
 
     def body(variables):
@@ -39,28 +91,59 @@ def unroll(stepper, window: Window, key, steps: int, skip: int = 0, remat: bool 
             state = current.advance(state, window.context(step, history, step_key))
             return (state, nnx.state(current, nnx.BatchStat)), current.decode(state)
 
-        return jax.checkpoint(advance) if remat else advance
+        # A scan needs no barrier against common subexpressions: its passes are two loops already.
+        return jax.checkpoint(advance, prevent_cse=False) if remat else advance
 
     def encode(variables):
-        return nnx.merge(graphdef, running, variables).encode(window.frames[:, :history], start)
+        frames = jax.lax.dynamic_slice_in_dim(jnp.asarray(window.frames), start, history, axis=1)
+        return nnx.merge(graphdef, running, variables).encode(frames, window.context(start, history, key))
 
-    start = window.context(0, history, key)
+    def cut(carry, step):
+        state, running = carry
+        kept = (step - skip) % truncate != 0
+        return jax.tree.map(lambda leaf: jnp.where(kept, leaf, jax.lax.stop_gradient(leaf)), state), running
+
     if skip:
         # Frozen parameters, not a cut state: a cut comes after the backward pass has stored what it then throws away.
         frozen = jax.lax.stop_gradient(variables)
-        advance = body(frozen)
+        warm = body(frozen)
         carry = encode(frozen), running
-        carry, _ = jax.lax.scan(lambda carry, step: (advance(carry, step)[0], None), carry, jnp.arange(skip))
+        carry = jax.lax.fori_loop(start, skip, lambda step, carry: warm(carry, step)[0], carry)
     else:
         carry = encode(variables), running
-    (_, running), frames = jax.lax.scan(body(variables), carry, jnp.arange(skip, steps))
+    first = nnx.merge(graphdef, running, variables).decode(carry[0])
+    advance = body(variables)
+    grouped = (lambda carry, step: advance(cut(carry, step), step)) if truncate and truncate < steps - skip else advance
+    (_, running), frames = jax.lax.scan(grouped, carry, jnp.arange(skip, steps))
     if jax.tree.leaves(running):
         nnx.update(stepper, running)  # batch normalization in training mode has moved them
-    return jnp.moveaxis(frames, 0, 1)
+    previous = jnp.concatenate([jnp.asarray(first)[None], frames[:-1]])
+    return Prediction(jnp.moveaxis(frames, 0, 1), jnp.moveaxis(previous, 0, 1))
 
 
-def score(objective, stepper, window: Window, predicted, leads):
-    stop = stepper.history + (objective.steps if hasattr(objective, "steps") else 1)
+def _check_bundle(bundle: int, scored: int, skip: int, truncate: int | None) -> None:
+    if bundle == 1:
+        return
+    if scored < bundle:
+        raise ConfigError(
+            f"The last {scored} of the steps are scored, but the stepper predicts {bundle} frames at once: the others "
+            f"would never be learned. Use Unrolled(steps={bundle}) or more."
+        )
+    if skip % bundle or (truncate or bundle) % bundle:
+        raise ConfigError(
+            f"Gradients are cut after {skip} steps and then every {truncate}, but the stepper predicts {bundle} frames "
+            f"at once. Cut at multiples of {bundle}."
+        )
+
+
+def score(objective, stepper, window: Window, predicted, leads, stop: int | None = None, normalize_increment=None):
+    """The loss of `predicted (batch, lead, *space, channel)`, and its parts {"channel": (channels,), "lead": (leads,)}.
+
+    The last lead is frame `stop - 1` of the window; None: the one after the history, or after `objective.steps` steps.
+    `normalize_increment` stands in for the normalizer's own, where a step is not of one frame.
+    """
+    if stop is None:
+        stop = stepper.history + (objective.steps if hasattr(objective, "steps") else 1)
     start = stop - predicted.shape[1]
     truth = jnp.asarray(window.frames)[:, start:stop]
     normalizer = stepper.normalizer
@@ -70,7 +153,8 @@ def score(objective, stepper, window: Window, predicted, leads):
         if start == 0:
             raise ConfigError('space="increment" needs a frame to start from, but this stepper has history 0.')
         before = jnp.asarray(window.frames)[:, start - 1 : stop - 1]
-        predicted, truth = (normalizer.normalize_increment(frames - before) for frames in (predicted, truth))
+        normalize = normalize_increment or normalizer.normalize_increment
+        predicted, truth = normalize(predicted - before), normalize(truth - before)
     loss, spec = objective.loss, window.spec
     errors = loss.errors(predicted, truth, spec, window.mask)
     value = loss.reduce(errors, spec, window.mask, leads)

@@ -10,11 +10,22 @@ from physml.coding import tagged
 from physml.errors import ConfigError
 from physml.fields import ArrayLike, Window
 from physml.metrics.losses import LOSSES, MSE, Loss
-from physml.objectives.scoring import Space, score, settle, unroll
+from physml.objectives.scoring import Prediction, Space, predict, score, settle
+
+WARM_UP = 2**31 - 1
+Scored = tuple[Float[ArrayLike, ""], dict[str, jax.Array]]
+
+
+class Rollout:
+    """An objective in two halves, for those that put something between or beside them: `predict`, then `score`."""
+
+    def __call__(self, stepper, window: Window, key) -> Scored:
+        """The loss, and {"channel": (channels,), "lead": (scored leads,)} errors. Raises SpecError: short window."""
+        return self.score(stepper, window, self.predict(stepper, window, key))
 
 
 @dataclass(frozen=True)
-class OneStep:
+class OneStep(Rollout):
     """The error of one step from true frames.
 
     Attributes:
@@ -32,23 +43,24 @@ class OneStep:
     def frames(self, history: int) -> int:
         return history + 1
 
-    def __call__(self, stepper, window: Window, key) -> tuple[Float[ArrayLike, ""], dict[str, jax.Array]]:
-        """The loss and {"channel": (channels,) errors}. Raises SpecError when the window is too short."""
-        predicted = unroll(stepper, window, key, steps=1)
-        value, aux = score(self, stepper, window, predicted, leads=jnp.ones(1))
+    def predict(self, stepper, window: Window, key) -> Prediction:
+        return predict(stepper, window, key, steps=1)
+
+    def score(self, stepper, window: Window, prediction: Prediction) -> Scored:
+        value, aux = score(self, stepper, window, prediction.frames, leads=jnp.ones(1))
         return value, {"channel": aux["channel"]}
 
 
 @dataclass(frozen=True)
-class Unrolled:
+class Unrolled(Rollout):
     """The error of a rollout from true frames, scored at every lead through which gradients flow.
-
-    `differentiate=1` is the pushforward trick of Brandstetter et al. 2022, arXiv:2202.03376, section 3.1: the stepper
-    learns to correct a state that carries its own error, but is not blamed for having made it.
 
     Attributes:
         steps: steps to roll out.
-        differentiate: gradients flow through the last so many steps, and those are scored; None: through all.
+        differentiate: gradients flow through the last so many steps, and those are scored; None: through all. The
+            steps before are a warm-up of fixed length (of random length: `Pushforward`).
+        truncate: among the scored steps gradients flow back through groups of so many only, from the error of each
+            lead to the beginning of its group; None: one group.
         discount: weight of a scored lead relative to the one before it.
         weights: weight of each scored lead, instead of `discount`.
         remat: recompute each step in the backward pass: memory for one step's activations instead of all, for about a
@@ -57,6 +69,7 @@ class Unrolled:
 
     steps: int = 2
     differentiate: int | None = None
+    truncate: int | None = None
     loss: Loss = tagged(LOSSES, default=MSE())
     space: Space = "normalized"
     discount: float = 1.0
@@ -71,6 +84,8 @@ class Unrolled:
             raise ConfigError(
                 f"differentiate is {self.differentiate}, but gradients flow through 1 to steps={self.steps} steps."
             )
+        if self.truncate is not None and self.truncate < 1:
+            raise ConfigError(f"truncate is {self.truncate}, but gradients flow through groups of at least 1 step.")
         if self.weights and self.discount != 1:
             raise ConfigError("Give either `weights` of the leads or a `discount`, not both.")
         if self.weights and (len(self.weights) != self.scored or min(self.weights) < 0 or sum(self.weights) <= 0):
@@ -89,8 +104,56 @@ class Unrolled:
     def frames(self, history: int) -> int:
         return history + self.steps
 
-    def __call__(self, stepper, window: Window, key) -> tuple[Float[ArrayLike, ""], dict[str, jax.Array]]:
-        """The loss, and {"channel": (channels,), "lead": (scored leads,)} errors. Raises SpecError: short window."""
-        predicted = unroll(stepper, window, key, self.steps, self.steps - self.scored, self.remat)
+    def predict(self, stepper, window: Window, key) -> Prediction:
+        skip = self.steps - self.scored
+        return predict(stepper, window, key, self.steps, skip, self.remat, truncate=self.truncate)
+
+    def score(self, stepper, window: Window, prediction: Prediction) -> Scored:
         leads = jnp.asarray(self.weights or [self.discount**i for i in range(self.scored)], jnp.float32)
-        return score(self, stepper, window, predicted, leads)
+        return score(self, stepper, window, prediction.frames, leads)
+
+
+@dataclass(frozen=True)
+class Pushforward(Rollout):
+    """The error after a warm-up of random length, through which no gradients flow.
+
+    The stepper learns to correct a state that carries its own error, but is not blamed for having made it. Every batch
+    draws its warm-up uniformly from 0 .. `steps` steps, so that states near the data and far from it are seen.
+    Brandstetter et al. 2022, arXiv:2202.03376, section 3.1. The frames that are scored are always the last of the
+    window. Without a key, and in validation, the warm-up is the longest.
+
+    Attributes:
+        steps: longest warm-up. With a stepper that predicts several frames at once, a multiple of their number; so are
+            the lengths that are drawn.
+        differentiate: steps after the warm-up, all of them scored.
+    """
+
+    steps: int = 1
+    differentiate: int = 1
+    loss: Loss = tagged(LOSSES, default=MSE())
+    space: Space = "normalized"
+
+    def __post_init__(self):
+        settle(self)
+        for name in ("steps", "differentiate"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} is {getattr(self, name)}, but a pushforward has at least 1.")
+
+    @property
+    def validation(self) -> Unrolled:
+        return Unrolled(self.steps + self.differentiate, self.differentiate, loss=self.loss, space=self.space)
+
+    def frames(self, history: int) -> int:
+        return history + self.steps + self.differentiate
+
+    def predict(self, stepper, window: Window, key) -> Prediction:
+        unit, start = getattr(stepper, "bundle", 1), 0
+        if key is not None:
+            # A number of its own beside those of the steps, which the stepper's keys are folded with.
+            drawn = jax.random.fold_in(key, WARM_UP)
+            start = unit * jax.random.randint(drawn, (), 0, self.steps // unit + 1)
+        return predict(stepper, window, key, self.steps + self.differentiate, self.steps, start=start)
+
+    def score(self, stepper, window: Window, prediction: Prediction) -> Scored:
+        stop = self.frames(stepper.history)
+        return score(self, stepper, window, prediction.frames, jnp.ones(self.differentiate), stop)

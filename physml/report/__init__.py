@@ -17,6 +17,7 @@ from physml.report.curves import (
     spectra,
     training_curve,
 )
+from physml.report.ensembles import rank_histograms, with_ranks
 from physml.report.fields import field_panels
 from physml.report.page import (
     Figure,
@@ -75,6 +76,7 @@ def sections(runs: list[RunData], lines: list[Entry]) -> list[Section]:
         _errors(lines),
         _correlation(lines),
         _spectra(lines),
+        *_ensembles(lines),
         _fields(runs),
         _drift(lines),
         _training(runs),
@@ -138,6 +140,23 @@ def _spectra(lines: list[Entry]) -> Section:
             )  # fmt: skip
     section.tables = series_tables(lines, "spectrum")
     return section.or_say("No spectra: the grid is too small, or cells are masked.")
+
+
+def _ensembles(lines: list[Entry]) -> list[Section]:
+    """One section where a model is an ensemble, else none."""
+    section = Section(
+        "ensembles", "Ensembles",
+        "Rank of the truth among the members: flat (the line) where it is drawn like one of them, high at both ends "
+        "where they are too close together, at one end where they are biased.",
+    )  # fmt: skip
+    for channel in _channels(lines):
+        if found := with_ranks(lines, channel):
+            section.add(
+                lambda c=channel: drawing.png(rank_histograms(lines, c)),
+                f"Rank histograms of {channel} at the first, middle and last lead for {_names(found)}",
+                f"Rank histogram, {channel}", wide=True,
+            )  # fmt: skip
+    return [section] if section.figures else []
 
 
 def _fields(runs: list[RunData]) -> Section:
@@ -221,6 +240,7 @@ __all__ = [
     "drift",
     "error_curves",
     "field_panels",
+    "rank_histograms",
     "report",
     "sections",
     "spectra",

@@ -16,6 +16,8 @@ from physml.report.runs import Entry, RunData, entries, read_runs
 LABELS = {
     "acc": "anomaly correlation",
     "acc_pooled": "anomaly correlation, pooled",
+    "crps": "CRPS",
+    "crps_fair": "CRPS, fair",
     "h1": "relative H1 error",
     "h1_periodic": "relative H1 error, periodic",
     "log_spectral_error": "log spectral error (decades)",
@@ -25,6 +27,8 @@ LABELS = {
     "relative_l2": "relative L2 error",
     "rmse": "RMSE",
     "skill": "skill against climatology",
+    "spread": "spread of members",
+    "spread_skill": "spread / error",
     "vrmse": "VRMSE",
 }
 

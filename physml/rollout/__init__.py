@@ -1,9 +1,12 @@
 """Many steps of any stepper: one scan, chunks of constant memory with a watchdog, and ensembles."""
 
-from physml.rollout.chunks import Chunk, rollout_chunks
-from physml.rollout.ensemble import ensemble, ensemble_devices, stack_members
+from physml.rollout.chunks import Chunk, check_spectrum, rollout_chunks
+from physml.rollout.ensemble import ensemble, ensemble_devices
+from physml.rollout.leads import direct_leads, rollout_stride
 from physml.rollout.ledger import Bounds, Divergence, Ledger, Watchdog
+from physml.rollout.perturb import perturbed
 from physml.rollout.scan import rollout
+from physml.rollout.state import named, restore
 
 __all__ = [
     "Bounds",
@@ -11,9 +14,14 @@ __all__ = [
     "Divergence",
     "Ledger",
     "Watchdog",
+    "check_spectrum",
+    "direct_leads",
     "ensemble",
     "ensemble_devices",
+    "named",
+    "restore",
+    "perturbed",
     "rollout",
     "rollout_chunks",
-    "stack_members",
+    "rollout_stride",
 ]

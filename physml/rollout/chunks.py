@@ -1,8 +1,9 @@
 """Rollouts of any length in chunks of constant memory; the host reads one chunk while the next one runs."""
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,9 +11,11 @@ import numpy as np
 from flax import nnx
 
 from physml.errors import ConfigError
-from physml.fields import Window
+from physml.fields import Spec, Window
+from physml.metrics.spectra import energy_spectrum, shells
 from physml.rollout.ledger import Ledger, measure
 from physml.rollout.scan import check_window
+from physml.rollout.state import restore
 
 
 @dataclass(frozen=True)
@@ -22,14 +25,16 @@ class Chunk:
     Attributes:
         start: steps before the first of these frames.
         frames: `(batch, lead, *space, channel)`.
-        ledger: arrays `(batch, lead, channel)`.
+        ledger: arrays `(batch, lead, channel)`; spectra of the steps here that `spectrum_every` divides.
         initial: ledger of the state that the rollout began from, `(batch, channel)`.
+        state: of the stepper after these frames, on the device. `named(state)` is what a rollout is continued from.
     """
 
     start: int
     frames: np.ndarray
     ledger: Ledger
     initial: Ledger
+    state: Any
 
 
 def rollout_chunks(
@@ -40,6 +45,8 @@ def rollout_chunks(
     key=None,
     *,
     forcing: Callable[[int, int], np.ndarray] | None = None,
+    spectrum_every: int | None = None,
+    resume: tuple[int, Mapping[str, Any]] | None = None,
 ) -> Iterator[Chunk]:
     """The frames of `rollout`, the same bits, in pieces of `chunk` steps (the last one may be shorter).
 
@@ -49,42 +56,65 @@ def rollout_chunks(
     Args:
         forcing: `(first, last) -> (batch, last - first, *space, forcing)` of the frames that steps first..last predict;
             what `window.forcing` holds when None.
+        spectrum_every: steps from one energy spectrum in the ledger to the next; None: no spectra.
+        resume: steps that were done before and the `named` state after them: the chunks that were still to come follow,
+            the same bits when `chunk` is the same.
 
-    Raises SpecError for a window that cannot start the rollout, at once and not at the first chunk.
+    Raises SpecError for a window that cannot start the rollout, and for spectra of a grid that has none, at once and
+    not at the first chunk; CheckpointError for a state that is not one of this stepper.
     """
-    if steps < 1 or chunk < 1:
-        raise ConfigError(f"steps is {steps} and chunk {chunk}, but both count frames: at least 1.")
+    if steps < 1 or chunk < 1 or (spectrum_every is not None and spectrum_every < 1):
+        raise ConfigError(
+            f"steps is {steps}, chunk {chunk} and spectrum_every {spectrum_every}, but they count frames: at least 1."
+        )
     check_window(stepper, window, None if forcing else steps)
-    return _generate(stepper, window, steps, min(chunk, steps), key, forcing)
+    if spectrum_every:
+        check_spectrum(window.spec, window.mask)
+    return _generate(stepper, window, steps, min(chunk, steps), key, forcing, spectrum_every or 0, resume)
 
 
-def _generate(stepper, window: Window, steps: int, chunk: int, key, forcing) -> Iterator[Chunk]:
+def check_spectrum(spec: Spec, mask) -> None:
+    """Raises SpecError where an energy spectrum is not defined: masked cells, or no axis of at least four points."""
+    if mask is not None:
+        raise SpecError("A field with masked cells has no energy spectrum. Leave spectrum_every out.")
+    shells(spec.grid)
+
+
+def _generate(stepper, window: Window, steps: int, chunk: int, key, forcing, every: int, resume) -> Iterator[Chunk]:
     history = stepper.history
     graph, numbers = nnx.split(stepper)
     pieces = _Pieces(window, history, chunk, forcing)
     fixed = jax.device_put(replace(window, frames=window.frames[:, :history], **pieces.cut(0, 1)))
-    carry, initial = _begin(graph, numbers, fixed, key)
-    # The carry is given away to each chunk: it must not be an array of the caller.
-    carry, initial = jax.tree.map(jnp.copy, carry), jax.tree.map(np.asarray, initial)
+    carry, initial = _begin(graph, numbers, fixed, key, every=every)
+    initial, begin = jax.tree.map(np.asarray, initial), 0
+    if resume is not None:
+        begin, carry = resume[0], restore(carry, resume[1])
     fixed = replace(fixed, frames=fixed.frames[:, :0])
     ahead = None
-    for start in range(0, steps, chunk):
+    for start in range(begin, steps, chunk):
         count = min(chunk, steps - start)
         piece = replace(fixed, **pieces.cut(start, count))
-        carry, frames, ledger = _advance(graph, numbers, piece, carry, start, count, key, initial.mean, chunk=chunk)
+        carry, frames, ledger = _advance(
+            graph, numbers, piece, carry, start, count, key, initial.mean, chunk=chunk, every=every
+        )
         for leaf in jax.tree.leaves((frames, ledger)):
             leaf.copy_to_host_async()
         if ahead is not None:
-            yield _on_host(*ahead, initial)
-        ahead = (start, count, frames, ledger)
+            yield _on_host(*ahead, initial, every)
+        ahead = (start, count, carry, frames, ledger)
         del frames, ledger
-    yield _on_host(*ahead, initial)
+    if ahead is not None:
+        yield _on_host(*ahead, initial, every)
 
 
-def _on_host(start: int, count: int, frames, ledger, initial) -> Chunk:
+def _on_host(start: int, count: int, state, frames, ledger, initial, every: int) -> Chunk:
     """Time first on the device, batch first for everybody else."""
+    spectra, ledger = ledger.spectrum, replace(ledger, spectrum=None)
     frames, ledger = jax.tree.map(lambda a: np.moveaxis(np.asarray(a)[:count], 0, 1), (frames, ledger))
-    return Chunk(start, frames, ledger, initial)
+    if every:
+        measured = (start + count) // every - start // every
+        ledger = replace(ledger, spectrum=np.moveaxis(np.asarray(spectra)[:measured], 0, 1))
+    return Chunk(start, frames, ledger, initial, state)
 
 
 class _Pieces:
@@ -123,15 +153,25 @@ def _frame_of(decoded):
     return decoded if isinstance(decoded, jax.Array) else decoded.mean
 
 
-@functools.partial(jax.jit, static_argnames=("graph",))
-def _begin(graph, numbers, piece: Window, key):
+@functools.partial(jax.jit, static_argnames=("graph", "every"))
+def _begin(graph, numbers, piece: Window, key, *, every: int):
     stepper = nnx.merge(graph, numbers)
     state = stepper.encode(piece.frames, piece.context(0, 1, key))
-    return state, measure(_frame_of(stepper.decode(state)), piece.spec, piece.mask)
+    # Python scalars in the state are weakly typed, which no file keeps: a continued rollout would promote otherwise.
+    state = jax.tree.map(lambda a: jax.lax.convert_element_type(a, jnp.result_type(a)) if _weak(a) else a, state)
+    frame = _frame_of(stepper.decode(state))
+    ledger = measure(frame, piece.spec, piece.mask)
+    if every:
+        ledger = replace(ledger, spectrum=energy_spectrum(frame[:, None], piece.spec.grid)[:, 0])
+    return state, ledger
 
 
-@functools.partial(jax.jit, static_argnames=("graph", "chunk"), donate_argnames=("carry",))
-def _advance(graph, numbers, piece: Window, carry, start, count, key, reference, *, chunk: int):
+def _weak(leaf) -> bool:
+    return getattr(jax.typeof(leaf), "weak_type", False)
+
+
+@functools.partial(jax.jit, static_argnames=("graph", "chunk", "every"))
+def _advance(graph, numbers, piece: Window, carry, start, count, key, reference, *, chunk: int, every: int):
     """`count` steps from step `start` on; frames and ledger come in buffers of `chunk` leads."""
     stepper = nnx.merge(graph, numbers)
 
@@ -152,4 +192,8 @@ def _advance(graph, numbers, piece: Window, carry, start, count, key, reference,
 
     # A loop of dynamic length, not a scan: the last, shorter chunk needs neither a trace of its own nor idle steps.
     carry, (frames, ledger) = jax.lax.fori_loop(0, count, body, (carry, buffers))
+    if every:
+        rows = every - 1 - start % every + every * jnp.arange(-(-chunk // every))
+        chosen = jnp.moveaxis(frames[jnp.minimum(rows, chunk - 1)], 0, 1)
+        ledger = replace(ledger, spectrum=jnp.moveaxis(energy_spectrum(chosen, piece.spec.grid), 1, 0))
     return carry, frames, ledger

@@ -1,6 +1,7 @@
-"""Ensembles: the same start with other random keys, or with the parameters of other members."""
+"""Ensembles of rollouts: other random keys, the parameters of other members, or other initial states."""
 
 import functools
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -11,82 +12,79 @@ from physml.fields import Window
 from physml.rollout.scan import rollout
 
 
-def stack_members(steppers: list):
-    """One stepper whose numbers carry a leading member axis, from steppers of one architecture.
+def ensemble(stepper, window: Window, steps: int, keys=None, *, remat: bool | str = "none"):
+    """Rollouts of several members, `(member, batch, lead, ...)`, side by side on one device.
 
-    Raises ConfigError when the architectures differ.
-    """
-    if not steppers:
-        raise ConfigError("There are no members to stack.")
-    graphs, states = zip(*(nnx.split(stepper) for stepper in steppers), strict=True)
-    for i, graph in enumerate(graphs):
-        if graph != graphs[0]:
-            raise ConfigError(f"Member {i} is built differently from member 0. Stack steppers of one config and spec.")
-    return nnx.merge(graphs[0], jax.tree.map(lambda *leaves: jnp.stack(leaves), *states))
-
-
-def ensemble(stepper, window: Window, steps: int, keys=None, *, stacked: bool = False, remat: bool | str = "none"):
-    """Rollouts of several members from one window, `(member, batch, lead, ...)`, side by side on one device.
+    Members differ in what is given one for each of them; any of these may go together:
 
     Args:
+        stepper: an ensemble of them (`physml.steppers.stack_members`, training with `seeds`) has parameters for each.
+        window: `perturbed` gives it frames for each.
         keys: typed PRNG keys `(member,)` of a stochastic stepper.
-        stacked: the numbers of `stepper` carry a leading member axis, see `stack_members`.
 
-    Raises ConfigError when neither keys nor stacked numbers make members, or when their counts differ.
+    Raises ConfigError when none of them makes members, or when their counts differ.
     """
-    graph, state = nnx.split(stepper)
-    members(state, keys, stacked)
-    return _vmapped(graph, steps, stacked, keys is not None, remat)(state, window, keys)
+    graph, state, axes, _ = _plan(stepper, window, keys)
+    return _vmapped(graph, steps, axes, remat)(state, window.frames, _without_frames(window), keys)
 
 
-def ensemble_devices(
-    stepper, window: Window, steps: int, keys=None, *, stacked: bool = False, remat: bool | str = "none", devices=None
-):
+def ensemble_devices(stepper, window: Window, steps: int, keys=None, *, remat: bool | str = "none", devices=None):
     """The same, members spread over the local accelerators with `jax.pmap`; every device does its share with `vmap`.
 
     A number of members that does not divide over the devices is filled up with repeats, which are dropped again.
     """
-    graph, state = nnx.split(stepper)
-    count = members(state, keys, stacked)
+    graph, state, axes, count = _plan(stepper, window, keys)
     devices = tuple(devices or jax.local_devices())[:count]
     share = -(-count // len(devices))
     take = jnp.minimum(jnp.arange(len(devices) * share), count - 1)
 
-    def spread(array):
-        return array[take].reshape(len(devices), share, *array.shape[1:])
+    def spread(tree, axis):
+        if axis is None:
+            return tree
+        return jax.tree.map(lambda a: jnp.asarray(a)[take].reshape(len(devices), share, *a.shape[1:]), tree)
 
-    state = jax.tree.map(spread, state) if stacked else state
-    keys = None if keys is None else spread(keys)
-    frames = _pmapped(graph, steps, stacked, keys is not None, remat, devices)(state, window, keys)
+    state, frames, keys = map(spread, (state, window.frames, keys), axes)
+    frames = _pmapped(graph, steps, axes, remat, devices)(state, frames, _without_frames(window), keys)
     return jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:])[:count], frames)
 
 
-def members(state, keys, stacked: bool) -> int:
-    """How many members there are. Raises ConfigError when that is not clear."""
-    counts = set() if keys is None else {len(keys)}
-    if stacked:
-        counts |= {leaf.shape[0] if leaf.ndim else 0 for leaf in jax.tree.leaves(state)}
-    if len(counts) != 1 or 0 in counts:
+def _plan(stepper, window: Window, keys):
+    """(graph, numbers, member axes of numbers, frames and keys, how many members there are)."""
+    inner = getattr(stepper, "stacked", None)
+    graph, state = nnx.split(stepper if inner is None else inner)
+    batched = window.frames.ndim == 4 + window.spec.grid.ndim
+    counts = {
+        **({} if keys is None else {"keys": len(keys)}),
+        **({} if inner is None else {"steppers": stepper.count}),
+        **({"initial states": window.frames.shape[0]} if batched else {}),
+    }
+    if len(set(counts.values())) != 1 or 0 in counts.values():
         raise ConfigError(
-            f"An ensemble needs keys (one per member) or a stepper with stacked numbers (stack_members), of one count; "
-            f"the counts are {sorted(counts) or 'none'}."
+            f"An ensemble needs keys, steppers (stack_members) or initial states (perturbed), all of one count, but "
+            f"there are {counts or 'none'}. Give one of each per member."
         )
-    return counts.pop()
+    axes = (None if inner is None else 0, 0 if batched else None, None if keys is None else 0)
+    return graph, state, axes, next(iter(counts.values()))
 
 
-def _member(graph, steps: int, stacked: bool, keyed: bool, remat):
-    def run(state, window, key):
-        return rollout(nnx.merge(graph, state), window, steps, key, remat=remat)
+def _without_frames(window: Window) -> Window:
+    return replace(window, frames=None)
 
-    return jax.vmap(run, in_axes=(0 if stacked else None, None, 0 if keyed else None))
+
+def _member(graph, steps: int, axes, remat):
+    def run(state, frames, window, key):
+        return rollout(nnx.merge(graph, state), replace(window, frames=frames), steps, key, remat=remat)
+
+    state, frames, keys = axes
+    return jax.vmap(run, in_axes=(state, frames, None, keys))
 
 
 @functools.lru_cache(maxsize=32)  # the functions must be the same objects, or every call would compile again
-def _vmapped(graph, steps, stacked, keyed, remat):
-    return jax.jit(_member(graph, steps, stacked, keyed, remat))
+def _vmapped(graph, steps, axes, remat):
+    return jax.jit(_member(graph, steps, axes, remat))
 
 
 @functools.lru_cache(maxsize=32)
-def _pmapped(graph, steps, stacked, keyed, remat, devices):
-    axes = (0 if stacked else None, None, 0 if keyed else None)
-    return jax.pmap(_member(graph, steps, stacked, keyed, remat), in_axes=axes, devices=devices)
+def _pmapped(graph, steps, axes, remat, devices):
+    state, frames, keys = axes
+    return jax.pmap(_member(graph, steps, axes, remat), in_axes=(state, frames, None, keys), devices=devices)

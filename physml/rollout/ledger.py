@@ -14,7 +14,7 @@ from physml.fields import Spec
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["finite", "mean", "variance", "minimum", "maximum"],
+    data_fields=["finite", "mean", "variance", "minimum", "maximum", "spectrum"],
     meta_fields=[],
 )
 @dataclass(frozen=True)
@@ -26,6 +26,8 @@ class Ledger:
         mean: area-weighted mean; times the area of the domain it is the total.
         variance: area-weighted, about the mean.
         minimum, maximum: over the cells.
+        spectrum: energy by wavenumber shell, `(batch, step, channel, wavenumber)` or `(batch, channel, wavenumber)`,
+            of the steps at which a rollout measures it; None where it does not.
     """
 
     finite: Any
@@ -33,6 +35,7 @@ class Ledger:
     variance: Any
     minimum: Any
     maximum: Any
+    spectrum: Any = None
 
     @property
     def energy(self):

@@ -20,10 +20,11 @@ from physml.coding import from_dict, to_dict
 from physml.constraints import CONSTRAINTS
 from physml.errors import CheckpointError, ConfigError, PhysmlError, SpecError
 from physml.fields import Axis, Grid, Signature, Spec
+from physml.layers.lora import describe_lora, restore_lora
 from physml.models import MODELS
 from physml.normalize import Normalizer
 from physml.saving.weights import fill, read_weights, serialize
-from physml.steppers import STEPPERS
+from physml.steppers import STEPPERS, stack_members
 from physml.steppers.describe import build_stepper, configs, parameter_count
 
 FORMAT = 1
@@ -78,6 +79,12 @@ def load(folder: str | Path, grid: Grid | tuple[int, ...] | None = None):
         raise CheckpointError(
             f"{folder / CONFIG} is incomplete or damaged: {error!r}. Save the model again."
         ) from error
+    if config.get("lora"):
+        plain, description = build, config["lora"]
+
+        def build():
+            return restore_lora(plain(), description)
+
     return fill(build, arrays, str(folder / WEIGHTS), moved)
 
 
@@ -116,6 +123,7 @@ def _write(folder, module, parts: dict, spec: Spec | None, extra, overwrite: boo
         "format": FORMAT,
         "physml": __version__,
         **parts,
+        **({"lora": lora} if (lora := describe_lora(module)) else {}),
         "parameters": parameter_count(module),
         "sha256": hashlib.sha256(weights).hexdigest(),
         "extra": dict(extra or {}),
@@ -266,7 +274,14 @@ def _stepper_builder(config: dict, spec: Spec):
     stepper_config = from_dict(STEPPERS, config["stepper"], "stepper")
     model_config = None if config["model"] is None else from_dict(MODELS, config["model"], "model")
     constraints = [from_dict(CONSTRAINTS, item, "constraints") for item in config["constraints"]]
-    return lambda: build_stepper(stepper_config, model_config, spec, Normalizer.identity(spec), constraints)
+    intervals = getattr(stepper_config, "intervals", ())
+
+    def build():
+        normalizer = Normalizer.identity(spec, intervals=intervals)
+        return build_stepper(stepper_config, model_config, spec, normalizer, constraints)
+
+    members = config.get("members")
+    return (lambda: stack_members([build()] * members)) if members else build
 
 
 def _model_builder(config: dict, grid):

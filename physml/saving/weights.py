@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,10 +38,17 @@ def _is_key(value) -> bool:
 
 
 def serialize(module) -> bytes:
-    """safetensors bytes of every variable of a module; typed PRNG keys are marked in the header."""
-    tensors, marks = {}, {}
-    for name, leaf in _leaves(nnx.state(module)).items():
-        value = _value(leaf)
+    """safetensors bytes of every variable of a module."""
+    return to_bytes({name: _value(leaf) for name, leaf in _leaves(nnx.state(module)).items()})
+
+
+def to_bytes(arrays: Mapping[str, Any], metadata: Mapping[str, str] | None = None) -> bytes:
+    """safetensors bytes of named arrays; typed PRNG keys are marked in the header. `read_weights` inverts it.
+
+    Raises CheckpointError for a dtype that cannot be kept.
+    """
+    tensors, marks = {}, dict(metadata or {})
+    for name, value in arrays.items():
         if _is_key(value):
             marks[name] = _KEY + str(jax.random.key_impl(value))
             value = jax.random.key_data(value)

@@ -12,13 +12,14 @@ from physml.solvers.chaos import Chen, HenonHeiles, Lorenz63, Lorenz84, Lorenz96
 from physml.solvers.darcy import DarcyFlow
 from physml.solvers.dispersive import Advection, KortewegDeVries
 from physml.solvers.euler import Euler
-from physml.solvers.fourier import resample, velocity_of
+from physml.solvers.fourier import resample, velocity_of, vorticity_of
 from physml.solvers.periodic import Burgers, DecayingNavierStokes, Kolmogorov, KuramotoSivashinsky
 from physml.solvers.porous import Heat, PorousMedium, Stefan
 from physml.solvers.quasigeostrophic import Quasigeostrophic
 from physml.solvers.reaction import GrayScott
 from physml.solvers.shallow_water import ShallowWater, ShallowWaterSphere
 from physml.solvers.smoke import Smoke
+from physml.solvers.staggered import StaggeredFlow
 from physml.solvers.tracer import TracerSphere
 from physml.solvers.waves import Acoustic, Wave
 
@@ -48,6 +49,7 @@ SOLVERS = {
     "shallow_water": ShallowWater,
     "shallow_water_sphere": ShallowWaterSphere,
     "smoke": Smoke,
+    "staggered_flow": StaggeredFlow,
     "stefan": Stefan,
     "thomas": Thomas,
     "tracer_sphere": TracerSphere,
@@ -75,6 +77,6 @@ __all__ = [
     "Acoustic", "Advection", "Burgers", "Cavity", "Chen", "Cylinder", "Dam", "DarcyFlow", "DecayingNavierStokes",
     "Euler", "GrayScott", "Heat", "HenonHeiles", "Kolmogorov", "KortewegDeVries", "KuramotoSivashinsky", "Lorenz63",
     "Lorenz84", "Lorenz96", "PorousMedium", "Quasigeostrophic", "Rossler", "SOLVERS", "ShallowWater",
-    "ShallowWaterSphere", "Stefan", "Thomas", "TracerSphere", "Tube", "Wave", "make_solver", "name_of", "resample",
-    "velocity_of",
+    "ShallowWaterSphere", "StaggeredFlow", "Stefan", "Thomas", "TracerSphere", "Tube", "Wave", "make_solver", "name_of",
+    "resample", "velocity_of", "vorticity_of",
 ]  # fmt: skip

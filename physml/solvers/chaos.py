@@ -76,6 +76,10 @@ class System(Solver):
         """The state."""
         return state
 
+    def resume(self, frame: Float[ArrayLike, "component"], **parameters: Any) -> Float[ArrayLike, "component"]:
+        """The frame."""
+        return jnp.asarray(frame)
+
 
 def _components(*names: str) -> tuple[Channel, ...]:
     return tuple(Channel(name) for name in names)

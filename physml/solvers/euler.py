@@ -130,6 +130,11 @@ class Euler(FiniteVolume):
         means = Conserved(*(self.coarsen(field) for field in state[:4]), state.gamma)
         return jnp.stack(primitive(means), axis=-1)
 
+    def resume(self, frame: Float[ArrayLike, "y x 4"], **parameters: Any) -> Conserved:
+        """The gas with that density, velocity and pressure."""
+        gas = Primitive(*jnp.moveaxis(jnp.asarray(frame), -1, 0))
+        return conserved(gas, self.values(parameters, "gamma")["gamma"])
+
 
 def conserved(gas: Primitive, gamma: Any) -> Conserved:
     """The conserved fields of a gas."""

@@ -42,6 +42,12 @@ class Spectral(Solver):
         """The state as it is stored."""
         return downsample(self, state)
 
+    def resume(
+        self, frame: Float[ArrayLike, "*stored channel"], **parameters: Any
+    ) -> Float[ArrayLike, "*space channel"]:
+        """The frame on the solver's points."""
+        return resample(jnp.asarray(frame), self.solver_points)
+
 
 def velocity_of(vorticity: Float[ArrayLike, "y x 1"], length: float = TAU) -> Float[ArrayLike, "y x 2"]:
     """The divergence-free velocity (u along x, v along y), of zero mean, whose curl dv/dx - du/dy is `vorticity`.
@@ -58,6 +64,21 @@ def velocity_of(vorticity: Float[ArrayLike, "y x 1"], length: float = TAU) -> Fl
     velocity = jnp.stack([derivative[0] * stream, -derivative[1] * stream])
     velocity = exponax.ifft(velocity, num_spatial_dims=2, num_points=points)
     return jnp.moveaxis(velocity, 0, -1).astype(jnp.asarray(vorticity).dtype)
+
+
+def vorticity_of(velocity: Float[ArrayLike, "*batch y x 2"], length: float = TAU) -> Float[ArrayLike, "*batch y x 1"]:
+    """dv/dx - du/dy of a periodic velocity (u along x, v along y); `velocity_of` undoes it.
+
+    Spectral; the Nyquist mode is dropped.
+    """
+    velocity = jnp.asarray(velocity)
+    points = velocity.shape[-2]
+    spectrum = jnp.fft.rfft2(velocity, axes=(-3, -2))
+    ky, kx = jnp.fft.fftfreq(points, 1 / points)[:, None], jnp.arange(points // 2 + 1)[None, :]
+    inside = (2 * jnp.abs(ky) != points) & (2 * kx != points)
+    unit = (TAU / length * 1j * inside).astype(spectrum.dtype)
+    curl = unit * (kx * spectrum[..., 1] - ky * spectrum[..., 0])
+    return jnp.fft.irfft2(curl, s=velocity.shape[-3:-1], axes=(-2, -1)).astype(velocity.dtype)[..., None]
 
 
 def resample(state: Float[ArrayLike, "*space channel"], points: int) -> Float[ArrayLike, "*space2 channel"]:
@@ -170,6 +191,11 @@ def flow_channels(store: str) -> tuple[Channel, ...]:
 
 def observe_flow(solver: Any, state: jax.Array) -> jax.Array:
     return downsample(solver, velocity_of(state, solver.length) if solver.store == "velocity" else state)
+
+
+def resume_flow(solver: Any, frame: jax.Array) -> jax.Array:
+    vorticity = vorticity_of(frame, solver.length) if solver.store == "velocity" else jnp.asarray(frame)
+    return resample(vorticity, solver.solver_points)
 
 
 def downsample(solver: Any, state: jax.Array) -> jax.Array:

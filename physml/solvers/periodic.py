@@ -196,6 +196,10 @@ class DecayingNavierStokes(Spectral):
         """The state as it is stored: vorticity or velocity."""
         return fourier.observe_flow(self, state)
 
+    def resume(self, frame: Float[ArrayLike, "y2 x2 channel"], **parameters: Any) -> Float[ArrayLike, "y x 1"]:
+        """The vorticity on the solver's points."""
+        return fourier.resume_flow(self, frame)
+
 
 @dataclass(frozen=True)
 class Kolmogorov(Spectral):
@@ -278,3 +282,7 @@ class Kolmogorov(Spectral):
     def observe(self, state: Float[ArrayLike, "y x 1"]) -> Float[ArrayLike, "y2 x2 channel"]:
         """The state as it is stored: vorticity or velocity."""
         return fourier.observe_flow(self, state)
+
+    def resume(self, frame: Float[ArrayLike, "y2 x2 channel"], **parameters: Any) -> Float[ArrayLike, "y x 1"]:
+        """The vorticity on the solver's points."""
+        return fourier.resume_flow(self, frame)

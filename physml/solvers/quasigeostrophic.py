@@ -164,3 +164,7 @@ class Quasigeostrophic(Solver):
     def observe(self, state: Float[ArrayLike, "y x 2"]) -> Float[ArrayLike, "y x 2"]:
         """The potential vorticity of both layers."""
         return state
+
+    def resume(self, frame: Float[ArrayLike, "y x 2"], **parameters: Any) -> Float[ArrayLike, "y x 2"]:
+        """The frame."""
+        return jnp.asarray(frame)

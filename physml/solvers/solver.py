@@ -92,6 +92,19 @@ class Solver:
         """The channels of a state on the stored grid."""
         raise NotImplementedError
 
+    def resume(self, frame: Float[ArrayLike, "*space channel"], **parameters: Any) -> Any:
+        """The state that `observe` shows as `frame`, to go on from; `parameters` as in `stepper`.
+
+        What the solver cannot hold is left out: the divergence of an incompressible flow, the mean of a velocity that
+        is solved as vorticity. Finer solvers (`solver_points` above `points`) start without what the frame does not
+        resolve. Raises ConfigError where frames do not hold all of a state.
+        """
+        raise ConfigError(
+            f"{type(self).__name__} cannot start from stored frames: they do not hold all of its state. Use a solver "
+            "of a periodic box (kolmogorov, burgers, euler, staggered_flow, ...), or of ordinary differential "
+            "equations."
+        )
+
     def observe_static(self, state: Any) -> Float[ArrayLike, "*space static"]:
         """The statics of a state on the stored grid; called only where there are some."""
         raise NotImplementedError

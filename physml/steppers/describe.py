@@ -13,7 +13,7 @@ from physml.constraints import CONSTRAINTS
 from physml.errors import ConfigError, PhysmlError
 from physml.fields import Spec
 from physml.models import MODELS
-from physml.steppers import STEPPERS
+from physml.steppers import STEPPERS, Members
 
 
 def build_stepper(stepper_config, model_config, spec: Spec, normalizer, constraints=(), seed: int = 0):
@@ -42,6 +42,7 @@ def configs(stepper) -> dict[str, Any]:
         "stepper": to_dict(config_of(stepper, "stepper"), STEPPERS, "stepper"),
         "model": None if model is None else to_dict(config_of(model, "model"), MODELS, "model"),
         "constraints": [to_dict(config_of(c, "constraint"), CONSTRAINTS, "constraints") for c in constraints],
+        **({"members": stepper.count} if isinstance(stepper, Members) else {}),
     }
 
 

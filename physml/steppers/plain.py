@@ -20,15 +20,23 @@ class DirectConfig:
         history: frames that go in.
         calendar: give the network the time of year and of day.
         lead: give the network the length of the step.
+        longest_lead: longest step, counted in time steps of the data, that the network is trained for; above 1 only
+            with `lead`. `AllToAll` trains up to it, `physml.rollout.direct_leads` forecasts up to it.
     """
 
     history: int = 1
     calendar: bool = False
     lead: bool = False
+    longest_lead: int = 1
 
     def __post_init__(self):
         if self.history < 0:
             raise ConfigError(f"history is {self.history}, but it counts the frames that go in: 0 or more.")
+        if self.longest_lead < 1 or (self.longest_lead > 1 and not self.lead):
+            raise ConfigError(
+                f"longest_lead is {self.longest_lead} with lead={self.lead}, but it must be at least 1, and a network "
+                "that takes longer steps must be told their length: set lead=True."
+            )
 
     def signature(self, spec: Spec) -> Signature:
         """Shapes of the network that this stepper needs. Raises SpecError when nothing would go in."""
@@ -48,7 +56,10 @@ class DirectConfig:
 
 @dataclass(frozen=True)
 class ResidualConfig(DirectConfig):
-    """The network predicts the increment to the next frame, in units of the increments' own scale."""
+    """The network predicts the increment to the next frame, in units of the increments' own scale.
+
+    That scale is of one time step: with `lead` the output of the network grows with it, and has to vanish at lead zero.
+    """
 
     def __post_init__(self):
         super().__post_init__()
@@ -83,14 +94,19 @@ class Direct(nnx.Module):
         fields, scalars = pack(state, context, self.normalizer, self.history, config.calendar, config.lead)
         previous = state[:, -1]
         random = {"key": context.key} if getattr(self.model, "dropout", 0) else {}
-        frame = self.predict(previous, self.model(fields, scalars, **random))
+        frame = self.predict(previous, self.model(fields, scalars, **random), context)
+        frame = self.finish(frame, previous, context)
+        return jnp.concatenate([state[:, 1:], frame[:, None]], axis=1)
+
+    def finish(self, frame, previous, context: Context):
+        """The frame after mask and constraints."""
         if context.mask is not None:
             frame = jnp.where(context.mask > 0, frame, 0)  # not a product: the network may say NaN on land
         for constraint in self.constraints or ():
             frame = constraint.project(frame, previous, context)
-        return jnp.concatenate([state[:, 1:], frame[:, None]], axis=1)
+        return frame
 
-    def predict(self, previous, output):
+    def predict(self, previous, output, context: Context):
         return self.normalizer.denormalize(output)
 
     def decode(self, state):
@@ -117,7 +133,7 @@ class Direct(nnx.Module):
 
 
 class Residual(Direct):
-    def predict(self, previous, output):
+    def predict(self, previous, output, context: Context):
         return previous + self.normalizer.increment(output)
 
 

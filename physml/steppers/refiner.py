@@ -1,8 +1,7 @@
 """PDE-Refiner: a prediction made in one step, then refined by removing ever weaker noise from it.
 
-Lippe et al. 2023, arXiv:2308.05732; numbers as in the authors' code (pdearena) with the DDPM sampler of diffusers. Pure
-functions on normalized fields `(batch, *space, channel)`; a network reads the history and, in the channels behind it,
-the noisy target, and is conditioned on the refinement step (scalar 0) and on parameters of the equation.
+Lippe et al. 2023, arXiv:2308.05732; numbers as in the authors' code (pdearena) with the DDPM sampler of diffusers.
+First the stepper, then the pure functions on normalized fields `(batch, *space, channel)` that it is made of.
 """
 
 from collections.abc import Callable
@@ -12,15 +11,145 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from physml.errors import ConfigError
-from physml.fields import ArrayLike
+from physml.fields import ArrayLike, Context, Signature, Spec
+from physml.normalize import Normalizer
+from physml.steppers.packing import pack
+from physml.steppers.plain import Direct, DirectConfig, check_fits
 
-LONGEST_TIME = 1000.0  # what the network reads at the first, noisiest step
+LONGEST_TIME = 1000.0  # what the network reads at the noisiest step, as published
 LEAST_VARIANCE = 1e-20
 
 Network = Callable[[Array, Array], Array]
+
+
+@dataclass(frozen=True)
+class RefinerConfig(DirectConfig):
+    """The increment to the next frame is predicted from noise, then refined: `refinements` + 1 calls of the network.
+
+    The network reads history, forcing and static fields and, in the last channels, the noisy increment; its first
+    scalar is the step of the refinement, 0 .. `longest_time`, the others are those of `direct`. Train it with the
+    objective `denoising` and score the moving average of its weights (`training.average=0.995` as published).
+
+    Attributes:
+        refinements: steps after the first prediction, K.
+        minimum: least noise, see `NoiseSchedule`.
+        weight: the increment is predicted in units of `weight` times the scale of increments.
+        longest_time: what the network reads at the noisiest step. 1000 suits networks that embed their scalars
+            (modern_unet, sinenet); give 1 to those that take them as they are (fno, resnet, poseidon_scot).
+    """
+
+    refinements: int = 3
+    minimum: float = 4e-7
+    weight: float = 0.3
+    longest_time: float = LONGEST_TIME
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.history < 1:
+            raise ConfigError(f"history is {self.history}, but a refiner adds to the last frame: give at least 1.")
+        if not (self.weight > 0 and self.longest_time > 0):
+            raise ConfigError(
+                f"weight is {self.weight} and longest_time {self.longest_time}, but both must be positive; 0.3 and "
+                "1000 are as published."
+            )
+        _ = self.schedule  # refuses what cannot be
+
+    @property
+    def schedule(self) -> "NoiseSchedule":
+        """The noise of every step."""
+        return NoiseSchedule(self.refinements, self.minimum, self.longest_time)
+
+    def signature(self, spec: Spec) -> Signature:
+        """Shapes of the network: the noisy increment and its step come on top of what `direct` reads."""
+        plain, channels = super().signature(spec), len(spec.channels)
+        return Signature(spec.grid, plain.inputs + channels, plain.scalars + 1, channels)
+
+    def build(self, spec: Spec, model, normalizer: Normalizer, constraints=()) -> "Refiner":
+        """Raises SpecError when the model or the normalizer does not have the shapes of `signature(spec)`."""
+        check_fits(self, spec, model, normalizer)
+        return Refiner(self, spec, model, normalizer, constraints)
+
+
+class Refiner(Direct):
+    """State: the last `history` frames, `(batch, history, *space, channel)` in physical units.
+
+    Every step draws new noise from `context.key`; members of an ensemble differ by their keys alone. Noise, noisy
+    increments and the coefficients of the ladder are float32 (or the state's own format, where that is wider) also
+    when the network computes in bfloat16: the last steps remove noise of less than 1e-3.
+    """
+
+    def advance(self, state, context: Context):
+        """One step. Raises ConfigError when the context has no key."""
+        if context.key is None:
+            raise ConfigError(
+                "A refiner draws noise at every step, but no random key was given. Pass key=jax.random.key(0) to the "
+                "rollout."
+            )
+        shape = (self.config.refinements + 1, *state[:, -1].shape)
+        noise = jax.random.normal(context.key, shape, _wide(state))
+        return self.advance_with(state, context, noise[0], noise[1:])
+
+    def advance_with(
+        self,
+        state: Float[ArrayLike, "batch history *space channel"],
+        context: Context,
+        start: Float[ArrayLike, "batch *space channel"],
+        noises: Float[ArrayLike, "refinement batch *space channel"],
+    ) -> Float[Array, "batch history *space channel"]:
+        """`advance` with given standard normal noise, see `refine`."""
+        config, previous = self.config, state[:, -1]
+        fields, scalars = self.read(state, context)
+        graph, numbers = nnx.split(self.model)
+
+        def model(*inputs, **random):  # merged anew: running statistics that move may not leave the scan
+            return nnx.merge(graph, numbers, copy=True)(*inputs, **random)
+
+        found = refine(self.network(model, context), config.schedule, fields, scalars, start, noises)
+        frame = (previous + self.normalizer.increment(config.weight * found.result)).astype(state.dtype)
+        frame = self.finish(frame, previous, context)
+        return jnp.concatenate([state[:, 1:], frame[:, None]], axis=1)
+
+    def problem(
+        self,
+        state: Float[ArrayLike, "batch history *space channel"],
+        frame: Float[ArrayLike, "batch *space channel"],
+        context: Context,
+        step: Int[ArrayLike, "batch"],
+        noise: Float[ArrayLike, "batch *space channel"],
+    ) -> "DenoisingProblem":
+        """The training problem whose solution leads to the true next `frame` (physical units), see `denoise`."""
+        fields, scalars = self.read(state, context)
+        increment = jnp.asarray(frame, fields.dtype) - jnp.asarray(state[:, -1], fields.dtype)
+        target = self.normalizer.normalize_increment(increment) / self.config.weight
+        return denoise(self.network(self.model, context), self.config.schedule, fields, target, scalars, step, noise)
+
+    def read(self, state, context: Context) -> tuple[Array, Array]:
+        """What the network reads beside the noisy increment and its step: `(fields, scalars)`, normalized."""
+        config = self.config
+        packed = pack(state, context, self.normalizer, self.history, config.calendar, config.lead)
+        return tuple(array.astype(_wide(array)) for array in packed)
+
+    def network(self, model, context: Context) -> Network:
+        """The model as the pure functions call it; cells without a field neither give nor take noise."""
+        random = {"key": context.key} if getattr(self.model, "dropout", 0) else {}
+        channels = len(self.spec.channels)
+
+        def call(fields, scalars):
+            if context.mask is not None:
+                noisy = jnp.where(context.mask > 0, fields[..., -channels:], 0)
+                fields = jnp.concatenate([fields[..., :-channels], noisy], axis=-1)
+            velocity = model(fields, scalars, **random).astype(fields.dtype)
+            return velocity if context.mask is None else jnp.where(context.mask > 0, velocity, 0)
+
+        return call
+
+
+def _wide(array):
+    return jnp.promote_types(jnp.asarray(array).dtype, jnp.float32)
 
 
 @dataclass(frozen=True)
@@ -32,10 +161,12 @@ class NoiseSchedule:
     Attributes:
         refinements: steps after the first prediction, K.
         minimum: beta of step 0. Despite the paper's name for it (a standard deviation) it acts as a variance.
+        longest_time: what the network reads at the last, noisiest step.
     """
 
     refinements: int = 3
     minimum: float = 4e-7
+    longest_time: float = LONGEST_TIME
 
     def __post_init__(self):
         if self.refinements < 1 or not 0 < self.minimum < 1:
@@ -57,8 +188,8 @@ class NoiseSchedule:
 
     @property
     def times(self) -> np.ndarray:
-        """What the network reads at every step, 0 .. 1000."""
-        return np.arange(self.refinements + 1, dtype=np.float32) * np.float32(LONGEST_TIME / self.refinements)
+        """What the network reads at every step, 0 .. `longest_time`."""
+        return np.arange(self.refinements + 1, dtype=np.float32) * np.float32(self.longest_time / self.refinements)
 
 
 def increment_of(
@@ -79,7 +210,7 @@ def _repeated(last, like):
     return jnp.tile(jnp.asarray(last), (1,) * (last.ndim - 1) + (like.shape[-1] // last.shape[-1],))
 
 
-class Denoising(NamedTuple):
+class DenoisingProblem(NamedTuple):
     """One evaluation of the training problem.
 
     Attributes:
@@ -102,7 +233,7 @@ def denoise(
     parameters: Float[ArrayLike, "batch numbers"],
     step: Int[ArrayLike, "batch"],
     noise: Float[ArrayLike, "batch *space out"],
-) -> Denoising:
+) -> DenoisingProblem:
     """The training problem at a `step` per sample, drawn uniformly from 0 .. K, and standard normal `noise`.
 
     With a the signal of the step the network reads `sqrt(a) target + sqrt(1 - a) noise` and predicts the velocity
@@ -114,7 +245,7 @@ def denoise(
     inputs = jnp.concatenate([history, kept * target + added * noise], axis=-1)
     prediction = network(inputs, _conditions(jnp.asarray(schedule.times)[step], parameters))
     velocity = kept * noise - added * target
-    return Denoising(inputs, prediction, velocity, denoising_loss(prediction, velocity))
+    return DenoisingProblem(inputs, prediction, velocity, denoising_loss(prediction, velocity))
 
 
 def denoising_loss(
@@ -157,7 +288,7 @@ def refine(
     def advance(sample, entry):
         (time, kept, added, of_clean, of_sample, of_noise), noise = entry
         output = network(
-            jnp.concatenate([history, sample], axis=-1), _conditions(jnp.full(len(sample), time), parameters)
+            jnp.concatenate([history, sample], axis=-1), _conditions(jnp.full(sample.shape[0], time), parameters)
         )
         clean = kept * sample - added * output
         return of_clean * clean + of_sample * sample + of_noise * noise, (sample, output)

@@ -1,6 +1,7 @@
 """Training: the update, the loop, checkpoints, logs."""
 
 from physml.training.loop import FitResult, fit
+from physml.training.members import MembersResult, fit_members, spread_members
 from physml.training.optimizers import OptimizerConfig, TrainingConfig
 
-__all__ = ["FitResult", "OptimizerConfig", "TrainingConfig", "fit"]
+__all__ = ["FitResult", "MembersResult", "OptimizerConfig", "TrainingConfig", "fit", "fit_members", "spread_members"]

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from physml.errors import ConfigError, suggest
+from physml.errors import ConfigError, nearest_paths, suggest
 
 SCHEDULES = ("constant", "cosine", "one_cycle", "step")
 
@@ -22,7 +22,8 @@ class ParameterGroup:
 
     Attributes:
         pattern: regular expression, searched in the dotted path of a parameter ("model.embedding.norm.scale").
-        learning_rate: peak rate, on the schedule of the optimizer; 0 freezes the group, None takes the optimizer's.
+        learning_rate: peak rate, on the schedule of the optimizer; None takes the optimizer's. 0 freezes the group: its
+            parameters have no gradient, no moments and no decay.
         weight_decay: as the optimizer's, for every parameter of the group; None takes the optimizer's and its `decay`.
     """
 
@@ -128,6 +129,26 @@ class OptimizerConfig:
         """The number of the group that a parameter belongs to; None for the rest."""
         return next((i for i, group in enumerate(self.groups) if re.search(group.pattern, path)), None)
 
+    def freezes(self, path: str) -> bool:
+        """Whether a parameter is in a group whose rate is 0."""
+        number = self.group_of(path)
+        return number is not None and self.groups[number].learning_rate == 0
+
+    def check_groups(self, paths: Iterable[str]) -> None:
+        """Raises ConfigError, with the nearest of the parameters' `paths`, for a group that none of them is in."""
+        paths = list(paths)
+        found = {self.group_of(path) for path in paths}
+        unused = [group.pattern for i, group in enumerate(self.groups) if i not in found]
+        if not unused:
+            return
+        taken = [pattern for pattern in unused if any(re.search(pattern, path) for path in paths)]
+        why = "earlier groups take all that match" if taken else "none matches"
+        advice = "Move it to the front" if taken else "Correct the pattern"
+        raise ConfigError(
+            f"No parameter is left for the groups {unused}: {why}. {advice}; the nearest parameters to {unused[0]!r} "
+            f"are {', '.join(nearest_paths(unused[0], paths))}."
+        )
+
 
 def _count(value: float, steps: int) -> int:
     """Steps from a count, or from a fraction of all steps below 1."""
@@ -179,16 +200,11 @@ def _scale_groups(config: OptimizerConfig) -> optax.GradientTransformation:
         return 1.0 if rate is None else rate / config.learning_rate
 
     def init(params):
-        found = set(
-            jax.tree.leaves(_by_path(lambda path, leaf: -1 if (i := config.group_of(path)) is None else i, params))
-        )
-        unused = [group.pattern for i, group in enumerate(config.groups) if i not in found]
-        if unused:
-            names = jax.tree.leaves(_by_path(lambda path, leaf: path, params))
-            raise ConfigError(
-                f"No parameter is left for the groups {unused}: none matches, or an earlier group takes them all. "
-                f"Parameters are named like {', '.join(names[:: max(len(names) // 5, 1)][:5])}."
-            )
+        # Frozen parameters are not here any more where `split` took them out.
+        live = tuple(group for group in config.groups if group.learning_rate != 0)
+        paths = jax.tree.leaves(_by_path(lambda path, leaf: path, params))
+        kept = [path for path in paths if not config.freezes(path)]
+        dataclasses.replace(config, groups=live).check_groups(kept)
         return optax.EmptyState()
 
     def update(updates, state, params=None):

@@ -19,7 +19,7 @@ def seconds_per_update(
 
     The stepper keeps its weights.
     """
-    parts, params, rest = split(stepper)
+    parts, params, rest = split(stepper, config.optimizer)
     with layout.use():
         transform, update = build_update(objective, parts, config, config.steps, layout.replicated())
         state = layout.replicate(initial_state(params, transform, config, parts.statistics(rest)))

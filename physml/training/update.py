@@ -12,7 +12,8 @@ from flax import nnx
 
 from physml.errors import ConfigError
 from physml.fields import Window
-from physml.training.optimizers import TrainingConfig
+from physml.layers.lora import is_frozen, parameters
+from physml.training.optimizers import OptimizerConfig, TrainingConfig
 
 Statistics = dict[tuple[str, ...], jax.Array]  # by path
 
@@ -63,10 +64,27 @@ def _put(tree: dict, path: tuple[str, ...], leaf) -> dict:
     return {**tree, first: _put(tree[first], tuple(others), leaf) if others else leaf}
 
 
-def split(stepper) -> tuple[Parts, dict, dict]:
-    """(parts, parameters, everything else). Raises ConfigError when there is nothing to train."""
-    graphdef, params, rest = nnx.split(stepper, nnx.Param, ...)
+def split(stepper, optimizer: OptimizerConfig | None = None) -> tuple[Parts, dict, dict]:
+    """(parts, parameters, everything else). Parameters that are frozen, by a group of `optimizer` whose rate is 0 or
+    by LoRA, are among everything else: they get no gradient, no optimizer state, no decay and no moving average.
+
+    Raises ConfigError when there is nothing to train, and for a group that no parameter is in.
+    """
+    groups = optimizer or OptimizerConfig()
+    groups.check_groups(parameters(stepper))
+
+    def trained(path, variable):
+        frozen = isinstance(variable, nnx.Variable) and is_frozen(variable)
+        return isinstance(variable, nnx.Param) and not frozen and not groups.freezes(".".join(map(str, path)))
+
+    graphdef, params, rest = nnx.split(stepper, trained, ...)
     if not sum(leaf.size for leaf in jax.tree.leaves(params)):
+        count = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(stepper, nnx.Param)))
+        if count:
+            raise ConfigError(
+                f"All {count:,} parameters of {type(stepper).__name__} are frozen: nothing would be learned. Give one "
+                "of optimizer.groups a learning rate above 0, or narrow the pattern of a group whose rate is 0."
+            )
         raise ConfigError(
             f"{type(stepper).__name__} has no trainable parameters. Give it a network, or score it without training."
         )
@@ -92,7 +110,7 @@ def initial_state(
 
 
 def build_update(
-    objective, parts: Parts, config: TrainingConfig, steps: int, sharding=None
+    objective, parts: Parts, config: TrainingConfig, steps: int, sharding=None, *, members: bool = False
 ) -> tuple[optax.GradientTransformation, Callable]:
     """The optimizer of a run of `steps` updates, and `update(state, rest, key, windows, count) -> (state, metrics)`.
 
@@ -103,6 +121,9 @@ def build_update(
     finite), skipped (total so far), learning_rate and the objective's own. An update whose loss or gradient is not
     finite changes nothing; with nonfinite="stop" nothing changes after it. Running statistics of batch normalization
     are part of `state`; those in `rest` are not used.
+
+    With `members` everything but `count` has a leading member axis (metrics: after the row), and each member is updated
+    as it would be alone.
     """
     compute = jnp.bfloat16 if config.precision == "bfloat16" else None
     transform, rate = config.optimizer.build(steps), config.optimizer.rate(steps)
@@ -136,8 +157,12 @@ def build_update(
         metrics["learning_rate"] = jnp.asarray(rate(state["step"] - state["skipped"]), jnp.float32)
         return new, {**metrics, **aux}
 
+    each = jax.vmap(one, (0, (0, None), 0, 0), spmd_axis_name="member") if members else one
+
     def update(state, rest, key, windows, count):
-        body = functools.partial(one, rest=rest, key=key)
+        def body(state, call):
+            return each(state, call, rest, key)
+
         if len(windows) == 1:
             state, metrics = body(state, (windows[0], count > 0))
             return state, jax.tree.map(lambda leaf: leaf[None], metrics)
@@ -147,10 +172,17 @@ def build_update(
     return transform, jax.jit(update, donate_argnums=0, out_shardings=sharding)
 
 
-def build_loss(objective, parts: Parts, config: TrainingConfig) -> Callable:
-    """`loss(params, rest, window, key) -> (loss, aux)`, jitted, in the precision of training."""
+def build_loss(objective, parts: Parts, config: TrainingConfig, *, members: bool = False) -> Callable:
+    """`loss(params, rest, window, key) -> (loss, aux)`, jitted, in the precision of training.
+
+    With `members` everything but the window has a leading member axis.
+    """
     compute = jnp.bfloat16 if config.precision == "bfloat16" else None
-    return jax.jit(lambda params, rest, window, key: objective(parts.merge(params, rest, compute), window, key))
+
+    def loss(params, rest, window, key):
+        return objective(parts.merge(params, rest, compute), window, key)
+
+    return jax.jit(jax.vmap(loss, (0, 0, None, 0), spmd_axis_name="member") if members else loss)
 
 
 class _InPrecision(nnx.Module):

@@ -41,15 +41,15 @@ class Validation:
         if hasattr(dataset, "prepare"):
             dataset.prepare(self.samples, count=chosen)
 
-    def __call__(self, params: dict, rest: dict) -> dict[str, float]:
-        """{"valid/loss": ..., "valid/loss/CHANNEL": ...}."""
+    def __call__(self, params: dict, rest: dict) -> dict[str, Any]:
+        """{"valid/loss": ..., "valid/loss/CHANNEL": ...}: numbers, or arrays `(member,)` where `loss` gives these."""
         results, sizes = [], []
         for first in range(0, len(self.numbers), self.batch):
             numbers = self.numbers[first : first + self.batch]
             sizes.append(len(numbers))
             results.append(self.loss(params, rest, self.layout.place(self._read(numbers)), self.key))
         losses, extras = zip(*jax.device_get(results), strict=True)
-        values = {"valid/loss": float(np.average(losses, weights=sizes))}
+        values = {"valid/loss": np.average(losses, axis=0, weights=sizes)}
         if "channel" not in extras[0]:
             return values
         channels = np.average([extra["channel"] for extra in extras], axis=0, weights=sizes)
@@ -68,9 +68,9 @@ class Validation:
         return stack([self.dataset.read(p.trajectory, range(p.start, p.start + frames)) for p in places])
 
 
-def channel_values(prefix: str, errors: Any, spec: Spec) -> dict[str, float]:
-    """{"PREFIX/CHANNEL": error} of an objective's per-channel errors, where there are several."""
+def channel_values(prefix: str, errors: Any, spec: Spec) -> dict[str, Any]:
+    """{"PREFIX/CHANNEL": error} of an objective's errors `(..., channel)`, where there are several channels."""
     errors = np.atleast_1d(errors)
-    if len(errors) != len(spec.channels) or len(errors) == 1:
+    if errors.shape[-1] != len(spec.channels) or errors.shape[-1] == 1:
         return {}
-    return {f"{prefix}/{name}": float(error) for name, error in zip(spec.names, errors, strict=True)}
+    return {f"{prefix}/{name}": errors[..., i] for i, name in enumerate(spec.names)}

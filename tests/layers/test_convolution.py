@@ -169,3 +169,24 @@ def test_transposed_convolution_is_pytorchs(ndim):
     x = torch.randn(2, 3, *(4, 5, 6)[:ndim])
     expected = theirs(x).detach().permute(0, *range(2, ndim + 2), 1).numpy()
     np.testing.assert_allclose(ours(x.permute(0, *range(2, ndim + 2), 1).numpy()), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("groups", "stride", "axes"),
+    [(1, 1, (0, 0)), (1, 2, (0, 0)), (2, 1, (0, 0)), (4, 1, (0, 0)), (1, 1, (0, None)), (1, 1, (None, 0))],
+)
+def test_members_by_vmap_equal_members_one_by_one(groups, stride, axes):
+    """Value and gradients, with a kernel, fields or both for each member."""
+    random = np.random.default_rng(0)
+    x = random.standard_normal((3, 2, 9, 4) if axes[0] == 0 else (2, 9, 4)).astype(np.float32)
+    w = random.standard_normal((3, 3, 4 // groups, 4) if axes[1] == 0 else (3, 4 // groups, 4)).astype(np.float32)
+
+    def loss(x, w):
+        return jnp.sin(convolution.convolve(x, w, ((1, 1),), 1, stride, groups)).sum()
+
+    graded = jax.value_and_grad(loss, (0, 1))
+    together = jax.jit(jax.vmap(graded, axes))(x, w)
+    for i in range(3):
+        alone = graded(*(a if axis is None else a[i] for a, axis in zip((x, w), axes, strict=True)))
+        for a, b in zip(jax.tree.leaves(together), jax.tree.leaves(alone), strict=True):
+            np.testing.assert_allclose(a[i], b, rtol=1e-5, atol=1e-5)

@@ -8,7 +8,7 @@ from numpy.testing import assert_allclose
 
 from physml.fields import Axis, Channel, Grid, Spec
 from physml.metrics import FORECAST_METRICS, METRICS, Measure, crps, moments
-from physml.metrics.ensemble import member_distance, variance
+from physml.metrics.ensemble import member_distance, rank_shares, variance
 from physml.metrics.weather import seeps
 
 SHIFT = 270.0
@@ -118,6 +118,31 @@ def test_members_from_one_distribution_have_spread_skill_one():
     assert_allclose(score("spread_skill", SHIFT + draws[:4], SHIFT + draws[4], np.ones(500)), 1, atol=0.01)
     assert np.isnan(member_distance(draws[:1])).all()
     assert np.isnan(variance(draws[:1])).all()
+
+
+def test_ranks_by_hand():
+    """Three members: below, between, tied with one of them (two ranks share), tied with all, above, and missing."""
+    ensemble = np.array([[1.0, 2.0, 3.0]] * 6 + [[1.0, np.nan, 3.0]]).T
+    ensemble[:, 3] = 5.0
+    truth = np.array([0.0, 1.5, 2.0, 5.0, 9.0, np.nan, 2.0])
+    expected = np.array(
+        [[1, 0, 0, 0], [0, 1, 0, 0], [0, 0.5, 0.5, 0], [0.25] * 4, [0, 0, 0, 1], [np.nan] * 4, [np.nan] * 4]
+    ).T
+    assert_allclose(rank_shares(ensemble, truth), expected)
+    assert_allclose(rank_shares(jnp.asarray(ensemble), jnp.asarray(truth)), expected)
+
+
+def test_rank_histograms_add_and_are_flat_for_members_like_the_truth():
+    draws = np.random.default_rng(5).standard_normal((4, 50, 400))
+    area = np.linspace(0.5, 1.5, 400)
+    pieces = [moments.pair_sums(draws[:3, :, cut], draws[3][:, cut], area[cut]) for cut in (slice(90), slice(90, 400))]
+    sums = {key: sum(piece[key] for piece in pieces)[:, None, None] for key in pieces[0]}
+    ranks = moments.Moments(sums, np.zeros(1), 3).ranks
+    assert ranks.shape == (50, 1, 1, 4)
+    assert_allclose(ranks.sum(-1), 1, rtol=1e-12)
+    assert_allclose(ranks.mean(0).ravel(), 0.25, atol=0.01)
+    shares = rank_shares(draws[:3], draws[3])
+    assert_allclose(ranks[:, 0, 0], ((shares * area).sum(-1) / area.sum()).T, rtol=1e-12)
 
 
 def test_seeps_is_the_table_of_rodwell():

@@ -98,6 +98,12 @@ ROWS = {
     "classic_fno": Row(
         "classic_fno", {"width": 6, "modes": (3,), "depth": 2, "projection": 8}, shapes=FEW_MODES, deep={"depth": 4}
     ),
+    "conv_net": Row(
+        "conv_net",
+        {"width": 6, "depth": 2, "dilations": (1, 2), "activation": "tanh"},
+        shapes=ANY,
+        deep={"depth": 4},
+    ),
     "ffno": Row(
         "ffno",
         {"width": 6, "modes": (3,), "depth": 2, "expansion": 2, "projection": 8},
@@ -153,6 +159,11 @@ VARIANTS = {
         {"conditioning": "hidden", "mask": 2, "boundary": "zero", "levels": 1}, refused={}
     ),
     "classic_unet_bilinear": ROWS["classic_unet"].but({"upsampling": "bilinear", "frame": None}),
+    "classic_unet_group": ROWS["classic_unet"].but(
+        {"norm": "group", "downsampling": "strided", "upsampling": "overlapping", "frame": None}
+    ),
+    "classic_fno_bare": ROWS["classic_fno"].but({"projection": 0, "positions": False, "activation": "gelu_tanh"}),
+    "conv_net_linear": ROWS["conv_net"].but({"depth": 0, "boundary": "zero"}, shapes={}),
     "ffno_shared": ROWS["ffno"].but(
         {
             "share_fourier": True,
@@ -187,6 +198,7 @@ VARIANTS = {
         shapes={},
         refused={},
     ),
+    "resnet_postactivation": ROWS["resnet"].but({"preactivation": False, "pointwise_ends": True, "activation": "relu"}),
     "resnet_norm": ROWS["resnet"].but({"norm": "group_norm", "positions": True, "boundary": "reflect"}),
     "sinenet_tangled": ROWS["sinenet"].but(
         {"disentangled": False, "blocks": 2, "pool": "max", "interpolation": "bilinear"}, shapes={}, scalars=0

@@ -39,6 +39,7 @@ SMALL = {  # fields that make it cheap, with one parameter drawn where there is 
     "shallow_water": {"points": 16, "solver_points": 32, "initial_modes": 4, "coriolis": (1.0, 2.0), "beta": 0.5},
     "shallow_water_sphere": {"points": 16, "modes": 4, "depth": (5000.0, 10000.0), "substeps": 18},
     "smoke": {"points": 8, "solver_points": 16, "buoyancy": (0.3, 0.5), "warmup": 1.5},
+    "staggered_flow": {"points": 16, "viscosity": (0.05, 0.1), "initial_modes": 3, "forcing_mode": 2},
     "stefan": {"points": 16, "solver_points": 32},
     "thomas": {"b": (0.17, 0.18), "warmup": 0.5},
     "tracer_sphere": {"points": 8, "solver_points": 16},

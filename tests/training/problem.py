@@ -2,7 +2,9 @@
 
 import dataclasses
 
+import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
 from physml.fields import Axis, Channel, Grid, Spec, Window
 from physml.normalize import Normalizer
@@ -34,18 +36,16 @@ class Waves:
         )
 
 
+class Pointwise(nnx.Module):
+    def __init__(self, inputs, outputs, hidden, rngs):
+        self.layers = nnx.List([nnx.Linear(inputs, hidden, rngs=rngs), nnx.Linear(hidden, outputs, rngs=rngs)])
+
+    def __call__(self, fields, scalars):
+        return self.layers[1](jnp.tanh(self.layers[0](fields)))
+
+
 def build_model(inputs, outputs, hidden=8, seed=0):
-    import jax.numpy as jnp
-    from flax import nnx
-
-    class Pointwise(nnx.Module):
-        def __init__(self, rngs):
-            self.layers = nnx.List([nnx.Linear(inputs, hidden, rngs=rngs), nnx.Linear(hidden, outputs, rngs=rngs)])
-
-        def __call__(self, fields, scalars):
-            return self.layers[1](jnp.tanh(self.layers[0](fields)))
-
-    return Pointwise(nnx.Rngs(seed))
+    return Pointwise(inputs, outputs, hidden, nnx.Rngs(seed))
 
 
 def build_stepper(seed=0):

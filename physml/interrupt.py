@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT ask the loop to stop at the next boundary; a second signal acts as usual."""
+"""SIGTERM and SIGINT ask a long loop to save and stop at the next boundary; a second signal acts as usual."""
 
 import signal
 import threading

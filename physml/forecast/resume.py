@@ -1,0 +1,96 @@
+"""An unfinished rollout on disk: the state of the stepper and of the watchdog, and what they belong to.
+
+`OUT.partial/state.safetensors` holds the arrays of the state and, as JSON in its header, everything else. It is
+replaced in one piece after the output up to its step is written, so that it never speaks of what is not there.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import safetensors
+
+from physml.errors import CheckpointError
+from physml.fields import Window
+from physml.rollout import Divergence, Watchdog, named
+from physml.saving.weights import read_weights, to_bytes
+
+STATE, HEADER, FORMAT = "state.safetensors", "rollout", 1
+
+
+@dataclass(frozen=True)
+class Saved:
+    """Where an unfinished rollout stands: `step` steps are done, `arrays` are the state after them."""
+
+    step: int
+    arrays: dict[str, Any]
+    names: list[str]
+    good: list[int]
+    events: list[Divergence]
+
+    def put_into(self, watch: Watchdog) -> None:
+        watch.good = np.asarray(self.good)
+        watch.events = {event.sample: event for event in self.events}
+
+
+def identity(model: Mapping[str, str], window: Window, begins: Any, key, forcing, **options: Any) -> dict[str, str]:
+    """What a rollout may be continued with, by the words that an error calls it."""
+    digest = hashlib.sha256()
+    leaves = [window.frames, window.calendar[:, : window.frames.shape[1]], window.parameters, window.static]
+    for leaf in [*leaves, *([] if window.mask is None else [window.mask])]:
+        digest.update(np.ascontiguousarray(leaf).tobytes())
+    first = "none" if forcing is None else hashlib.sha256(np.ascontiguousarray(forcing(0, 1)).tobytes()).hexdigest()
+    return {
+        "model": f"{model['model_id']} {model['config_hash']}",
+        "initial state": f"{begins} {digest.hexdigest()[:12]}",
+        "forcing": first[:12],
+        "key": "none" if key is None else str(np.asarray(jax.random.key_data(key)).tolist()),
+        **{name: str(value) for name, value in options.items()},
+    }
+
+
+def save(folder: Path, owner: dict[str, str], step: int, state, names: list[str], watch: Watchdog) -> None:
+    """Replaces the saved state in one piece."""
+    about = {
+        "format": FORMAT, "identity": owner, "step": step, "names": names, "good": watch.good.tolist(),
+        "events": [dataclasses.asdict(event) for event in watch.events.values()],
+    }  # fmt: skip
+    content = to_bytes(named(state), {HEADER: json.dumps(about)})
+    partial = folder / f"{STATE}.new"
+    partial.write_bytes(content)
+    os.replace(partial, folder / STATE)
+
+
+def load(folder: Path, owner: dict[str, str]) -> Saved | None:
+    """What was saved in `folder`; None when nothing was.
+
+    Raises CheckpointError when the file is damaged, or when the rollout was begun with anything else than `owner`.
+    """
+    path = folder / STATE
+    if not path.is_file():
+        return None
+    arrays = read_weights(path, None)
+    try:
+        with safetensors.safe_open(path, framework="numpy") as file:
+            about = json.loads(file.metadata()[HEADER])
+        found = about["identity"]
+        events = [Divergence(**{**event, "place": tuple(event["place"])}) for event in about["events"]]
+        saved = Saved(int(about["step"]), arrays, list(about["names"]), list(about["good"]), events)
+    except (safetensors.SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"{path} is damaged: {error!r}. Start anew with resume='never' and overwrite=True."
+        ) from error
+    for what in owner:
+        if found.get(what) != owner[what]:
+            raise CheckpointError(
+                f"{folder} was begun with another {what}: {found.get(what)} there, {owner[what]} now. Give the same "
+                "to continue it, or start anew with resume='never' and overwrite=True."
+            )
+    return saved

@@ -1,0 +1,160 @@
+"""Penalties beside the error: laws that predicted frames break, and energy that they lack or have too much of."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from physml.coding import name_of, tagged
+from physml.constraints import CONSTRAINTS
+from physml.errors import ConfigError, SpecError
+from physml.fields import Window
+from physml.metrics.spectra import energy_spectrum, shells
+from physml.objectives.scoring import Prediction, check_inner, inner_objectives
+from physml.objectives.unrolled import OneStep, Rollout, Scored
+
+
+@dataclass(frozen=True)
+class ConstraintPenalty:
+    """Mean square violation of a constraint over samples, leads and laws.
+
+    Attributes:
+        constraint: config of `physml.constraints.CONSTRAINTS`, or anything with `violation(frame, previous, context)`.
+        weight: of the penalty beside the loss.
+        scale: violation that counts as 1, in the unit of the constraint's violations.
+    """
+
+    constraint: Any = tagged(CONSTRAINTS, default=None)
+    weight: float = 1.0
+    scale: float = 1.0
+
+    def __post_init__(self):
+        _check_positive(self, "weight", "scale")
+        if not (hasattr(self.constraint, "violation") or hasattr(self.constraint, "build")):
+            raise ConfigError(
+                f"constraint is {self.constraint!r}, which has neither `violation` nor `build`. "
+                f"Use one of {sorted(CONSTRAINTS)}, or an object of your own with `violation`."
+            )
+
+    def __call__(self, window: Window, prediction: Prediction, stop: int) -> Float[Array, ""]:
+        """The penalty of frames that end at frame `stop - 1` of the window, without its weight."""
+        constraint = self.constraint
+        if not hasattr(constraint, "violation"):
+            constraint = constraint.build(window.spec)
+
+        def violation(frame, previous, index):
+            return constraint.violation(frame, previous, window.context(index, 0))
+
+        indices = jnp.arange(stop - prediction.frames.shape[1], stop)
+        violations = jax.vmap(violation, in_axes=(1, 1, 0))(prediction.frames, prediction.previous, indices)
+        return jnp.mean(jnp.square(violations / self.scale))
+
+
+@dataclass(frozen=True)
+class SpectralPower:
+    """Mean of |E_p - E_t| / (E_t + floor * sum E_t) over samples, leads, channels and wavenumber shells.
+
+    E is the energy in a shell of `physml.metrics.spectra`, the mean of the field left out. Every scale counts alike, so
+    that a blurred prediction, which a mean square error hardly notices, costs up to 1 in each shell that it lost. After
+    the spectral loss of CarbonBench (Benson et al. 2024, arXiv:2408.11032), which uses spherical harmonics.
+
+    Attributes:
+        weight: of the penalty beside the loss.
+        cut: shells up to this fraction of the last complete one count; CarbonBench's option is 3/4.
+        floor: share of the energy below which a shell counts as part of it only: rounding has no true spectrum.
+    """
+
+    weight: float = 0.1
+    cut: float = 1.0
+    floor: float = 1e-6
+
+    def __post_init__(self):
+        _check_positive(self, "weight", "cut", "floor")
+        if self.cut > 1:
+            raise ConfigError(f"cut is {self.cut}, but it is a fraction of the complete shells: at most 1.")
+
+    def __call__(self, window: Window, prediction: Prediction, stop: int) -> Float[Array, ""]:
+        """The penalty, without its weight. Raises SpecError for masked fields and grids that have no spectrum."""
+        if window.mask is not None:
+            raise SpecError(
+                "SpectralPower needs fields that exist everywhere, but these have a mask. Leave the penalty out."
+            )
+        grid = window.spec.grid
+        last = max(int(self.cut * shells(grid).resolved), 1)
+        truth = jnp.asarray(window.frames)[:, stop - prediction.frames.shape[1] : stop]
+        predicted, true = (energy_spectrum(f, grid)[..., 1 : last + 1] for f in (prediction.frames, truth))
+        size = true + self.floor * true.sum(-1, keepdims=True)
+        # Where the truth is constant in space there is no energy to compare with.
+        ratio = jnp.where(size > 0, jnp.abs(predicted - true) / jnp.where(size > 0, size, 1), 0)
+        return jnp.mean(ratio)
+
+
+PENALTIES = {
+    "constraint": ConstraintPenalty,
+    "spectral_power": SpectralPower,
+}
+
+
+@dataclass(frozen=True)
+class Penalized(Rollout):
+    """Another objective plus `weight * penalty` for each penalty, of the same predicted frames in physical units.
+
+    Attributes:
+        objective: the error. It must offer its frames (`predict` and `score`), as rollouts do.
+        penalties: of `PENALTIES`, or callables of one's own with the same signature and a `weight`.
+    """
+
+    objective: Any = tagged(inner_objectives, default=OneStep())
+    penalties: tuple[Any, ...] = tagged(PENALTIES, default=())
+
+    def __post_init__(self):
+        check_inner(self.objective, type(self).__name__)
+        if not hasattr(self.objective, "predict"):
+            raise ConfigError(
+                f"Penalized needs the frames of a rollout, which {type(self.objective).__name__} does not offer. "
+                "Use one_step, unrolled, pushforward, or noisy_inputs of these."
+            )
+        if not self.penalties:
+            raise ConfigError(f"Penalized needs at least one penalty. Use one of {sorted(PENALTIES)}.")
+
+    @property
+    def loss(self):
+        return getattr(self.objective, "loss", None)
+
+    @property
+    def validation(self):
+        """The error alone, without penalties."""
+        return getattr(self.objective, "validation", self.objective)
+
+    def frames(self, history: int) -> int:
+        return self.objective.frames(history)
+
+    def predict(self, stepper, window: Window, key) -> Prediction:
+        return self.objective.predict(stepper, window, key)
+
+    def score(self, stepper, window: Window, prediction: Prediction) -> Scored:
+        """As of the inner objective, with the parts of the sum as {"part": {"data": ..., PENALTY: ...}}."""
+        value, aux = self.objective.score(stepper, window, prediction)
+        parts = {**aux.get("part", {"data": value})}
+        for penalty in self.penalties:
+            amount = penalty(window, prediction, self.frames(stepper.history))
+            value = value + penalty.weight * amount
+            name = _name(penalty)
+            parts[name] = parts.get(name, 0) + amount
+        return value, {**aux, "part": jax.lax.stop_gradient(parts)}
+
+
+def _name(penalty) -> str:
+    try:
+        return name_of(penalty, PENALTIES)
+    except ConfigError:  # a penalty of the user's own
+        return type(penalty).__name__
+
+
+def _check_positive(penalty, *names: str) -> None:
+    for name in names:
+        value = getattr(penalty, name)
+        if not 0 < value < float("inf"):
+            raise ConfigError(f"{name} of {type(penalty).__name__} is {value}, but it must be above 0.")

@@ -1,0 +1,107 @@
+"""`physml rollout`: any saved model with any stepper, for as many steps as asked, streamed and watched."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from physml.verbs.common import Common, frames_until, progress_of
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rollout(Common):
+    """Forecast with a saved model, from the last frames of a dataset.
+
+    Example: physml rollout runs/demo --initial start.nc --steps 10000 --out forecast.zarr
+    Example: physml rollout runs/demo --steps 10000 --out forecast.zarr --resume auto
+    """
+
+    model: tyro.conf.Positional[str]
+    """A run, or a folder made by `physml.save`."""
+    initial: Annotated[str | None, tyro.conf.arg(aliases=("--data",))] = None
+    """Dataset whose last frames the forecast starts from; without it, for a run, its own test split: the first frames
+    of one trajectory."""
+    steps: int = 100
+    """Number of frames to predict."""
+    out: Path = Path("forecast.zarr")
+    """Where the forecast is streamed to: .zarr or .nc."""
+    at: Annotated[str | None, tyro.conf.arg(aliases=("--start",))] = None
+    """Start at this time (a date or a number) or frame (#12) instead of the last one."""
+    trajectory: int | None = None
+    """Take one trajectory of the dataset instead of all (of a run's own test split: instead of the first)."""
+    forcing: str | None = None
+    """Dataset of prescribed fields over the forecast, when they are not in --initial."""
+    chunk: int | None = None
+    """Frames held in memory at once."""
+    seed: int = 0
+    """Of the random numbers of a stochastic stepper, e.g. a refiner."""
+    members: int | None = None
+    """Members of an ensemble, along the dimension `member`; a model of several seeds gives its own without it."""
+    perturb: float | None = None
+    """Random fields added to the initial state of every member, in standard deviations of the training data."""
+    perturb_kind: Literal["smooth", "white"] = "smooth"
+    """Whether neighboring points of these fields agree."""
+    spectrum_every: int | None = None
+    """Steps from one stored energy spectrum to the next (0: none); by default about fifty are stored."""
+    on_divergence: Literal["raise", "stop", "flag"] = "stop"
+    """What to do when a trajectory leaves the finite numbers."""
+    resume: Literal["never", "auto"] = "never"
+    """auto: continue an unfinished rollout to --out, if there is one; exit code 75 says that one was left."""
+    overwrite: bool = False
+    """Replace an existing output."""
+
+    def run(self) -> dict[str, Any]:
+        import jax
+
+        from physml import saving
+        from physml.data import open_dataset
+        from physml.errors import ConfigError
+        from physml.forecast import blow_ups, forecast, stability
+
+        stepper = saving.load(self.model)
+        if not hasattr(stepper, "advance"):
+            raise ConfigError(f"{self.model} is a bare model without names and units. Roll out a saved stepper.")
+        if self.steps < 1:
+            raise ConfigError(f"--steps is {self.steps}, but at least 1 frame must be predicted.")
+        initial, forcing = self._initial(stepper.history)
+        if self.out.exists() and not self.overwrite:
+            raise ConfigError(f"{self.out} exists. Choose another --out, or give --overwrite.")
+        if self.dry_run:
+            return {"would write": str(self.out), "steps": self.steps, "from": dict(initial.sizes)}
+        forcing = open_dataset(self.forcing) if self.forcing else forcing
+        every = "auto" if self.spectrum_every is None else self.spectrum_every or None
+        with progress_of(self, "rolling out") as progress:
+            prediction = forecast(
+                stepper, initial, self.steps, out=self.out, forcing=forcing, chunk=self.chunk, overwrite=self.overwrite,
+                on_divergence=self.on_divergence, key=jax.random.key(self.seed), members=self.members,
+                perturb=self.perturb, perturb_kind=self.perturb_kind, resume=self.resume, spectrum_every=every,
+                progress=progress.update,
+            )  # fmt: skip
+        sizes = {str(name): int(size) for name, size in prediction.sizes.items()}
+        completed = [int(steps) for steps in prediction["steps_completed"].values.ravel()]
+        return {
+            "forecast": str(self.out), "sizes": sizes, "steps completed": completed, "blow-ups": blow_ups(prediction),
+            "stability": stability(prediction),
+        }  # fmt: skip
+
+    def _initial(self, history: int) -> tuple[Any, Any]:
+        """Where the forecast starts, and where its forcing may come from."""
+        from physml.data import open_dataset
+        from physml.errors import ConfigError
+
+        if self.initial is not None:
+            return frames_until(open_dataset(self.initial), self.at, self.trajectory), None
+        if not (Path(self.model) / "config.yaml").is_file():
+            raise ConfigError(f"{self.model} is no run with data of its own: give --initial FILE to start from.")
+        from physml import api
+
+        splits = api.open_data(api.open_run(self.model).experiment)
+        if "test" not in splits:
+            raise ConfigError(f"The data of {self.model} has no test split: give --initial FILE to start from.")
+        whole = splits["test"].to_xarray(self.trajectory or 0)
+        if self.at is not None:
+            return frames_until(whole, self.at, None), whole
+        if "time" not in whole.dims:
+            return whole, None
+        return whole.isel(time=slice(0, max(history, 1))), whole

@@ -1,0 +1,303 @@
+"""Exported programs give what the stepper gives, without physml, for any batch; what cannot be exported says why."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+
+import every_stepper
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from numpy.testing import assert_allclose, assert_array_equal
+
+from physml import cli, saving
+from physml.errors import CheckpointError, ConfigError
+from physml.fields import Window
+from physml.models import FNOConfig
+from physml.normalize import Normalizer
+from physml.rollout import rollout
+from physml.saving.exported import export, load_exported
+from physml.steppers import DirectConfig, ResidualConfig
+from physml.steppers.describe import build_stepper
+
+ALONE = """
+import sys
+class Blocked:
+    def find_spec(self, name, *_):
+        if name.split(".")[0] in ("physml", "flax", "xarray"):
+            raise ImportError(name + " is blocked")
+sys.meta_path.insert(0, Blocked())
+"""
+
+
+def trained(tiny, config=None, **groups):
+    """An FNO with a normalizer that is not the identity, on a grid of 16 x 12."""
+    spec = tiny.spec((16, 12), **groups, time_step=0.5)
+    random = np.random.default_rng(1)
+    scaled = {
+        name: (random.random(len(names)), 1 + random.random(len(names)))
+        for name, names in groups.items()
+        if name in ("forcing", "static", "parameters")
+    }
+    normalizer = Normalizer(spec, [1.0, -2.0], [2.0, 3.0], [0.1, 0.2], **scaled)
+    model = FNOConfig(width=6, modes=(4, 4), depth=2)
+    return build_stepper(config or ResidualConfig(), model, spec, normalizer)
+
+
+def arguments_of(stepper, window, steps, names, key=None):
+    """What the program takes, from a window."""
+    batch, history, step = window.frames.shape[0], stepper.history, stepper.spec.time_step
+    found = {
+        "frames": window.frames[:, :history],
+        "time": np.full(batch, history * step, np.float32),
+        "lead": np.full(batch, step, np.float32),
+        "calendar": np.zeros((batch, steps, 2), np.float32),
+        "parameters": window.parameters,
+        "forcing": window.forcing[:, history : history + steps],
+        "static": window.static,
+        "key": None if key is None else jax.random.key_data(key),
+    }
+    return {name: found[name] for name in names}
+
+
+def reference(stepper, window, steps, key=None):
+    graph, state = nnx.split(stepper)
+    return jax.jit(lambda s, w: rollout(nnx.merge(graph, s), w, steps, key))(state, window)
+
+
+@pytest.mark.parametrize("name", every_stepper.names())
+@pytest.mark.parametrize("steps", [1, 3])
+def test_every_stepper_is_exported(tmp_path, name, steps):
+    stepper, key = every_stepper.stepper_of(name), jax.random.key(5)
+    program = load_exported(export(stepper, tmp_path / "e", steps=steps, platforms=("cpu",)))
+    names = [entry["name"] for entry in program.signature["inputs"]]
+    assert ("key" in names) == (name == "refiner")
+    assert ("lead" in names) == (name in ("direct", "interval"))
+    assert "time" not in names
+    assert "forcing" not in names
+    for batch in (1, 5):
+        data = every_stepper.data_of(name, trajectories=batch)
+        frames = np.stack([data[channel].values for channel in stepper.spec.names], -1)
+        window = Window.of(frames, stepper.spec)
+        found = program(**arguments_of(stepper, window, steps, names, key))
+        expected = reference(stepper, window, steps, key)
+        assert found.shape == expected.shape
+        assert_allclose(found, expected, rtol=1e-5, atol=1e-6)  # float32; the same operations, compiled apart
+
+
+def test_only_what_is_used_is_asked_for_and_it_matters(tiny, tmp_path):
+    groups = {"forcing": ("sun",), "static": ("land",), "parameters": ("viscosity",)}
+    stepper = trained(tiny, DirectConfig(history=2, calendar=True), **groups)
+    program = load_exported(export(stepper, tmp_path / "e", steps=2, platforms=("cpu",)))
+    names = [entry["name"] for entry in program.signature["inputs"]]
+    assert names == ["frames", "calendar", "parameters", "forcing", "static"]
+    random = np.random.default_rng(0)
+    window = tiny.window(
+        stepper.spec,
+        frames=6,
+        calendar=random.random((3, 6, 2)).astype("f4"),
+        forcing=random.random((3, 6, 16, 12, 1)).astype("f4"),
+        static=random.random((3, 16, 12, 1)).astype("f4"),
+        parameters=random.random((3, 1)).astype("f4"),
+    )
+    given = arguments_of(stepper, window, 2, names) | {"calendar": window.calendar[:, 2:4]}
+    whole = program(**given)
+    assert_allclose(whole, reference(stepper, window, 2), rtol=1e-5, atol=1e-6)
+    for name in names:
+        assert abs(program(**{**given, name: given[name] + np.float32(0.3)}) - whole).max() > 1e-4, name
+    described = {entry["name"]: entry for entry in program.signature["inputs"]}
+    assert described["frames"]["shape"] == ["batch", 2, 16, 12, 2]
+    assert described["frames"]["axes"] == ["batch", "history", "x", "y", "channel"]
+    assert described["forcing"]["channels"] == [{"name": "sun", "unit": ""}]
+    assert program.signature["output"]["shape"] == ["batch", 2, 16, 12, 2]
+    assert [axis["name"] for axis in program.signature["grid"]] == ["x", "y"]
+
+
+def test_constraints_and_masks_are_inside(tiny, tmp_path):
+    spec = tiny.spec((8, 6))
+    window = tiny.window(spec)
+    mask = np.ones((3, 8, 6, 2), np.float32)
+    mask[:, :2] = 0
+    window = Window.of(window.frames * mask[:, None], spec, mask=mask)
+
+    class KeepsSum(nnx.Module):
+        def project(self, frame, previous, context):
+            missing = (previous - frame).sum((1, 2), keepdims=True) / context.mask.sum((1, 2), keepdims=True)
+            return frame + missing * context.mask
+
+    normalizer = Normalizer(spec, [0.5, 0.1], [1.0, 2.0], [0.3, 0.4], masked=True)
+    stepper = ResidualConfig().build(spec, tiny.model(2, 2), normalizer, (KeepsSum(),))
+    program = load_exported(export(stepper, tmp_path / "e", platforms=("cpu",)))
+    assert [entry["name"] for entry in program.signature["inputs"]] == ["frames", "mask"]
+    found = program(frames=window.frames[:, :1], mask=mask)
+    assert_allclose(found, reference(stepper, window, 1), rtol=1e-5, atol=1e-6)
+    assert_allclose(found[:, 0, ..., 0].sum((1, 2)), window.frames[:, 0, ..., 0].sum((1, 2)), rtol=1e-4)
+    assert not np.asarray(found)[:, :, :2].any()
+
+
+def test_it_runs_without_physml(tiny, tmp_path):
+    """The lines of the README, then batches of 1 and 5, in a process that cannot import physml."""
+    stepper = trained(tiny, ResidualConfig(history=2), parameters=("viscosity",))
+    folder = export(stepper, tmp_path / "e", steps=3)
+    assert sorted(os.listdir(folder)) == ["README.md", "signature.json", "step.stablehlo"]
+    lines = re.search(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL).group(1)
+    assert len([line for line in lines.splitlines() if line]) == 6
+    expected = {}
+    for batch in (1, 5):
+        parameters = np.random.default_rng(batch).random((batch, 1)).astype("f4")
+        window = tiny.window(stepper.spec, batch=batch, parameters=parameters)
+        np.savez(tmp_path / f"{batch}.npz", frames=window.frames[:, :2], parameters=parameters)
+        expected[batch] = reference(stepper, window, 3)
+    program = f"""{ALONE}
+import os
+os.chdir({str(folder)!r})
+{lines}
+assert prediction.shape == (1, 3, 16, 12, 2)
+for batch in (1, 5):
+    given = np.load(f"../{{batch}}.npz")
+    np.save(f"../{{batch}}.npy", program.call(given["frames"], given["parameters"]))
+try:
+    import physml
+except ImportError:
+    print("alone")
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "alone"
+    for batch, frames in expected.items():
+        assert_allclose(np.load(tmp_path / f"{batch}.npy"), frames, rtol=1e-5, atol=1e-6)
+
+
+class Part(nnx.Module):
+    """A stepper around any function of frames."""
+
+    def __init__(self, spec, function):
+        self.spec, self.history, self.function = spec, 1, function
+
+    def encode(self, frames, context):
+        return frames[:, -1]
+
+    def advance(self, state, context):
+        return self.function(state)
+
+    def decode(self, state):
+        return state
+
+
+def test_what_cannot_be_exported_says_why(tiny, tmp_path, spec, window):
+    def by_halves(state):  # code that counts the batch
+        half = max(len(range(state.shape[0])) // 2, 1)
+        return jnp.concatenate([2 * state[:half], state[half:]])
+
+    with pytest.raises(ConfigError, match=r"Part cannot be exported for a batch of any size.*batch=4 \(--batch 4\)"):
+        export(Part(spec, by_halves), tmp_path / "e")
+    program = load_exported(export(Part(spec, by_halves), tmp_path / "four", batch=4, platforms=("cpu",)))
+    frames = np.ones((4, 1, 8, 6, 2), np.float32)
+    assert_array_equal(program(frames=frames)[:, 0, 0, 0, 0], [2, 2, 1, 1])
+    with pytest.raises(ConfigError, match=r"frames has shape \(3, .*but \(4, 1, 8, 6, 2\) was expected"):
+        program(frames=frames[:3])
+
+    def by_python(state):
+        shape = jax.ShapeDtypeStruct(state.shape, state.dtype)
+        return jax.pure_callback(lambda x: np.asarray(x) * 2, shape, state)
+
+    with pytest.raises(ConfigError, match="Part cannot be exported.*callback into Python|cannot be exported"):
+        export(Part(spec, by_python), tmp_path / "e", batch=2, platforms=("cpu",))
+
+    def by_library(state):
+        shape = jax.ShapeDtypeStruct(state.shape, state.dtype)
+        return jax.ffi.ffi_call("someones_kernel", shape)(state)
+
+    with pytest.raises(ConfigError, match="calls a library that is not part of the program"):
+        export(Part(spec, by_library), tmp_path / "e", batch=2, platforms=("cpu",))
+    plain = Part(spec, lambda state: 2 * state)
+    for options, match in (
+        ({"steps": 0}, "steps is 0"),
+        ({"batch": 0}, "batch 0"),
+        ({"batch": "any"}, "batch 'any'"),
+        ({"platforms": ("gpu",)}, "platforms are .*rocm"),
+        ({"platforms": ()}, "platforms are"),
+    ):
+        with pytest.raises(ConfigError, match=match):
+            export(plain, tmp_path / "e", **options)
+    assert sorted(os.listdir(tmp_path)) == ["four"]
+
+
+def test_the_loader_refuses_what_is_damaged(spec, tmp_path):
+    stepper = Part(spec, lambda state: 2 * state)
+    folder = export(stepper, tmp_path / "e", platforms=("cpu",))
+    with pytest.raises(CheckpointError, match="exists.*overwrite=True"):
+        export(stepper, folder)
+    export(stepper, folder, platforms=("cpu",), overwrite=True)
+    (tmp_path / "mine").mkdir()
+    with pytest.raises(CheckpointError, match="exists"):
+        export(stepper, tmp_path / "mine", overwrite=True)
+    program = load_exported(folder)
+    for given, match in (
+        ({}, r"takes \['frames'\], but \[\]"),
+        ({"frames": np.ones((2, 1, 8, 6, 2)), "time": 0}, "'time'"),
+        ({"frames": np.ones((2, 1, 8, 7, 2))}, r"shape \(2, 1, 8, 7, 2\), but \(2, 1, 8, 6, 2\)"),
+        ({"frames": np.float32(1)}, "frames has shape"),
+    ):
+        with pytest.raises(ConfigError, match=match):
+            program(**given)
+    content, about = (folder / "step.stablehlo").read_bytes(), json.loads((folder / "signature.json").read_text())
+    import hashlib
+
+    for damaged in (content[: len(content) // 2], b"", os.urandom(100)):
+        (folder / "step.stablehlo").write_bytes(damaged)
+        with pytest.raises(CheckpointError, match="truncated, damaged or exchanged"):
+            load_exported(folder)
+        matching = {**about, "sha256": hashlib.sha256(damaged).hexdigest()}  # so that jax itself meets it
+        (folder / "signature.json").write_text(json.dumps(matching))
+        with pytest.raises(CheckpointError, match="cannot be read with jax"):
+            load_exported(folder)
+        (folder / "signature.json").write_text(json.dumps(about))
+    (folder / "signature.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="is not of format 1"):
+        load_exported(folder)
+    (folder / "signature.json").write_text("{")
+    with pytest.raises(CheckpointError, match="is no exported model"):
+        load_exported(folder)
+    with pytest.raises(CheckpointError, match="is no exported model"):
+        load_exported(tmp_path / "absent")
+
+
+def test_what_is_bigger_than_a_file_is_refused(tiny, tmp_path, monkeypatch):
+    from physml.saving import exported
+
+    stepper = trained(tiny)
+    monkeypatch.setattr(exported, "LARGEST", 1000)
+    with pytest.raises(ConfigError, match="at most 2 GiB.*physml.save"):
+        export(stepper, tmp_path / "e")
+
+
+def test_the_verb(capsys, tiny, tmp_path):
+    saving.save(trained(tiny), tmp_path / "model")
+
+    def call(*words):
+        with pytest.raises(SystemExit) as stop:
+            cli.main(["export", str(tmp_path / "model"), *words])
+        out, err = capsys.readouterr()
+        return stop.value.code or 0, out, err
+
+    assert call("--dry-run")[0] == 0
+    assert not (tmp_path / "model/exported").exists()
+    code, out, err = call("--platforms", "cpu", "--json")
+    assert code == 0, err
+    told = json.loads(out)
+    assert told["inputs"] == {"frames": "('batch', 1, 16, 12, 2)"}
+    assert load_exported(told["program"]).signature["batch"] == "symbolic"
+    assert call("--platforms", "cpu")[0] == 2  # exists
+    code, _, err = call("--batch", "4", "--steps", "2", "--overwrite", "--out", str(tmp_path / "model/exported"))
+    assert code == 0, err
+    assert load_exported(tmp_path / "model/exported").signature["platforms"] == ["cpu", "cuda", "tpu"]
+    for words, said in ((["--batch", "many"], "--batch is 'many'"), (["--platforms", "gpu"], "platforms are")):
+        code, _, err = call(*words, "--out", str(tmp_path / "new"))
+        assert code == 2
+        assert said in err
+    assert saving.load(tmp_path / "model") is not None  # a folder inside it does no harm

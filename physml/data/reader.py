@@ -257,7 +257,9 @@ class Reader:
                 if name not in self._tensors:
                     self._tensors[name] = tensors.open_array(array)
             if self._tensors[name] is not None:
-                return tensors.read(self._tensors[name], key)
+                values = tensors.read(self._tensors[name], key)
+                if values is not None:
+                    return values
         return np.asarray(picked.values)
 
     def _joined(self, name: str) -> "DaskBlocks":

@@ -46,7 +46,7 @@ def suite(waves):
         ),
     )  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(BENCHMARKS, "pdearena", small)
+        patch.setitem(BENCHMARKS, "small", small)
         patch.setattr(run, "MOST", 4)
         patch.setattr(run, "FEWEST", 4)
         yield small
@@ -55,9 +55,7 @@ def suite(waves):
 @pytest.fixture(scope="module")
 def finished(suite, tmp_path_factory):
     """The leaderboard of one network and one seed; not to be written to."""
-    return benchmark(
-        "pdearena", models=["fno"], seeds=1, budget=0.01, out=tmp_path_factory.mktemp("finished") / "board"
-    )
+    return benchmark("small", models=["fno"], seeds=1, budget=0.01, out=tmp_path_factory.mktemp("finished") / "board")
 
 
 def entries_of(folder):
@@ -70,7 +68,7 @@ def test_a_leaderboard_is_made_once_and_grows(finished, tmp_path):
     assert entries_of(out) == sorted([*floors, "waves/fno/seed0"])
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*.nc") if path.parent != out}
     share = json.loads((out / "plan.json").read_text())["seconds"]
-    assert benchmark("pdearena", models=["fno"], seeds=2, budget=5.0, out=out) == out
+    assert benchmark("small", models=["fno"], seeds=2, budget=5.0, out=out) == out
     assert entries_of(out) == sorted([*floors, "waves/fno/seed0", "waves/fno/seed1"])
     assert {path: path.stat().st_mtime_ns for path in before} == before
     assert json.loads((out / "plan.json").read_text())["seconds"] == share
@@ -92,7 +90,7 @@ def test_a_leaderboard_is_made_once_and_grows(finished, tmp_path):
     assert "http" not in page.replace("http-equiv", "")
 
     with pytest.raises(ConfigError, match=r"other settings \(size\).*overwrite"):
-        benchmark("pdearena", models=["fno"], size="published", out=out)
+        benchmark("small", models=["fno"], size="published", out=out)
 
 
 def test_scores_are_those_of_the_rollouts(suite, finished, waves):
@@ -120,7 +118,7 @@ def test_the_command_line_makes_a_leaderboard(finished, tmp_path, capsys):
         return stop.value.code or 0, *capsys.readouterr()
 
     out = tmp_path / "board"
-    words = ("pdearena", "--models", "fno", "--seeds", 1, "--budget", 0.01, "--out", out, "--json")
+    words = ("small", "--models", "fno", "--seeds", 1, "--budget", 0.01, "--out", out, "--json")
     code, shown, _ = call(*words, "--dry-run")
     assert (code, json.loads(shown)["models"], out.exists()) == (0, ["fno"], False)
     shutil.copytree(finished, out)
@@ -148,10 +146,10 @@ def test_an_interrupted_leaderboard_is_finished(suite, tmp_path, monkeypatch):
 
     monkeypatch.setattr(run, "_score", fails)
     with pytest.raises(KeyboardInterrupt):
-        benchmark("pdearena", models=["fno"], seeds=1, budget=0.01, out=out)
+        benchmark("small", models=["fno"], seeds=1, budget=0.01, out=out)
     assert len(entries_of(out)) == 2
     monkeypatch.setattr(run, "_score", lambda *arguments: calls.append(arguments[4]) or score(*arguments))
-    benchmark("pdearena", models=["fno"], seeds=1, budget=0.01, out=out)
+    benchmark("small", models=["fno"], seeds=1, budget=0.01, out=out)
     assert calls == ["persistence", "extrapolation", "climatology", "climatology", "fno"]
 
 
@@ -162,7 +160,7 @@ def test_a_run_that_diverges_is_an_entry(suite, finished, tmp_path, monkeypatch)
     monkeypatch.setattr(run.api, "train", diverges)
     monkeypatch.setattr(run, "_affordable", lambda *arguments: 4)
     out = shutil.copytree(finished, tmp_path / "board")
-    benchmark("pdearena", models=["ffno"], seeds=2, budget=0.01, out=out)
+    benchmark("small", models=["ffno"], seeds=2, budget=0.01, out=out)
     assert "2, 2 diverged" in (out / "leaderboard.html").read_text()
     last = read_entries(out, suite)["waves"]
     assert [entry.model for entry in last if not entry.floor] == ["fno", "ffno"]
@@ -220,7 +218,7 @@ def test_every_contender_can_be_built(name, size):
     ],
 )
 def test_a_mistake_is_named_before_anything_runs(suite, tmp_path, options, message):
-    options = {"name": "pdearena", "models": ["fno"], "out": tmp_path / "board", **options}
+    options = {"name": "small", "models": ["fno"], "out": tmp_path / "board", **options}
     with pytest.raises((ConfigError, DataError), match=message):
         benchmark(**options)
     assert not list(tmp_path.rglob("entry.json"))
@@ -229,15 +227,15 @@ def test_a_mistake_is_named_before_anything_runs(suite, tmp_path, options, messa
 def test_foreign_folders_and_damage_are_named(suite, tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(ConfigError, match="holds no leaderboard"):
-        benchmark("pdearena", models=["fno"], out=tmp_path)
+        benchmark("small", models=["fno"], out=tmp_path)
     (tmp_path / "plan.json").write_text("{")
     with pytest.raises(DataError, match=r"plan.json is damaged"):
-        benchmark("pdearena", models=["fno"], out=tmp_path)
+        benchmark("small", models=["fno"], out=tmp_path)
     broken = tmp_path / "board" / "waves" / "fno" / "seed0"
     broken.mkdir(parents=True)
     (broken / "entry.json").write_text("no json")
     with pytest.raises(DataError, match=r"entry.json is damaged"):
-        write_leaderboard(tmp_path / "board", suite, "pdearena")
+        write_leaderboard(tmp_path / "board", suite, "small")
 
 
 SAMPLES = pathlib.Path(__file__).parent / "data" / "samples"

@@ -210,6 +210,9 @@ VARIANTS = {
 CASES = {**ROWS, **VARIANTS}
 every_case = pytest.mark.parametrize("row", CASES.values(), ids=CASES)
 every_model = pytest.mark.parametrize("row", ROWS.values(), ids=ROWS)
+every_case_in_time = pytest.mark.parametrize(  # what compiles for long: variants run with the slow tests
+    "row", [pytest.param(row, id=name, marks=[pytest.mark.slow] * (name in VARIANTS)) for name, row in CASES.items()]
+)
 
 
 def run(model, *inputs):
@@ -329,7 +332,7 @@ def test_bfloat16_stays_near_float32(row):
     assert not np.array_equal(wide, narrow)
 
 
-@every_case
+@every_case_in_time
 def test_recomputing_blocks_changes_no_gradient(row):
     inputs = row.inputs()
 
@@ -341,7 +344,7 @@ def test_recomputing_blocks_changes_no_gradient(row):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * max(1.0, np.abs(a).max()))
 
 
-@every_case
+@every_case_in_time
 def test_training_on_a_split_batch_gathers_nothing(row):
     """Data parallelism that gathers activations is none; one all-reduce of the gradient is all that may be sent."""
     graph, params, rest = nnx.split(row.build(), nnx.Param, ...)

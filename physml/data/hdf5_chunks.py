@@ -1,11 +1,13 @@
-"""Chunks of local netCDF-4 files, read and decompressed by every thread for itself.
+"""Chunks of local netCDF-4 files, read and decompressed by several threads.
 
 The HDF5 library lets one thread of a program work at a time. Here it only says where the chunks of a variable lie.
 """
 
+import functools
 import itertools
 import os
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -47,12 +49,21 @@ class Chunks:
         ranges = [range(*part.indices(size)) for part, size in zip(whole, self.shape, strict=True)]
         result = np.empty([len(wanted) for wanted in ranges], self.dtype)
         pieces = (_pieces(wanted, size) for wanted, size in zip(ranges, self.chunk, strict=True))
-        for parts in itertools.product(*pieces):
+
+        def put(parts) -> None:
             offsets, sources, targets = zip(*parts, strict=True)
-            result[targets] = self._decoded(offsets)[sources]
+            place = result[targets]
+            fits = place.shape == self.chunk and place.flags.c_contiguous
+            decoded = self._decoded(offsets, place if fits else None)
+            if decoded is not place:
+                place[...] = decoded[sources]
+
+        for _ in _pool().map(put, itertools.product(*pieces)):
+            pass  # raises what a thread raised
         return result[tuple(slice(None) if isinstance(part, slice) else 0 for part in key)]
 
-    def _decoded(self, offset: tuple[int, ...]) -> np.ndarray:
+    def _decoded(self, offset: tuple[int, ...], out: np.ndarray | None) -> np.ndarray:
+        """One chunk: `out`, where that could be written to, else an array of its own."""
         if offset not in self._places:
             return np.broadcast_to(self._fill, self.chunk)
         start, size, skipped = self._places[offset]
@@ -60,8 +71,15 @@ class Chunks:
         if len(content) != size:
             raise ValueError(f"the file ends within the chunk at {offset}")
         for number, kind in reversed(list(enumerate(self._filters))):
-            if not skipped >> number & 1:
-                content = self._inflated(content, offset) if kind == DEFLATE else self._shuffle.decode(content)
+            if skipped >> number & 1:
+                continue
+            if kind == DEFLATE:
+                content = self._inflated(content, offset)
+            elif number == 0 and out is not None and len(content) == self._bytes:
+                self._shuffle.decode(content, out=out)
+                return out
+            else:
+                content = self._shuffle.decode(content)
         if len(content) != self._bytes:
             raise ValueError(f"the chunk at {offset} holds {len(content)} bytes instead of {self._bytes}")
         return np.frombuffer(content, self.dtype).reshape(self.chunk)
@@ -75,6 +93,11 @@ class Chunks:
         if not unpack.eof:
             raise ValueError(f"the chunk at {offset} is cut short, or larger than a chunk")
         return content
+
+
+@functools.cache
+def _pool() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(min(8, os.cpu_count() or 1), "physml-chunks")
 
 
 def _filters(variable: h5py.Dataset) -> list[int]:

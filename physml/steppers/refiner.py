@@ -37,14 +37,15 @@ class RefinerConfig(DirectConfig):
     Attributes:
         refinements: steps after the first prediction, K.
         minimum: least noise, see `NoiseSchedule`.
-        weight: the increment is predicted in units of `weight` times the scale of increments.
+        weight: the increment is predicted in units of `weight` times the scale of increments, so that the noise meets
+            numbers of order one. The authors use 0.3 on fields that are not normalized (`normalization="identity"`).
         longest_time: what the network reads at the noisiest step. 1000 suits networks that embed their scalars
             (modern_unet, sinenet); give 1 to those that take them as they are (fno, resnet, poseidon_scot).
     """
 
     refinements: int = 3
     minimum: float = 4e-7
-    weight: float = 0.3
+    weight: float = 1.0
     longest_time: float = LONGEST_TIME
 
     def __post_init__(self):
@@ -53,8 +54,7 @@ class RefinerConfig(DirectConfig):
             raise ConfigError(f"history is {self.history}, but a refiner adds to the last frame: give at least 1.")
         if not (self.weight > 0 and self.longest_time > 0):
             raise ConfigError(
-                f"weight is {self.weight} and longest_time {self.longest_time}, but both must be positive; 0.3 and "
-                "1000 are as published."
+                f"weight is {self.weight} and longest_time {self.longest_time}, but both must be positive."
             )
         _ = self.schedule  # refuses what cannot be
 

@@ -4,7 +4,7 @@ python experiments/benchmarks/unrolled_memory.py [--points 64 --width 32 --batch
 
 Temporary memory that XLA plans for the compiled gradient of `Unrolled(steps)`, with and without `remat`; nothing is
 run. With `remat` 20 steps should take at most 1.5 times what 5 take: what grows is one state per step and the frames
-that are scored. About a minute on 2 cores.
+that are scored. Some minutes on 2 cores, all of it compilation.
 """
 
 import argparse

@@ -11,13 +11,13 @@ from physml.coding import check_choices, tagged
 from physml.errors import ConfigError
 from physml.fields import Context, Window
 from physml.objectives.scoring import Prediction, check_inner, inner_objectives
-from physml.objectives.unrolled import OneStep, Rollout, Scored
+from physml.objectives.unrolled import Around, OneStep, Scored
 
 NOISE = 2**31 - 2
 
 
 @dataclass(frozen=True)
-class NoisyInputs(Rollout):
+class NoisyInputs(Around):
     """Another objective whose rollouts start from frames with Gaussian noise; the truth stays as it is.
 
     A residual stepper therefore learns increments that lead back to the data: noise stands for the error that it has
@@ -43,26 +43,12 @@ class NoisyInputs(Rollout):
         if not 0 < self.std < float("inf"):
             raise ConfigError(f"std is {self.std}, but noise has a standard deviation above 0.")
 
-    @property
-    def loss(self):
-        return getattr(self.objective, "loss", None)
-
-    @property
-    def validation(self):
-        return getattr(self.objective, "validation", self.objective)
-
-    def frames(self, history: int) -> int:
-        return self.objective.frames(history)
-
     def __call__(self, stepper, window: Window, key) -> Scored:
         """As of the inner objective. Raises ConfigError without a key, or where no stepper is given frames."""
         return self._with_noise(self.objective, stepper, window, key)
 
     def predict(self, stepper, window: Window, key) -> Prediction:
         return self._with_noise(self.objective.predict, stepper, window, key)
-
-    def score(self, stepper, window: Window, prediction: Prediction) -> Scored:
-        return self.objective.score(stepper, window, prediction)
 
     def _with_noise(self, function, stepper, window: Window, key):
         if key is None:

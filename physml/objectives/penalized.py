@@ -13,7 +13,7 @@ from physml.errors import ConfigError, SpecError
 from physml.fields import Window
 from physml.metrics.spectra import energy_spectrum, shells
 from physml.objectives.scoring import Prediction, check_inner, inner_objectives
-from physml.objectives.unrolled import OneStep, Rollout, Scored
+from physml.objectives.unrolled import Around, OneStep, Scored
 
 
 @dataclass(frozen=True)
@@ -98,8 +98,10 @@ PENALTIES = {
 
 
 @dataclass(frozen=True)
-class Penalized(Rollout):
+class Penalized(Around):
     """Another objective plus `weight * penalty` for each penalty, of the same predicted frames in physical units.
+
+    Validation is the error alone.
 
     Attributes:
         objective: the error. It must offer its frames (`predict` and `score`), as rollouts do.
@@ -118,21 +120,6 @@ class Penalized(Rollout):
             )
         if not self.penalties:
             raise ConfigError(f"Penalized needs at least one penalty. Use one of {sorted(PENALTIES)}.")
-
-    @property
-    def loss(self):
-        return getattr(self.objective, "loss", None)
-
-    @property
-    def validation(self):
-        """The error alone, without penalties."""
-        return getattr(self.objective, "validation", self.objective)
-
-    def frames(self, history: int) -> int:
-        return self.objective.frames(history)
-
-    def predict(self, stepper, window: Window, key) -> Prediction:
-        return self.objective.predict(stepper, window, key)
 
     def score(self, stepper, window: Window, prediction: Prediction) -> Scored:
         """As of the inner objective, with the parts of the sum as {"part": {"data": ..., PENALTY: ...}}."""

@@ -24,6 +24,30 @@ class Rollout:
         return self.score(stepper, window, self.predict(stepper, window, key))
 
 
+class Around(Rollout):
+    """An objective round another one, its attribute `objective`, whose loss, windows and frames are its own.
+
+    Validation is that of the inner one alone.
+    """
+
+    @property
+    def loss(self):
+        return getattr(self.objective, "loss", None)
+
+    @property
+    def validation(self):
+        return getattr(self.objective, "validation", self.objective)
+
+    def frames(self, history: int) -> int:
+        return self.objective.frames(history)
+
+    def predict(self, stepper, window: Window, key) -> Prediction:
+        return self.objective.predict(stepper, window, key)
+
+    def score(self, stepper, window: Window, prediction: Prediction) -> Scored:
+        return self.objective.score(stepper, window, prediction)
+
+
 @dataclass(frozen=True)
 class OneStep(Rollout):
     """The error of one step from true frames.

@@ -261,6 +261,7 @@ def test_the_data_of_the_benchmarks_are_found(name, folder, tasks):
             assert run._stepper_config(task).signature(splits["train"].spec).outputs >= 1
 
 
+@pytest.mark.slow
 def test_weather_is_scored_against_the_climatology(tmp_path, monkeypatch):
     """Three days in the real layout: fields on levels and without, ACC; the climatology has a relative RMSE of 1."""
     store = SAMPLES / "weatherbench2" / "2020-6h-16x8_equiangular_conservative.zarr"
@@ -331,6 +332,7 @@ def test_every_benchmark_can_generate_its_data(name):
         assert task.prepare is not None or {"train", "test"} <= set(task.data.recipes())
 
 
+@pytest.mark.slow
 def test_cases_are_generated_trained_on_and_scored(tmp_path, monkeypatch):
     """CFDBench without data, tiny: the protocol from nothing to a page."""
     monkeypatch.setenv("PHYSML_CACHE", str(tmp_path / "cache"))

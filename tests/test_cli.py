@@ -141,6 +141,7 @@ def test_finetuning_says_what_it_loaded(capsys, trained, tmp_path):
     assert "model.blocks.2" in err
 
 
+@pytest.mark.slow
 def test_a_terminated_training_exits_with_75_and_goes_on(trained, tmp_path):
     """As a batch system does it: SIGTERM, then the same command with --resume auto."""
     words = [sys.executable, "-c", "from physml.cli import main; main()", "train", trained / "tiny.py", "--quiet"]

@@ -266,6 +266,7 @@ def two_flows(cache):
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_training_on_a_mixture_end_to_end(tmp_path):
     first, second = two_flows(tmp_path)
     config = Experiment(

@@ -208,11 +208,10 @@ VARIANTS = {
     ),
 }
 CASES = {**ROWS, **VARIANTS}
-every_case = pytest.mark.parametrize("row", CASES.values(), ids=CASES)
-every_model = pytest.mark.parametrize("row", ROWS.values(), ids=ROWS)
-every_case_in_time = pytest.mark.parametrize(  # what compiles for long: variants run with the slow tests
+every_case = pytest.mark.parametrize(  # variants compile for long: they run with the slow tests
     "row", [pytest.param(row, id=name, marks=[pytest.mark.slow] * (name in VARIANTS)) for name, row in CASES.items()]
 )
+every_model = pytest.mark.parametrize("row", ROWS.values(), ids=ROWS)
 
 
 def run(model, *inputs):
@@ -332,7 +331,7 @@ def test_bfloat16_stays_near_float32(row):
     assert not np.array_equal(wide, narrow)
 
 
-@every_case_in_time
+@every_case
 def test_recomputing_blocks_changes_no_gradient(row):
     inputs = row.inputs()
 
@@ -344,7 +343,7 @@ def test_recomputing_blocks_changes_no_gradient(row):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * max(1.0, np.abs(a).max()))
 
 
-@every_case_in_time
+@every_case
 def test_training_on_a_split_batch_gathers_nothing(row):
     """Data parallelism that gathers activations is none; one all-reduce of the gradient is all that may be sent."""
     graph, params, rest = nnx.split(row.build(), nnx.Param, ...)

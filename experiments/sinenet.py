@@ -25,9 +25,10 @@ import numpy as np
 
 import physml
 from physml import Evaluation, Experiment, OptimizerConfig, SyntheticConfig, TrainingConfig
-from physml.api import open_run, parameter_count
+from physml.api import open_run
 from physml.models import SineNetConfig
 from physml.progress import Silent
+from physml.steppers.describe import parameter_count
 
 POINTS = 32
 ARMS = {

@@ -36,6 +36,7 @@ from physml.progress import Silent
 from physml.report import report
 from physml.saving import LoadReport, build_stepper
 from physml.steppers import STEPPERS
+from physml.steppers.describe import parameter_count
 from physml.training import fit, fit_members, spread_members
 
 START = "start_from.json"  # in a run folder: what was loaded before training
@@ -281,13 +282,6 @@ def score(run: Run, splits: dict[str, XarrayDataset], stepper: Any = None, split
     )
     save_scores(scores, run.folder)
     return scores
-
-
-def parameter_count(module: Any) -> int:
-    """Trainable numbers of a model or stepper."""
-    from flax import nnx
-
-    return sum(leaf.size for leaf in jax.tree.leaves(nnx.state(module, nnx.Param)))
 
 
 def environment() -> dict[str, Any]:

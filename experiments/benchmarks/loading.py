@@ -1,7 +1,7 @@
 """How fast are windows read from disk, against plain reading of the same bytes, The Well's loader, and memory?
 
 python experiments/benchmarks/loading.py                 all parts, five minutes; expect reading zarr above 0.9 and
-                                                         netCDF4 above 0.6 of raw, five times The Well's loader,
+                                                         netCDF4 above 0.8 of raw, five times The Well's loader,
                                                          training from disk within 1.05 of memory, 1000 files in 5 s
 python experiments/benchmarks/loading.py --part raw      one of raw, well, training, opening: a minute or two
 python experiments/benchmarks/loading.py --part well --well-python VENV/bin/python

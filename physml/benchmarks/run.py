@@ -37,6 +37,7 @@ from physml.parallel.mesh import Layout
 from physml.progress import Progress, Silent
 from physml.rollout import rollout
 from physml.steppers import STEPPERS, DirectConfig, ResidualConfig
+from physml.steppers.describe import parameter_count
 from physml.training import OptimizerConfig, TrainingConfig
 from physml.training.timing import seconds_per_update
 
@@ -391,7 +392,7 @@ def _cost(stepper: Any, dataset: Any, batch: int = 16, calls: int = 5) -> dict[s
     longest = int(np.argmax(dataset.lengths))
     window = dataset.read(longest, range(min(frames, dataset.lengths[longest])))
     step = _compiled(stepper, 1)
-    result = {"parameters": api.parameter_count(stepper)}
+    result = {"parameters": parameter_count(stepper)}
     for label, count in (("seconds_single", 1), ("seconds_batched", batch)):
         windows = jax.device_put(stack([window] * count))
         times = []

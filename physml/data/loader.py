@@ -33,7 +33,8 @@ class Loader:
         frames: frames per window. batch: windows per global batch.
         seed: of the order.
         process_index, process_count: this process and how many share a batch.
-        threads: batches read in parallel. prefetch: batches kept ready.
+        threads: batches read in parallel (local zarr and netCDF-4 files already decode the chunks of one batch in
+            parallel: more threads pay for remote files). prefetch: batches kept ready.
         strides: distances of frames inside a window. every: distance of the starts of windows.
 
     Raises ConfigError when the batch cannot be shared, DataError when no window fits into any trajectory.
@@ -48,7 +49,7 @@ class Loader:
         seed: int,
         process_index: int = 0,
         process_count: int = 1,
-        threads: int = 2,
+        threads: int = 1,
         prefetch: int = 4,
         shuffle: bool = True,
         pad: bool = False,

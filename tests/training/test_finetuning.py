@@ -21,6 +21,7 @@ from physml.normalize import Normalizer
 from physml.parallel.mesh import Layout
 from physml.saving import LoadReport, StartFrom, build_stepper, load_into
 from physml.steppers import STEPPERS, DirectConfig, ResidualConfig
+from physml.steppers.describe import parameter_count
 from physml.training import OptimizerConfig, fit
 from physml.training.optimizers import ParameterGroup
 from physml.training.update import initial_state, split
@@ -101,7 +102,7 @@ def test_the_same_model_is_loaded_whole():
     report = load_into(stepper, source, "there", strict=True)
     assert report.complete
     assert report.normalizer == "saved"
-    assert report.numbers[0] == report.numbers[1] == api.parameter_count(stepper)
+    assert report.numbers[0] == report.numbers[1] == parameter_count(stepper)
     for a, b in zip(*(jax.tree.leaves(nnx.state(s)) for s in (source, stepper)), strict=True):
         assert_array_equal(a, b)
 
@@ -127,7 +128,7 @@ def test_other_channels_are_reported_by_hand():
     text = str(report)
     assert "model.lifting.first.weight: (8, 3) there, (8, 4) here" in text
     count = sum(there[path].size for path in report.loaded)
-    assert f"{count:,} of {api.parameter_count(stepper):,} numbers" in text
+    assert f"{count:,} of {parameter_count(stepper):,} numbers" in text
     assert LoadReport.from_dict(json.loads(json.dumps(report.to_dict()))) == report
 
 
@@ -250,7 +251,7 @@ def test_fresh_numbers_are_never_frozen(first):
     with pytest.raises(ConfigError, match=r"lifting\.first\.weight.*lora\.train"):
         api.initial_stepper(dataclasses.replace(wider, lora=LoRA()), split_)
     stepper = api.initial_stepper(dataclasses.replace(wider, lora=LoRA(r"blocks", train=r"lifting\.first")), split_)
-    assert api.parameter_count(stepper)
+    assert parameter_count(stepper)
 
 
 def test_floors_have_nothing_to_start_from(first):

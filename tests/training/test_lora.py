@@ -24,6 +24,7 @@ from physml.models import MODELS
 from physml.normalize import Normalizer
 from physml.parallel.mesh import Layout
 from physml.steppers import ResidualConfig
+from physml.steppers.describe import parameter_count
 from physml.training import OptimizerConfig, fit
 from physml.training.optimizers import ParameterGroup
 from physml.training.update import initial_state, split
@@ -114,7 +115,7 @@ def test_only_the_change_is_trained_and_counted():
     assert live == own | {"model.projection.second.weight", "model.projection.second.bias"}
     # skip 8 -> 8, perceptron 8 -> 4 -> 8, twice; the readout has 16 hidden channels.
     count = 2 * 2 * ((8 + 8) + (8 + 4) + (4 + 8)) + 16 * 2 + 2
-    assert trained_share(tuned) == (count, api.parameter_count(tuned))
+    assert trained_share(tuned) == (count, parameter_count(tuned))
     config = TrainingConfig(optimizer=OptimizerConfig("adam"))
     _, params, _ = split(tuned)
     moments = initial_state(params, config.optimizer.build(10), config)["optimizer"]

@@ -212,8 +212,9 @@ def first_stepper(
     intervals = getattr(experiment.stepper, "intervals", ())
     if normalizer is None:
         normalizer = fit_normalizer(train_split, experiment.normalization, intervals=intervals)
-    constraints = tuple(constraint.build(spec) for constraint in experiment.constraints)
-    stepper = build_stepper(experiment.stepper, experiment.model, spec, normalizer, constraints, seed=experiment.seed)
+    stepper = build_stepper(
+        experiment.stepper, experiment.model, spec, normalizer, experiment.constraints, seed=experiment.seed
+    )
     if source is None:
         return stepper, None
     loaded = saving.load_into(stepper, source, start.path, strict=start.strict, normalizer=start.normalizer)

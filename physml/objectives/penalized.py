@@ -21,9 +21,9 @@ class ConstraintPenalty:
     """Mean square violation of a constraint over samples, leads and laws.
 
     Attributes:
-        constraint: config of `physml.constraints.CONSTRAINTS`, or anything with `violation(frame, previous, context)`.
+        constraint: one of `physml.constraints.CONSTRAINTS`, or anything with `violation(frame, previous, context)`.
         weight: of the penalty beside the loss.
-        scale: violation that counts as 1, in the unit of the constraint's violations.
+        scale: violation that counts as 1; those of `CONSTRAINTS` are relative.
     """
 
     constraint: Any = tagged(CONSTRAINTS, default=None)
@@ -41,7 +41,7 @@ class ConstraintPenalty:
     def __call__(self, window: Window, prediction: Prediction, stop: int) -> Float[Array, ""]:
         """The penalty of frames that end at frame `stop - 1` of the window, without its weight."""
         constraint = self.constraint
-        if not hasattr(constraint, "violation"):
+        if hasattr(constraint, "build"):
             constraint = constraint.build(window.spec)
 
         def violation(frame, previous, index):

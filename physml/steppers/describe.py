@@ -19,7 +19,7 @@ from physml.steppers import STEPPERS, Members
 def build_stepper(stepper_config, model_config, spec: Spec, normalizer, constraints=(), seed: int = 0):
     """A fresh stepper: the signature that `stepper_config` computes, the model that fits it, and everything around it.
 
-    `constraints` are built constraints or their configs. `model_config` is None for the floors.
+    `constraints` are constraints, checked against `spec`. `model_config` is None for the floors.
     Raises ConfigError when a model is missing or superfluous.
     """
     signature = stepper_config.signature(spec)
@@ -27,7 +27,7 @@ def build_stepper(stepper_config, model_config, spec: Spec, normalizer, constrai
         takes = "takes no model" if signature is None else "needs a model"
         raise ConfigError(f"{type(stepper_config).__name__} {takes}, but the model config is {model_config}.")
     model = None if signature is None else model_config.build(signature, nnx.Rngs(seed))
-    built = tuple(c if hasattr(c, "project") else c.build(spec) for c in constraints)
+    built = tuple(c.build(spec) if hasattr(c, "build") else c for c in constraints)
     return stepper_config.build(spec, model, normalizer, built)
 
 
@@ -41,7 +41,7 @@ def configs(stepper) -> dict[str, Any]:
     return {
         "stepper": to_dict(config_of(stepper, "stepper"), STEPPERS, "stepper"),
         "model": None if model is None else to_dict(config_of(model, "model"), MODELS, "model"),
-        "constraints": [to_dict(config_of(c, "constraint"), CONSTRAINTS, "constraints") for c in constraints],
+        "constraints": [to_dict(getattr(c, "config", c), CONSTRAINTS, "constraints") for c in constraints],
         **({"members": stepper.count} if isinstance(stepper, Members) else {}),
     }
 

@@ -46,6 +46,9 @@ class Rollout(Common):
     """Steps from one stored energy spectrum to the next (0: none); by default about fifty are stored."""
     on_divergence: Literal["raise", "stop", "flag"] = "stop"
     """What to do when a trajectory leaves the finite numbers."""
+    constraint: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """Physics to project onto after every step, NAME:CHANNELS[:OPTION=VALUE], e.g. mass:rho; may be repeated. `none`
+    takes off those that the model was saved with."""
     resume: Literal["never", "auto"] = "never"
     """auto: continue an unfinished rollout to --out, if there is one; exit code 75 says that one was left."""
     overwrite: bool = False
@@ -64,6 +67,7 @@ class Rollout(Common):
             raise ConfigError(f"{self.model} is a bare model without names and units. Roll out a saved stepper.")
         if self.steps < 1:
             raise ConfigError(f"--steps is {self.steps}, but at least 1 frame must be predicted.")
+        stepper = self._constrained(stepper)
         initial, forcing = self._initial(stepper.history)
         if self.out.exists() and not self.overwrite:
             raise ConfigError(f"{self.out} exists. Choose another --out, or give --overwrite.")
@@ -84,6 +88,15 @@ class Rollout(Common):
             "forecast": str(self.out), "sizes": sizes, "steps completed": completed, "blow-ups": blow_ups(prediction),
             "stability": stability(prediction),
         }  # fmt: skip
+
+    def _constrained(self, stepper: Any) -> Any:
+        if not self.constraint:
+            return stepper
+        from physml.constraints.text import from_text
+        from physml.steppers.constrained import constrain
+
+        named = [from_text(text) for text in self.constraint if text != "none"]
+        return constrain(stepper, *named, keep="none" not in self.constraint)
 
     def _initial(self, history: int) -> tuple[Any, Any]:
         """Where the forecast starts, and where its forcing may come from."""

@@ -1,0 +1,95 @@
+"""Laws that hold for every constraint of the registry, on every grid it is tried on."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from constraint_cases import CASES, GRIDS, context, frames
+from jax.sharding import NamedSharding, PartitionSpec
+
+from physml.coding import from_dict, to_dict
+from physml.constraints import CONSTRAINTS
+
+pytestmark = pytest.mark.parametrize("name", list(CASES))
+TOLERANCE = 1e-6
+
+
+@functools.lru_cache(maxsize=8)
+def prepared(name, mask=False):
+    case = CASES[name]
+    grid = GRIDS[case.grid]
+    around = context(grid, mask=mask, **dict(case.fields))
+    frame, previous = frames(grid, mask=around.mask)
+    constraint = case.constraint.build(around.spec)
+    return jax.jit(constraint.project), jax.jit(constraint.violation), frame, previous, around
+
+
+@pytest.mark.parametrize("mask", [False, True])
+def test_a_projected_frame_obeys_and_stays(name, mask):
+    project, violation, frame, previous, around = prepared(name, mask)
+    once = project(frame, previous, around)
+    assert once.shape == frame.shape
+    assert once.dtype == frame.dtype
+    laws = violation(frame, previous, around)
+    assert laws.ndim == 2
+    assert laws.shape[0] == frame.shape[0]
+    assert float(jnp.abs(laws).max()) > 1e-3, "the frame obeys before, so this shows nothing"
+    assert float(jnp.abs(violation(once, previous, around)).max()) <= TOLERANCE
+    np.testing.assert_allclose(project(once, previous, around), once, rtol=2e-6, atol=2e-6)
+
+
+def test_masked_cells_stay_as_they_are(name):
+    project, _, frame, previous, around = prepared(name, True)
+    assert np.all(np.asarray(project(frame, previous, around))[around.mask == 0] == 0)
+
+
+def test_gradients_are_those_of_differences(name):
+    project, _, frame, previous, around = prepared(name)
+    direction = np.random.default_rng(3).normal(size=frame.shape).astype(np.float32)
+    weights = np.random.default_rng(4).normal(size=frame.shape)
+    with jax.enable_x64(True):
+        as64 = functools.partial(jax.tree.map, lambda x: jnp.asarray(x, jnp.float64) if x.dtype.kind == "f" else x)
+        wide, before, wide_context = as64(frame), as64(previous), as64(around)
+        constraint = CASES[name].constraint.build(around.spec)
+
+        @jax.jit
+        def loss(amount):
+            return jnp.sum(weights * constraint.project(wide + amount * direction, before, wide_context))
+
+        # Kinks (clipping) move with the step, so it is small; float64 carries it.
+        step = 1e-7
+        difference = (loss(step) - loss(-step)) / (2 * step)
+        np.testing.assert_allclose(jax.grad(loss)(0.0), difference, rtol=1e-5, atol=1e-4)
+
+
+def test_gradients_are_finite_in_float32(name):
+    project, _, frame, previous, around = prepared(name)
+    gradient = jax.grad(lambda f: jnp.sum(jnp.square(project(f, previous, around))))(jnp.asarray(frame))
+    assert bool(jnp.isfinite(gradient).all())
+    assert bool((gradient != 0).any())
+
+
+def test_sharded_is_unsharded(name):
+    project, _, frame, previous, around = prepared(name)
+    mesh = jax.make_mesh((2,), ("batch",), devices=jax.devices()[:2])
+    split = jax.device_put(frame, NamedSharding(mesh, PartitionSpec("batch")))
+    np.testing.assert_allclose(project(split, previous, around), project(frame, previous, around), rtol=1e-6, atol=1e-6)
+
+
+def test_the_domain_may_not_exist(name):
+    """No cell at all: nothing to correct, and no NaN."""
+    case = CASES[name]
+    around = context(GRIDS[case.grid], **dict(case.fields))
+    around = dataclasses.replace(around, mask=np.zeros((2, *around.spec.grid.shape, 4), np.float32))
+    frame = np.zeros((2, *around.spec.grid.shape, 4), np.float32)
+    constraint = case.constraint.build(around.spec)
+    assert np.all(np.asarray(constraint.project(frame, frame, around)) == 0)
+    assert np.all(np.asarray(constraint.violation(frame, frame, around)) == 0)
+
+
+def test_survives_as_text(name):
+    constraint = CASES[name].constraint
+    assert from_dict(CONSTRAINTS, to_dict(constraint, CONSTRAINTS)) == constraint

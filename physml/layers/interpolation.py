@@ -32,9 +32,16 @@ def average_pool(
 def max_pool(
     x: Float[Array, "batch *space channel"], window: int | Sequence[int] = 2
 ) -> Float[Array, "batch *coarser channel"]:
-    """Maximum over boxes as in `average_pool`; equal maxima share the gradient."""
+    """Maximum over boxes as in `average_pool`; equal maxima share the gradient.
+
+    Of two values at a time: the derivative of `max` over an axis looks for the values that equal the result, and is
+    0 / 0 where a compiler computes them twice with another rounding.
+    """
     boxes, inner = _boxes(x, window)
-    return boxes.max(inner)
+    for axis in reversed(inner):
+        parts = [jax.lax.index_in_dim(boxes, i, axis, keepdims=False) for i in range(boxes.shape[axis])]
+        boxes = functools.reduce(jnp.maximum, parts)
+    return boxes
 
 
 def _boxes(x, window):

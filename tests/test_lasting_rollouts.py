@@ -106,6 +106,23 @@ def test_a_continued_rollout_is_an_uninterrupted_one(data, tmp_path, suffix, sto
     xr.testing.assert_equal(forecast(stepper, data, 37, **options), whole)
 
 
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_a_finished_rollout_is_found_finished(data, tmp_path, suffix):
+    stepper, path = Odd(spec_of(data)), tmp_path / f"f{suffix}"
+    with forecast(stepper, data, 6, out=path) as first:
+        whole = first.load()
+    told = []
+    again = forecast(stepper, data, 6, out=path, resume="auto", progress=lambda *done: told.append(done))
+    xr.testing.assert_identical(again.load(), whole)
+    again.close()
+    assert not told
+    for steps, start in ((7, data), (6, data + np.float32(1))):
+        with pytest.raises(CheckpointError, match="another model, initial state or length.*overwrite=True"):
+            forecast(stepper, start, steps, out=path, resume="auto")
+    with pytest.raises(ConfigError, match="exists"):
+        forecast(stepper, data, 6, out=path)
+
+
 def test_it_may_be_stopped_many_times(data, tmp_path):
     stepper, path, options = Odd(spec_of(data)), tmp_path / "f.zarr", {"chunk": 3, "spectrum_every": 1}
     whole = forecast(stepper, data, 30, out=tmp_path / "whole.zarr", **options).load()
@@ -338,6 +355,9 @@ def test_every_stepper_rolls_out_and_goes_on_from_the_shell(capsys, tmp_path, na
     assert code == 0, err
     with xr.open_zarr(tmp_path / "whole.zarr", consolidated=False) as whole:
         same(tmp_path / "parts.zarr", whole.load())
+    code, out, err = call(capsys, *words, tmp_path / "parts.zarr", "--resume", "auto")
+    assert code == 0, err
+    assert json.loads(out)["steps completed"] == [9, 9]
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)

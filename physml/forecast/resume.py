@@ -16,13 +16,16 @@ from typing import Any
 import jax
 import numpy as np
 import safetensors
+import xarray as xr
 
 from physml.errors import CheckpointError
 from physml.fields import Window
+from physml.forecast.stores import reopen
 from physml.rollout import Divergence, Watchdog, named
 from physml.saving.weights import read_weights, to_bytes
 
 STATE, HEADER, FORMAT = "state.safetensors", "rollout", 1
+MARK = "rollout_identity"  # attribute of a finished output
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,29 @@ def identity(model: Mapping[str, str], window: Window, begins: Any, key, forcing
         "key": "none" if key is None else str(np.asarray(jax.random.key_data(key)).tolist()),
         **{name: str(value) for name, value in options.items()},
     }
+
+
+def mark(owner: dict[str, str]) -> str:
+    """What a finished output says of its `identity`, of which only the unfinished depends on chunks."""
+    kept = {what: value for what, value in owner.items() if what != "chunk"}
+    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def finished(out: str | Path, owner: dict[str, str]) -> xr.Dataset | None:
+    """The output of this very rollout, opened; None when there is none. Raises CheckpointError for another one."""
+    if not Path(out).exists():
+        return None
+    try:
+        data = reopen(Path(out))
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{out} exists and cannot be read: {error}. Pass overwrite=True.") from error
+    if data.attrs.get(MARK) != mark(owner):
+        data.close()
+        raise CheckpointError(
+            f"{out} exists and holds a rollout of another model, initial state or length, or one made with other "
+            "options. Choose another name, or pass overwrite=True."
+        )
+    return data
 
 
 def save(folder: Path, owner: dict[str, str], step: int, state, names: list[str], watch: Watchdog) -> None:

@@ -79,7 +79,8 @@ def forecast(
             numbers that are not finite do.
         masked: whether NaN in the initial state mean cells without a field; None: as in the training data.
         overwrite: replace `out` if it exists.
-        resume: "auto" continues an unfinished rollout to `out`, if there is one; "never" refuses to touch it.
+        resume: "auto" continues an unfinished rollout to `out`, if there is one, and opens a finished one; "never"
+            refuses to touch either.
         spectrum_every: also keep `ledger_spectrum_VARIABLE (trajectory, spectrum_step, wavenumber)`, the energy by
             wavenumber shell (`physml.metrics.spectra`) of the initial state and of every so many steps; "auto": of
             about fifty steps, where the fields have a spectrum.
@@ -101,11 +102,13 @@ def forecast(
     chunk = min(chunk or _default_chunk(window), steps)
     spectrum_every = _spectrum_every(spectrum_every, window, steps)
     coords = _lead_coordinates(start) | spectrum_coordinates(start.leads, spectrum_every)
-    store = open_store(out, _labels(start, stepper.spec, members), coords, overwrite, resume)
     read = start.forcing and (lambda first, last: _tiled(start.forcing(first, last), members))
     options = {"steps": steps, "chunk": chunk, "members": members, "on_divergence": on_divergence, "limit": limit}
     options["spectrum_every"] = spectrum_every
-    owner = resuming.identity(model, window, start.valid[0], key, read, **options) if store.folder else {}
+    owner = resuming.identity(model, window, start.valid[0], key, read, **options)
+    if resume == "auto" and not overwrite and (done := resuming.finished(out, owner)) is not None:
+        return done
+    store = open_store(out, _labels(start, stepper.spec, members), coords, overwrite, resume)
     saved = resuming.load(store.folder, owner) if resume == "auto" else None
     run = _Run(store, stepper.spec, stepper, names, members, owner, saved, on_divergence, limit, steps, spectrum_every)
     try:
@@ -117,6 +120,7 @@ def forecast(
         leads = run(pieces, progress)
         sizes = {LEAD: leads, **({SPECTRUM_STEP: leads // spectrum_every + 1} if spectrum_every else {})}
         attrs = {**model, **_divergences(run.watch), "steps_asked": str(steps), "stopped_early": int(leads < steps)}
+        attrs[resuming.MARK] = resuming.mark(owner)
         return store.finish(sizes, run.labels.completed(run.watch.good), attrs)
     except BaseException as error:
         store.abort(keep=run.saved and not isinstance(error, DivergedError))

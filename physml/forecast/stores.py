@@ -45,6 +45,13 @@ def open_store(out: str | Path | None, label: Label, coords: dict[str, xr.Variab
     return (Zarr if SUFFIXES[path.suffix] == "zarr" else Netcdf)(path, label, coords)
 
 
+def reopen(path: Path) -> xr.Dataset:
+    """A finished output, lazily."""
+    if SUFFIXES.get(path.suffix) == "zarr":
+        return xr.open_zarr(path, chunks=None, consolidated=False)
+    return xr.open_dataset(path, engine="netcdf4", chunks=None)
+
+
 class Memory:
     """Keeps everything."""
 
@@ -180,7 +187,7 @@ class Zarr(_File):
         extra = extra.assign_attrs({**self.group.attrs, **attrs})
         extra.to_zarr(self.partial, mode="a", zarr_format=3, consolidated=False)
         self._put()
-        result = xr.open_zarr(self.path, chunks=None, consolidated=False)
+        result = reopen(self.path)
         return result[[*self.names, *extra.data_vars]]  # zarr does not keep the order
 
     def _close(self) -> None:
@@ -254,7 +261,7 @@ class Netcdf(_File):
         self.file.setncatts(_plain(attrs))
         self._close()
         self._put()
-        return xr.open_dataset(self.path, engine="netcdf4", chunks=None)
+        return reopen(self.path)
 
     def _close(self) -> None:
         if self.file is not None:

@@ -50,7 +50,8 @@ class Rollout(Common):
     """Physics to project onto after every step, NAME:CHANNELS[:OPTION=VALUE], e.g. mass:rho; may be repeated. `none`
     takes off those that the model was saved with."""
     resume: Literal["never", "auto"] = "never"
-    """auto: continue an unfinished rollout to --out, if there is one; exit code 75 says that one was left."""
+    """auto: continue an unfinished rollout to --out, if there is one, and leave a finished one as it is; exit code 75
+    says that an unfinished one was left."""
     overwrite: bool = False
     """Replace an existing output."""
 
@@ -69,7 +70,7 @@ class Rollout(Common):
             raise ConfigError(f"--steps is {self.steps}, but at least 1 frame must be predicted.")
         stepper = self._constrained(stepper)
         initial, forcing = self._initial(stepper.history)
-        if self.out.exists() and not self.overwrite:
+        if self.out.exists() and not self.overwrite and self.resume == "never":
             raise ConfigError(f"{self.out} exists. Choose another --out, or give --overwrite.")
         if self.dry_run:
             return {"would write": str(self.out), "steps": self.steps, "from": dict(initial.sizes)}

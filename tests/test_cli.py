@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import xarray as xr
 
@@ -115,6 +116,31 @@ def test_an_existing_run_is_kept(capsys, trained):
     assert code == 2
     assert "seed" in err
     assert (trained / "runs/tiny/model/model.safetensors").read_bytes() == before
+
+
+def test_a_constraint_goes_on_and_off_in_one_word(capsys, trained, tmp_path):
+    """And is saved with the weights of a run whose experiment has it."""
+    run = trained / "runs/tiny"
+    steps = ["--steps", "40", "--quiet", "--on-divergence", "flag", "--out"]
+    words = ["finetune", run, trained / "tiny.py", "--out", tmp_path, "--name", "fixed", "--set", "training.steps=2"]
+    code, _, err = call(capsys, *words, "--set", "constraints=[{name: mass, channels: [u]}]", "--quiet")
+    assert code == 0, err
+
+    def drift(model, *options):
+        out = tmp_path / f"{len(list(tmp_path.iterdir()))}.nc"
+        code, _, err = call(capsys, "rollout", model, *steps, out, *options)
+        assert code == 0, err
+        with xr.open_dataset(out) as data:
+            mean, size = data.u.astype(float).mean("x"), np.abs(data.u.astype(float)).mean("x")
+            return float((np.abs(mean - mean.isel(lead=0, drop=True)) / size).max())
+
+    assert drift(run) > 1e-5
+    assert drift(run, "--constraint", "mass:u") < 1e-6
+    assert drift(tmp_path / "fixed") < 1e-6
+    assert drift(tmp_path / "fixed", "--constraint", "none") > 1e-5
+    code, _, err = call(capsys, "rollout", run, *steps, tmp_path / "w.nc", "--constraint", "mass:w")
+    assert code == 2
+    assert "no channel 'w'" in err
 
 
 def test_finetuning_says_what_it_loaded(capsys, trained, tmp_path):

@@ -39,7 +39,11 @@ class ModelConfig(Protocol):
 
 @runtime_checkable
 class Constraint(Protocol):
-    """Physics of a frame, in physical units. Projecting twice is projecting once; after it `violation` vanishes."""
+    """Physics of a frame, in physical units. Projecting twice is projecting once; after it `violation` vanishes.
+
+    Optional: `condition(mean, variance, previous, context) -> (mean, variance)` of a frame whose numbers are normal and
+    independent, which Gaussian steppers call in place of `project`.
+    """
 
     def violation(self, frame: Frame, previous: Frame, context: Context) -> Float[ArrayLike, "batch laws"]: ...
 
@@ -50,7 +54,9 @@ class Constraint(Protocol):
 class Stepper(Protocol):
     """An nnx.Module that holds model, normalizer and constraints: physical units in, physical units out.
 
-    `history` frames go in (zero for operator learning, where only static fields and parameters are given).
+    `history` frames go in (zero for operator learning, where only static fields and parameters are given). Optional:
+    `distribution(state) -> physml.fields.Gaussian`, whose mean is the frame of `decode`, of steppers that know how sure
+    they are; `physml.steppers.Distribution` decodes to it.
     """
 
     history: int

@@ -252,6 +252,25 @@ class Context:
     spec: Spec
 
 
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["mean", "variance"], meta_fields=[])
+@dataclass(frozen=True)
+class Gaussian:
+    """Independent normal distributions of every number of a field.
+
+    Attributes:
+        mean: `(batch, *space, channel)`, with more axes such as `lead` behind the batch, in physical units.
+        variance: of the same shape, in their square.
+    """
+
+    mean: Any
+    variance: Any
+
+    @property
+    def std(self):
+        """The standard deviation, in physical units."""
+        return jnp.sqrt(self.variance)
+
+
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=["frames", "times", "calendar", "parameters", "forcing", "static", "mask"],

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -118,8 +119,38 @@ class MassFixer:
         values = parts.values
         if self.positive:
             values = jnp.where(parts.target >= 0, parts.clipped(values), values)
-        values = parts.spread(values, self.method)
-        if self.positive:  # an additive correction may have made new ones
+        return self._settled(frame, parts.spread(values, self.method), parts)
+
+    def condition(
+        self,
+        mean: Float[ArrayLike, "batch *space channel"],
+        variance: Float[ArrayLike, "batch *space channel"],
+        previous,
+        context: Context,
+    ) -> tuple[Float[Array, "batch *space channel"], Float[Array, "batch *space channel"]]:
+        """Mean and variance of a Gaussian frame whose numbers are independent, given the totals that it has to have.
+
+        With weights w and variances S, the total's excess e goes to the cells as S w / (w' S w), and S loses
+        (S w)^2 / (w' S w): cells that are less certain take more (ProbConserv, Hansen et al. 2023, arXiv:2302.11002;
+        the covariances that this makes are left out). That stands in for `method`, which spreads the correction only
+        where all variances of a total vanish. A predicted `density` counts as known: that of the mean. The mean of
+        `positive` is clipped afterwards as in `project`.
+        """
+        mean, variance = jnp.asarray(mean), jnp.asarray(variance)
+        parts = self._parts(mean, previous, context)
+        own = jnp.where(parts.exists, variance[..., parts.places], 0)
+        gain = parts.weights * own / parts.largest(own)  # squares of small units would underflow
+        room = parts.sum(parts.weights * gain)
+        uncertain = room > 0
+        even = parts.spread(parts.values, self.method)
+        values = jnp.where(uncertain, parts.added(parts.values, gain), even)
+        kept = jnp.maximum(1 - parts.weights * gain / jnp.where(uncertain, room, 1), 0)
+        own = jnp.where(parts.exists, own * kept, variance[..., parts.places]).astype(variance.dtype)
+        return self._settled(mean, values, parts), variance.at[..., parts.places].set(own)
+
+    def _settled(self, frame, values, parts: "_Totals"):
+        """`frame` with corrected values, whose totals are made exact."""
+        if self.positive:  # a correction may have made new negative ones
             values = jnp.where(parts.target >= 0, parts.clipped(values), values)
         values = settle(values, -parts.excess(values), parts.weights, parts.keep)
         values = jnp.where(parts.exists, values, frame[..., parts.places])
@@ -165,13 +196,19 @@ class _Totals:
         sums = over_space(jnp.broadcast_to(weighted, self.values.shape), self.keep)
         return total(sums)[..., None] if self.law.together else sums
 
+    def largest(self, values):
+        """The largest of the `values` (0 or more) of each total, 1 where all vanish."""
+        axes = [1 + axis for axis in range(values.ndim - 2) if axis not in self.keep]
+        largest = jnp.max(values, axis=(*axes, -1) if self.law.together else axes, keepdims=True, initial=0)
+        return jax.lax.stop_gradient(jnp.where(largest > 0, largest, 1))  # it is divided out again
+
     def excess(self, values):
         """The total of `values` minus the target; zero where no cell exists."""
         return self.sum(self.weights * values) - self.target
 
     def spread(self, values, method: str):
         """`values` corrected to have the target as total."""
-        even = self._added(values, jnp.ones_like(values))
+        even = self.added(values, jnp.ones_like(values))
         if method == "multiplicative":
             now = self.sum(self.weights * values)
             size = self.sum(jnp.abs(self.weights * values))
@@ -179,10 +216,11 @@ class _Totals:
             return jnp.where(possible, values * (self.target / jnp.where(possible, now, 1)), even)
         if method == "gradient":
             steep = gradient_size(values, self.exists, self.spec.grid.periodic)
-            return jnp.where(self.sum(self.weights * steep) > 0, self._added(values, steep), even)
+            return jnp.where(self.sum(self.weights * steep) > 0, self.added(values, steep), even)
         return even
 
-    def _added(self, values, shape):
+    def added(self, values, shape):
+        """`values` with the target as total; what they lack is spread in proportion to `shape`, unless it vanishes."""
         shape = jnp.where(self.exists, shape, 0)
         room = self.sum(self.weights * shape)
         return values - self.excess(values) / jnp.where(room != 0, room, 1) * shape
@@ -192,7 +230,7 @@ class _Totals:
         kept = jnp.maximum(values, 0)
         now = self.sum(self.weights * kept)
         scaled = kept * (self.target / jnp.where(now > 0, now, 1))
-        return jnp.where(now > 0, scaled, self._added(kept, jnp.ones_like(kept)))
+        return jnp.where(now > 0, scaled, self.added(kept, jnp.ones_like(kept)))
 
 
 def gradient_size(

@@ -41,7 +41,7 @@ class Work:
     """What every block needs; pickled once for each worker.
 
     Attributes:
-        forecasts: by name, `floors` beside them.
+        forecasts: by name, `floors` beside them; deviations: standard deviations of those that have them.
         starts, leads: positions in the forecasts of what is scored.
         truth_index: `(start, lead)` positions in the truth, -1 where it lacks the time. seasons: of the climatology,
             `(start, lead, season)`.
@@ -66,6 +66,7 @@ class Work:
     whole: dict[str, Metric] = field(default_factory=dict)
     spectrum_leads: tuple[int, ...] = ()  # counted from 1 among the scored leads
     masked: bool = False
+    deviations: dict[str, Source] = field(default_factory=dict)
 
     @property
     def frames(self) -> bool:
@@ -126,6 +127,8 @@ def sum_block(work: Work, block: Block) -> tuple[Block, dict[str, dict[str, np.n
     normal, normal_rows = _read_climatology(work, block)
     area = np.broadcast_to(work.spec.grid.weights(), work.spec.grid.shape)[block.tile].astype(np.float64)
     models = dict(_read_models(work, block, normal, normal_rows))
+    at = {"trajectory": work.starts[block.starts], "time": work.leads[block.leads]}
+    stds = {name: source.read(block.channels, block.tile, **at) for name, source in work.deviations.items()}
     sums: dict[str, dict[str, np.ndarray]] = {name: {} for name in models}
     for i, channel in enumerate(block.channels):
         _check_infinite(truth[i], work, block, channel)
@@ -134,7 +137,8 @@ def sum_block(work: Work, block: Block) -> tuple[Block, dict[str, dict[str, np.n
         categories = _categories(work, block, channel)
         for name, values in models.items():
             flat = values[i].reshape(values.shape[1], -1, area.size)
-            found = pair_sums(flat, true, area.ravel(), work.shift[channel], climate, categories)
+            std = stds[name][i].reshape(-1, area.size) if name in stds else None
+            found = pair_sums(flat, true, area.ravel(), work.shift[channel], climate, categories, std)
             for key, value in found.items():
                 sums[name].setdefault(key, np.full((*shape, len(block.channels)), np.nan))[..., i] = value.reshape(
                     shape

@@ -43,6 +43,8 @@ def evaluate_forecasts(
       without any does not count. A forecast that is NaN where the truth is not has no score there: `finite` says so.
     - An ensemble (dimension `member`, `realization`, `number` or `ensemble`) is scored by `crps`, `crps_fair`,
       `spread` and `spread_skill`, and its `rank_histogram`; every other metric, and the spectrum, is that of its mean.
+    - Standard deviations, variables `NAME_std` beside every field, are scored by `gaussian_crps` and `log_likelihood`.
+      Those and ensembles have `coverage_50` and `coverage_90`, the share of truths in the central 50 and 90 per cent.
     - Spectra and the metrics of whole frames (h1, log_spectral_error, own ones) need all cells at once. They are left
       out when `metrics` names only others, and no `spectrum_leads` are given.
 
@@ -61,7 +63,8 @@ def evaluate_forecasts(
     for other in forecasts.values():
         first.check_same_times(other)
     first.check_inputs(inputs)
-    chosen = _choose_metrics(metrics, forecasts, climatology, spec)
+    deviations = {name: found for name, f in forecasts.items() if (found := f.deviations(spec)) is not None}
+    chosen = _choose_metrics(metrics, forecasts, climatology, spec, bool(deviations))
     floors = _known_floors(floors, climatology)
     if clash := set(forecasts) & {*floors, "truth"}:
         raise ConfigError(f"A prediction is called {min(clash)!r}, which is taken: give it another name.")
@@ -90,6 +93,7 @@ def evaluate_forecasts(
         truth=source, starts=starts, leads=leads, truth_index=index, shift=shift, floors=floors,
         last_input=_last_inputs(first, times, starts) if PERSISTENCE in floors else None,
         whole=whole, spectrum_leads=kept, masked=masked,
+        deviations={name: Source(ds, spec) for name, ds in deviations.items()},
         **_climate(climatology, chosen, floors, spec, valid, scheduler),
     )  # fmt: skip
     totals, frames = _sum(work, plan(work, isinstance(metrics, dict), batch), scheduler)
@@ -106,23 +110,29 @@ def evaluate_forecasts(
     return assemble(tallies, of_truth, setting, attrs)
 
 
-def _choose_metrics(names, forecasts, climatology, spec: Spec) -> dict[str, Metric | MomentMetric]:
+def _choose_metrics(names, forecasts, climatology, spec: Spec, gaussian: bool) -> dict[str, Metric | MomentMetric]:
     """Metrics by name, or all that apply when there are no names; a dict of own `Metric`s is taken as it is.
 
     Raises ConfigError for an unknown name and for one that needs what is not there.
     """
     if isinstance(names, dict):
         return dict(names)
+    ensemble = any(forecast.members > 1 for forecast in forecasts.values())
     has = {
         "": True,
         "climatology": climatology is not None,
-        "ensemble": any(forecast.members > 1 for forecast in forecasts.values()),
+        "ensemble": ensemble,
+        "gaussian": gaussian,
+        "uncertainty": ensemble or gaussian,
         "seeps": climatology is not None
         and any(f"{name}_seeps_threshold" in climatology.variables for name in spec.names),
     }
     needed = {
         "climatology": "compares with a climatology, but none is given: pass `climatology=`",
         "ensemble": "scores ensembles, but no prediction has a dimension of two members or more",
+        "gaussian": "scores standard deviations, but no prediction has variables NAME_std beside all of its fields",
+        "uncertainty": "scores uncertainty, but no prediction has two members or more, or variables NAME_std beside "
+        "its fields",
         "seeps": "needs a climatology with the variables NAME_seeps_threshold and NAME_seeps_dry_fraction of a "
         "predicted precipitation: pass `climatology=`",
     }

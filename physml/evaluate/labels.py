@@ -13,6 +13,7 @@ from physml.data.globe import durations, renamed
 from physml.data.labelled import spec_of
 from physml.errors import ConfigError, DataError, SpecError, suggest
 from physml.fields import Spec
+from physml.forecast.run import STD
 
 LEAD, TIME, TRAJECTORY, MEMBER = "lead", "time", "trajectory", "member"
 LEADS = (LEAD, "lead_time", "prediction_timedelta", "forecast_period", "step")
@@ -104,6 +105,13 @@ class Forecast:
             )
         lead = self.lead.astype("timedelta64[us]").astype(object) if starts.dtype.kind == "O" else self.lead
         return starts[:, None] + lead
+
+    def deviations(self, spec: Spec) -> xr.Dataset | None:
+        """Standard deviations under the names of the fields; None of an ensemble, and unless every channel has one."""
+        names = {f"{name}{STD}": name for name in self.fields.data_vars if f"{name}{STD}" in self.fields.data_vars}
+        found = self.fields[list(names)].rename(names)
+        alone = self.members == 1 and all(base_of(found, name) is not None for name in spec.names)
+        return found if alone else None
 
     def check_same_times(self, other: "Forecast") -> None:
         """Raises SpecError when two predictions are not made for the same times."""
@@ -207,6 +215,7 @@ def choose_channels(predictions: dict[str, xr.Dataset], truth: xr.Dataset) -> tu
     if not names:
         dims = {str(n): v.dims for n, v in first.data_vars.items()}
         raise SpecError(f"The prediction holds no field with a dimension {LEAD!r} or {TIME!r}: it has {dims}.")
+    names = [name for name in names if not (name.endswith(STD) and name.removesuffix(STD) in names)]
     bases = {name: base_of(truth, name) for name in names}
     found = list(dict.fromkeys(base for base in bases.values() if base in truth.data_vars))
     if not found:

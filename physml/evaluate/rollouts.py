@@ -213,7 +213,11 @@ class _Run:
     def _compile(self, stepper: Stepper, finish, members: int | None = None):
         """`(window, truth, climatology, number of the batch) -> finish(rollout, ...)`, with the parameters as arguments
         of jit."""
-        graph, state = nnx.split(stepper.apart() if isinstance(stepper, Members) else stepper)
+        if isinstance(stepper, Members):
+            stepper = stepper.apart()
+        elif members and hasattr(stepper, "sampled"):
+            stepper = stepper.sampled()
+        graph, state = nnx.split(stepper)
         state = jax.tree.map(lambda a: a.addressable_data(0) if not a.is_fully_addressable else a, state)
         state = jax.device_put(state, NamedSharding(self.mesh, PartitionSpec()))
         skip = self.history - stepper.history

@@ -20,11 +20,12 @@ from physml.forecast.start import Start, start_of
 from physml.forecast.stores import LEAD, open_store
 from physml.interrupt import Signals
 from physml.rollout import Bounds, Chunk, Watchdog, check_spectrum, perturbed, rollout_chunks
-from physml.steppers import Members
+from physml.steppers import Distribution, Members
 from physml.steppers.describe import provenance
 
 CHUNK_BYTES = 2**25
 PERTURBATION = 2**32 - 1  # folded into the key for initial states; steps count from 0
+STD = "_std"  # behind the name of a variable whose standard deviation it is
 SAVE_EVERY = 8  # chunks from one saved state of an unfinished rollout to the next
 
 
@@ -54,7 +55,8 @@ def forecast(
     units and attributes of `initial`; `lead` is the time since the start, `time` the instant a frame is valid at.
     Beside them the ledger, `ledger_QUANTITY_VARIABLE (trajectory, lead)` (finite, mean, energy, variance, minimum,
     maximum; initial value and training range as attributes), and `steps_completed (trajectory)`, the steps before a
-    divergence. Attributes name the model, its config hash and the version.
+    divergence. Attributes name the model, its config hash and the version. A Gaussian stepper alone also gives standard
+    deviations, `VARIABLE_std`; as `members` it is drawn from.
 
     With `out` the state is saved beside it, in `OUT.partial`, every few chunks and when SIGTERM or SIGINT asks to stop;
     the same call with `resume="auto"` then gives bit for bit what an uninterrupted one gives.
@@ -95,7 +97,7 @@ def forecast(
     key = jax.random.key(0) if key is None else key
     start = start_of(stepper, initial, steps, forcing, masked)
     model = provenance(stepper)
-    stepper = _for_inference(stepper.apart() if own else stepper)
+    stepper = _for_inference(stepper.apart() if own else _as_asked(stepper, members))
     window, names = _with_members(start.window, members), _member_names(start, members)
     if perturb is not None:
         window = _perturbed(window, start.window, stepper, key, members, perturb, perturb_kind)
@@ -167,6 +169,15 @@ def _spectrum_every(asked, window: Window, steps: int) -> int | None:
     return max(1, steps // 50) if asked == "auto" else asked
 
 
+def _as_asked(stepper, members: int | None):
+    """A Gaussian stepper drawn from for `members`, else with its variance, unless its config says that it is drawn."""
+    if not hasattr(stepper, "distribution"):
+        return stepper
+    if members is not None:
+        return stepper.sampled()
+    return stepper if stepper.config.sample else Distribution(stepper)
+
+
 def _for_inference(stepper):
     """The same numbers with dropout off; the caller's object keeps its mode."""
     stepper = nnx.merge(*nnx.split(stepper))
@@ -210,14 +221,26 @@ def _member_names(start: Start, members: int | None) -> tuple[str, ...]:
 
 
 def _labels(start: Start, spec, members: int | None):
-    """`(frames, first step) -> dataset`: names, coordinates and attributes put back on, masked cells NaN again."""
+    """`(frames, first step) -> dataset`: names, coordinates and attributes put back on, masked cells NaN again.
+
+    Further channels behind those of `spec` are their standard deviations.
+    """
     mask = None if start.window.mask is None else np.asarray(start.window.mask)[:, None] == 0
 
-    def one(frames: np.ndarray, first: int) -> xr.Dataset:
+    def named(frames: np.ndarray, first: int) -> xr.Dataset:
         if mask is not None:
             frames = np.where(mask, np.nan, frames)
         times = start.valid[first - 1 : first - 1 + frames.shape[1]]
         return from_frames(frames, spec, start.like, times, first=first)
+
+    def one(frames: np.ndarray, first: int) -> xr.Dataset:
+        result = named(frames[..., : len(spec.channels)], first)
+        if frames.shape[-1] == len(spec.channels):
+            return result
+        for name, std in named(frames[..., len(spec.channels) :], first).data_vars.items():
+            units = {key: value for key, value in std.attrs.items() if key == "units"}
+            result[f"{name}{STD}"] = (std.dims, std.values, {"long_name": f"standard deviation of {name}", **units})
+        return result
 
     if members is None:
         return one
@@ -305,6 +328,8 @@ class _Run:
         """Writes the good frames of a chunk; returns how many, and whether the rollout ends there."""
         watch, frames, count = self.watch, piece.frames, piece.frames.shape[1]
         found = watch.read(piece.start, frames, piece.ledger)
+        if piece.std is not None:
+            frames = np.concatenate([frames, piece.std], -1)
         if self.members and self.members > 1 and piece.start == 0:
             self._check_members(frames)
         if self.on_divergence == "raise":
@@ -342,7 +367,7 @@ def _cut(piece: Chunk, count: int, every: int | None) -> Chunk:
     ledger = jax.tree.map(lambda array: array[:, :count], ledger)
     if every:
         ledger = replace(ledger, spectrum=spectrum[:, : (piece.start + count) // every - piece.start // every])
-    return replace(piece, frames=piece.frames[:, :0].copy(), ledger=ledger, state=None)
+    return replace(piece, frames=piece.frames[:, :0].copy(), ledger=ledger, state=None, std=None)
 
 
 def _last_good(watch: Watchdog) -> int:

@@ -9,6 +9,7 @@ import functools
 import jax.numpy as jnp
 
 from physml.metrics import moments, pointwise, spectra, weather
+from physml.metrics.calibration import calibration_curve, central_level, ensemble_central_level, gaussian_crps
 from physml.metrics.chaos import THRESHOLDS, high_correlation_time
 from physml.metrics.efficiency import EfficiencyGain, efficiency_gain
 from physml.metrics.ensemble import crps
@@ -58,6 +59,7 @@ FORECAST_METRICS: dict[str, MomentMetric] = {
     },
     **moments.ENSEMBLE_METRICS,
     **moments.SEEPS_METRICS,
+    **moments.UNCERTAINTY_METRICS,
 }  # fmt: skip
 
 __all__ = [
@@ -68,8 +70,12 @@ __all__ = [
     "Measure",
     "Metric",
     "MomentMetric",
+    "calibration_curve",
+    "central_level",
     "crps",
     "efficiency_gain",
     "energy_spectrum",
+    "ensemble_central_level",
+    "gaussian_crps",
     "high_correlation_time",
 ]

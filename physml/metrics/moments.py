@@ -12,11 +12,17 @@ from typing import Any
 
 import numpy as np
 
+from physml.metrics.calibration import central_level, coverage_from_ranks, gaussian_crps, log_likelihood
 from physml.metrics.ensemble import member_distance, rank_shares, variance
 from physml.metrics.metric import identity
 from physml.metrics.weather import seeps
 
+COVERAGES = (50, 90)  # per cent of the central intervals whose coverage is scored
 RANK = "rank_"  # with a number: cells where the truth has that rank among the members
+OPTIONAL = (
+    "anomaly_field", "anomaly_truth", "distance", "gaussian_crps", "log_likelihood", "member_distance", "seeps",
+    "variance",
+)  # fmt: skip
 CELLS = 2**15  # numbers handled at once: they stay in the cache of a core
 CONSTANT = 1e-13  # share of the mean square below which a variance is rounding of float64
 
@@ -28,7 +34,8 @@ class MomentMetric:
     Attributes:
         parts: moments -> tuple of parts `(start, lead, channel)`, to be averaged over starts.
         finish, ideal, dimensional: as in `metric.Metric`.
-        needs: "climatology", "ensemble", "seeps" (a climatology of precipitation categories), or nothing.
+        needs: "climatology", "ensemble", "gaussian" (standard deviations), "uncertainty" (one of these two), "seeps" (a
+            climatology of precipitation categories), or nothing.
     """
 
     parts: Callable[[Any], tuple]
@@ -48,6 +55,7 @@ def pair_sums(
     shift: float = 0.0,
     climatology: np.ndarray | None = None,
     categories: tuple[np.ndarray, np.ndarray] | None = None,
+    std: np.ndarray | None = None,
 ) -> dict[str, np.ndarray]:
     """Sums over the cells of a piece of space, float64 `(pair,)` by name.
 
@@ -58,6 +66,7 @@ def pair_sums(
         shift: taken off all fields first, so that variances keep their digits; `Moments` puts it back.
         climatology: `(pair, cell)`.
         categories: (`threshold (pair, cell)`, `dry_fraction (cell,)`) of `weather.seeps`.
+        std: `(pair, cell)` standard deviations of a prediction of one member.
     """
     pieces = []
     for begin in range(0, area.size, CELLS):
@@ -68,6 +77,7 @@ def pair_sums(
                 prediction[:, pairs, cells], truth[pairs, cells], area[cells], shift,
                 None if climatology is None else climatology[pairs, cells],
                 None if categories is None else (categories[0][pairs, cells], categories[1][cells]),
+                None if std is None else std[pairs, cells],
             )
             for pairs in (slice(i, i + rows) for i in range(0, len(truth), rows))
         ]  # fmt: skip
@@ -75,7 +85,7 @@ def pair_sums(
     return {name: functools.reduce(np.add, (piece[name] for piece in pieces)) for name in pieces[0]}
 
 
-def _sums(prediction, truth, area, shift, climatology, categories) -> dict[str, np.ndarray]:
+def _sums(prediction, truth, area, shift, climatology, categories, std) -> dict[str, np.ndarray]:
     true = np.subtract(truth, shift, dtype=np.float64)
     members = np.subtract(prediction, shift, dtype=np.float64)
     missing = np.isnan(true)
@@ -113,6 +123,13 @@ def _sums(prediction, truth, area, shift, climatology, categories) -> dict[str, 
             "variance": total(variance(members)),
         }
         sums |= {f"{RANK}{i}": total(share) for i, share in enumerate(rank_shares(members, true))}
+    if std is not None:
+        spread = np.where(missing, 1.0, std).astype(np.float64) ** 2
+        with np.errstate(divide="ignore", invalid="ignore"):  # a variance of zero has no density
+            sums["log_likelihood"] = total(log_likelihood(field, spread, true))
+        sums["gaussian_crps"] = total(gaussian_crps(field, spread, true))
+        level = central_level(field, spread, true)
+        sums |= {f"within_{c}": total(np.where(np.isnan(level), np.nan, level <= c / 100)) for c in COVERAGES}
     if categories is not None:
         score = seeps(field + shift, true + shift, *categories)
         defined = np.isfinite(score) | np.isnan(field)
@@ -140,7 +157,7 @@ class Moments:
         if name in self.__dict__.get("sums", {}):
             with np.errstate(invalid="ignore"):
                 return self.sums[name] * self.per_weight
-        if name in ("anomaly_field", "anomaly_truth", "distance", "member_distance", "variance", "seeps"):
+        if name in OPTIONAL:
             return np.full_like(self.cells, np.nan)  # not given for this channel or forecast
         raise AttributeError(name)
 
@@ -220,6 +237,14 @@ def _spread_skill(m: Moments) -> tuple:
     return m.variance * ((m.members + 1) / m.members), m.square
 
 
+def _coverage(m: Moments, per_cent: int) -> tuple:
+    if f"within_{per_cent}" in m.sums:
+        return (getattr(m, f"within_{per_cent}"),)
+    if m.members == 1:
+        return (np.full_like(m.cells, np.nan),)
+    return (coverage_from_ranks(m.ranks, per_cent / 100),)
+
+
 def _ratio(a, b):
     with np.errstate(divide="ignore", invalid="ignore"):
         return np.sqrt(np.asarray(a) / np.asarray(b))
@@ -254,5 +279,15 @@ ENSEMBLE_METRICS: dict[str, MomentMetric] = {
     "crps_fair": MomentMetric(lambda m: _crps(m, fair=True), dimensional=True, needs="ensemble"),
     "spread": MomentMetric(lambda m: (m.variance,), np.sqrt, dimensional=True, needs="ensemble"),
     "spread_skill": MomentMetric(_spread_skill, _ratio, ideal=1.0, needs="ensemble"),
+}
+# Of labelled forecasts with standard deviations; coverage also of ensembles, from the ranks of the truth. The logarithm
+# is of the density per unit of the channel.
+UNCERTAINTY_METRICS: dict[str, MomentMetric] = {
+    **{
+        f"coverage_{c}": MomentMetric(functools.partial(_coverage, per_cent=c), ideal=c / 100, needs="uncertainty")
+        for c in COVERAGES
+    },
+    "gaussian_crps": MomentMetric(lambda m: (m.gaussian_crps,), dimensional=True, needs="gaussian"),
+    "log_likelihood": MomentMetric(lambda m: (m.log_likelihood,), ideal=np.inf, needs="gaussian"),
 }
 SEEPS_METRICS: dict[str, MomentMetric] = {"seeps": MomentMetric(_seeps, needs="seeps")}

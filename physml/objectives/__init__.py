@@ -7,6 +7,7 @@ function of arrays: usable in a notebook, inside jit, and under any sharding.
 from physml.objectives.curriculum import Curriculum
 from physml.objectives.denoising import Denoising
 from physml.objectives.intervals import RandomInterval
+from physml.objectives.likelihood import Likelihood
 from physml.objectives.noise import NoisyInputs
 from physml.objectives.pairs import AllToAll, ordered_pairs
 from physml.objectives.penalized import PENALTIES, ConstraintPenalty, Penalized, SpectralPower
@@ -16,6 +17,7 @@ OBJECTIVES = {
     "all_to_all": AllToAll,
     "curriculum": Curriculum,
     "denoising": Denoising,
+    "likelihood": Likelihood,
     "noisy_inputs": NoisyInputs,
     "one_step": OneStep,
     "penalized": Penalized,
@@ -31,6 +33,7 @@ __all__ = [
     "ConstraintPenalty",
     "Curriculum",
     "Denoising",
+    "Likelihood",
     "NoisyInputs",
     "OneStep",
     "Penalized",

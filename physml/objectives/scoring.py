@@ -117,8 +117,8 @@ def predict(
     (_, running), frames = jax.lax.scan(grouped, carry, jnp.arange(skip, steps))
     if jax.tree.leaves(running):
         nnx.update(stepper, running)  # batch normalization in training mode has moved them
-    previous = jnp.concatenate([jnp.asarray(first)[None], frames[:-1]])
-    return Prediction(jnp.moveaxis(frames, 0, 1), jnp.moveaxis(previous, 0, 1))
+    previous = jax.tree.map(lambda a, later: jnp.concatenate([jnp.asarray(a)[None], later[:-1]]), first, frames)
+    return Prediction(*jax.tree.map(lambda a: jnp.moveaxis(a, 0, 1), (frames, previous)))
 
 
 def _check_bundle(bundle: int, scored: int, skip: int, truncate: int | None) -> None:

@@ -135,7 +135,8 @@ def score_table(lines: Sequence[Entry], metric: str, channel: str, every: bool =
     for i, line in enumerate(lines):
         values = _along(line, metric, channel, longest["lead"].values[list(chosen)])
         rows.append([line.label, *(NOTHING if value is None else _cell(*value) for value in values)])
-        distance[i] = [np.nan if value is None else abs(value[0] - ideal) for value in values]
+        best_is = np.negative if ideal == np.inf else lambda value: abs(value - ideal)
+        distance[i] = [np.nan if value is None else best_is(value[0]) for value in values]
     best = set()
     if len(lines) > 1:
         for j in range(len(chosen)):

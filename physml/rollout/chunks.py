@@ -28,6 +28,7 @@ class Chunk:
         ledger: arrays `(batch, lead, channel)`; spectra of the steps here that `spectrum_every` divides.
         initial: ledger of the state that the rollout began from, `(batch, channel)`.
         state: of the stepper after these frames, on the device. `named(state)` is what a rollout is continued from.
+        std: standard deviations of the frames, of a stepper that decodes to a `Gaussian`.
     """
 
     start: int
@@ -35,6 +36,7 @@ class Chunk:
     ledger: Ledger
     initial: Ledger
     state: Any
+    std: np.ndarray | None = None
 
 
 def rollout_chunks(
@@ -94,27 +96,28 @@ def _generate(stepper, window: Window, steps: int, chunk: int, key, forcing, eve
     for start in range(begin, steps, chunk):
         count = min(chunk, steps - start)
         piece = replace(fixed, **pieces.cut(start, count))
-        carry, frames, ledger = _advance(
+        carry, frames, ledger, std = _advance(
             graph, numbers, piece, carry, start, count, key, initial.mean, chunk=chunk, every=every
         )
-        for leaf in jax.tree.leaves((frames, ledger)):
+        for leaf in jax.tree.leaves((frames, ledger, std)):
             leaf.copy_to_host_async()
         if ahead is not None:
             yield _on_host(*ahead, initial, every)
-        ahead = (start, count, carry, frames, ledger)
-        del frames, ledger
+        ahead = (start, count, carry, frames, ledger, std)
+        del frames, ledger, std
     if ahead is not None:
         yield _on_host(*ahead, initial, every)
 
 
-def _on_host(start: int, count: int, state, frames, ledger, initial, every: int) -> Chunk:
+def _on_host(start: int, count: int, state, frames, ledger, std, initial, every: int) -> Chunk:
     """Time first on the device, batch first for everybody else."""
     spectra, ledger = ledger.spectrum, replace(ledger, spectrum=None)
-    frames, ledger = jax.tree.map(lambda a: np.moveaxis(np.asarray(a)[:count], 0, 1), (frames, ledger))
+    kept = (frames, ledger, std)
+    frames, ledger, std = jax.tree.map(lambda a: np.moveaxis(np.asarray(a)[:count], 0, 1), kept)
     if every:
         measured = (start + count) // every - start // every
         ledger = replace(ledger, spectrum=np.moveaxis(np.asarray(spectra)[:measured], 0, 1))
-    return Chunk(start, frames, ledger, initial, state)
+    return Chunk(start, frames, ledger, initial, state, std)
 
 
 class _Pieces:
@@ -172,14 +175,16 @@ def _weak(leaf) -> bool:
 
 @functools.partial(jax.jit, static_argnames=("graph", "chunk", "every"))
 def _advance(graph, numbers, piece: Window, carry, start, count, key, reference, *, chunk: int, every: int):
-    """`count` steps from step `start` on; frames and ledger come in buffers of `chunk` leads."""
+    """`count` steps from step `start` on; frames, ledger and std come in buffers of `chunk` leads."""
     stepper = nnx.merge(graph, numbers)
 
     def step(state, i):
         step_key = None if key is None else jax.random.fold_in(key, start + i)
         state = stepper.advance(state, piece.context(i, 1, step_key))
-        frame = _frame_of(stepper.decode(state))
-        return state, (frame, measure(frame, piece.spec, piece.mask, reference))
+        decoded = stepper.decode(state)
+        frame = _frame_of(decoded)
+        std = None if frame is decoded else decoded.std
+        return state, (frame, measure(frame, piece.spec, piece.mask, reference), std)
 
     shapes = jax.eval_shape(step, carry, jnp.int32(0))[1]
     buffers = jax.tree.map(lambda s: jnp.zeros((chunk, *s.shape), s.dtype), shapes)
@@ -191,9 +196,9 @@ def _advance(graph, numbers, piece: Window, carry, start, count, key, reference,
         return state, jax.tree.map(put, buffers, now)
 
     # A loop of dynamic length, not a scan: the last, shorter chunk needs neither a trace of its own nor idle steps.
-    carry, (frames, ledger) = jax.lax.fori_loop(0, count, body, (carry, buffers))
+    carry, (frames, ledger, std) = jax.lax.fori_loop(0, count, body, (carry, buffers))
     if every:
         rows = every - 1 - start % every + every * jnp.arange(-(-chunk // every))
         chosen = jnp.moveaxis(frames[jnp.minimum(rows, chunk - 1)], 0, 1)
         ledger = replace(ledger, spectrum=jnp.moveaxis(energy_spectrum(chosen, piece.spec.grid), 1, 0))
-    return carry, frames, ledger
+    return carry, frames, ledger, std

@@ -10,12 +10,16 @@ from physml.steppers.floors import (
     LinearInverseConfig,
     PersistenceConfig,
 )
+from physml.steppers.flux import FluxConfig
+from physml.steppers.gaussian import Distribution, GaussianConfig
 from physml.steppers.intervals import IntervalConfig, averaged
 from physml.steppers.learned_interpolation import LearnedInterpolationConfig
 from physml.steppers.members import Members, stack_members
 from physml.steppers.plain import DirectConfig, ResidualConfig
 from physml.steppers.refiner import RefinerConfig
+from physml.steppers.stream_function import StreamFunctionConfig
 from physml.steppers.temporal_stencil import TemporalStencilConfig
+from physml.steppers.transport import TransportConfig
 
 STEPPERS = {
     "bundled": BundledConfig,
@@ -24,13 +28,17 @@ STEPPERS = {
     "corrected": CorrectedConfig,
     "direct": DirectConfig,
     "extrapolation": ExtrapolationConfig,
+    "flux": FluxConfig,
+    "gaussian": GaussianConfig,
     "interval": IntervalConfig,
     "learned_interpolation": LearnedInterpolationConfig,
     "linear_inverse": LinearInverseConfig,
     "persistence": PersistenceConfig,
     "refiner": RefinerConfig,
     "residual": ResidualConfig,
+    "stream_function": StreamFunctionConfig,
     "temporal_stencil": TemporalStencilConfig,
+    "transport": TransportConfig,
 }
 
 __all__ = [
@@ -38,14 +46,19 @@ __all__ = [
     "ClosureConfig",
     "CorrectedConfig",
     "DirectConfig",
+    "Distribution",
     "FLOORS",
+    "FluxConfig",
+    "GaussianConfig",
     "IntervalConfig",
     "LearnedInterpolationConfig",
     "Members",
     "RefinerConfig",
     "ResidualConfig",
     "STEPPERS",
+    "StreamFunctionConfig",
     "TemporalStencilConfig",
+    "TransportConfig",
     "averaged",
     "stack_members",
 ]

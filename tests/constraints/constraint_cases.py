@@ -5,7 +5,15 @@ from typing import Any
 
 import numpy as np
 
-from physml.constraints import CONSTRAINTS, MassFixer, Positivity
+from physml.constraints import (
+    CONSTRAINTS,
+    Boundary,
+    DivergenceFree,
+    Linear,
+    MassFixer,
+    Positivity,
+    QuadraticInvariant,
+)
 from physml.fields import Axis, Channel, Context, Grid, Spec, Window
 
 
@@ -62,7 +70,21 @@ def frames(grid: Grid, *, batch: int = 2, mask=None, seed: int = 1) -> tuple[np.
     return tuple(field if mask is None else field * mask for field in both)
 
 
+def rows(count: int, length: int) -> tuple[tuple[float, ...], ...]:
+    """Independent rows of both signs."""
+    return tuple(map(tuple, np.random.default_rng(5).normal(size=(count, length)).round(3)))
+
+
+# Every seventh cell is an obstacle.
+DEPTH = (("static", np.where(np.arange(120).reshape(1, 12, 10, 1) % 7 == 3, 0, 1).repeat(2, 0).astype(np.float32)),)
+
 CASES = {
+    "linear: cells": Case(Linear(("rho", "u")), "sphere"),
+    "linear: trapezoid": Case(Linear("v", "trapezoid", 0.3), "walls"),
+    "linear: right rule": Case(Linear(("q", "v"), "right", ("mean", -0.2), "depth"), "columns"),
+    "linear: one row": Case(Linear("u", rows(1, 37)), "line"),
+    "linear: three rows": Case(Linear(("rho", "u"), rows(3, 74), ("mean", 0.5, -1)), "line"),
+    "linear: rows by variance": Case(Linear("v", rows(4, 37), variance=tuple(np.linspace(0, 2, 37))), "line"),
     "mass: additive": Case(MassFixer(("rho", "u"))),
     "mass: one name": Case(MassFixer("rho"), "line"),
     "mass: multiplicative": Case(MassFixer(("rho", "v"), "multiplicative"), "sphere"),
@@ -79,6 +101,14 @@ CASES = {
     "mass: positive in proportion": Case(MassFixer("q", "multiplicative", positive=True), "columns"),
     "positivity": Case(Positivity(("rho", "q")), "sphere"),
     "positivity: floor": Case(Positivity("q", floor=0.25), "walls"),
+    "boundary: walls": Case(Boundary(("u", "q"), ("y low", "y high"), ("previous", "source")), "walls"),
+    "boundary: obstacle": Case(Boundary(("u", "rho"), "x high", (0.0, 2.0), obstacle="depth"), "walls", DEPTH),
+    "divergence_free: series": Case(DivergenceFree()),
+    "divergence_free: walls": Case(DivergenceFree(), "walls"),
+    "divergence_free: obstacle": Case(DivergenceFree(obstacle="depth", open="x high"), "walls", DEPTH),
+    "quadratic: energy": Case(QuadraticInvariant(("u", "v"), at_most=True), "sphere"),
+    "quadratic: density": Case(QuadraticInvariant(("u", "v"), density="rho", keep_mean=True), "columns"),
+    "quadratic: enstrophy": Case(QuadraticInvariant(("u", "v"), "enstrophy"), "periodic"),
 }
 
 assert {type(case.constraint) for case in CASES.values()} == set(CONSTRAINTS.values()), "a constraint has no case"

@@ -23,13 +23,17 @@ OPTIONS = {
     "corrected": {"solver": BURGERS, "history": 2},
     "direct": {"history": 2, "lead": True},
     "extrapolation": {},
+    "flux": {"upwind": True, "positive": ("u",)},
+    "gaussian": {"history": 2},
     "interval": {"intervals": (1, 2)},
     "learned_interpolation": {"solver": FLOW},
     "linear_inverse": {"modes": 2},
     "persistence": {},
     "refiner": {"refinements": 2, "longest_time": 1.0},
     "residual": {"history": 2},
+    "stream_function": {"history": 2},
     "temporal_stencil": {"solver": FLOW, "history": 2, "size": 2},
+    "transport": {"center": ("u",), "history": 2},
 }
 
 SLOW = ("closure", "learned_interpolation", "temporal_stencil")  # to compile; `corrected` stands for them
@@ -40,9 +44,14 @@ def names() -> list:
     return [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in sorted(STEPPERS)]
 
 
+def solver_of(name: str):
+    """The solver that the stepper holds, or one with the channels that it needs."""
+    return OPTIONS[name].get("solver", FLOW if name == "stream_function" else BURGERS)
+
+
 def data_of(name: str, trajectories: int = 2, frames: int = 8) -> xr.Dataset:
-    """Smooth waves on the grid of the solver that the stepper holds."""
-    solver = OPTIONS[name].get("solver", BURGERS)
+    """Smooth waves on the grid of `solver_of(name)`."""
+    solver = solver_of(name)
     random, space = np.random.default_rng(0), [axis.name for axis in solver.grid.axes]
     variables = {}
     for channel in solver.channels:
@@ -61,7 +70,7 @@ def data_of(name: str, trajectories: int = 2, frames: int = 8) -> xr.Dataset:
 def stepper_of(name: str):
     """The stepper on the data of `data_of(name)`."""
     data = data_of(name)
-    spec = dataclasses.replace(spec_of(data), grid=OPTIONS[name].get("solver", BURGERS).grid)
+    spec = dataclasses.replace(spec_of(data), grid=solver_of(name).grid)
     config = STEPPERS[name](**OPTIONS[name])
     if config.signature(spec) is None:
         return config.fit(XarrayDataset(data, spec))

@@ -3,8 +3,10 @@
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from physml.constraints import CONSTRAINTS
 from physml.data.generate import generate
 from physml.objectives import OBJECTIVES
 from physml.solvers import make_solver
@@ -43,6 +45,19 @@ def test_the_strategies_of_the_docs_can_be_built():
         exec(compile(block, "docs/training.md", "exec"), names)
     registered = {*OBJECTIVES.values(), *STEPPERS.values()} - set(FLOORS.values())
     assert {kind.__name__ for kind in registered} <= set(re.findall(r"\w+", text))
+
+
+def test_the_laws_of_the_docs_can_be_built():
+    """And no constraint is left out."""
+    text, names = (ROOT / "docs/conservation.md").read_text(), {}
+    blocks = [
+        b for b in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "stepper" not in b and "(frames" not in b
+    ]
+    assert len(blocks) >= 3
+    for block in blocks:
+        exec(compile(block, "docs/conservation.md", "exec"), names)
+    assert {kind.__name__ for kind in CONSTRAINTS.values()} <= set(re.findall(r"\w+", text))
+    np.testing.assert_allclose(np.trapezoid(names["mean"], np.linspace(0, 1, 201)), 0.8, rtol=1e-6)
 
 
 @pytest.mark.parametrize("link", sorted(set(re.findall(r"\]\(([^)#]+)\)", (ROOT / "README.md").read_text()))))

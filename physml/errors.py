@@ -50,7 +50,7 @@ class DependencyError(PhysmlError, ImportError):
 
 def suggest(name: str, valid: Iterable[str]) -> str:
     """ " Did you mean 'x'? Valid: ..." for an unknown `name`; to be put at the end of a message."""
-    valid = sorted(valid)
+    valid = sorted(map(str, valid))
     close = difflib.get_close_matches(str(name), valid, n=1, cutoff=0.5)
     hint = f" Did you mean {close[0]!r}?" if close else ""
     return f"{hint} Valid: {', '.join(valid) or 'none'}."

@@ -76,7 +76,7 @@ def test_every_stepper_is_exported(tmp_path, name, steps):
     program = load_exported(export(stepper, tmp_path / "e", steps=steps, platforms=("cpu",)))
     names = [entry["name"] for entry in program.signature["inputs"]]
     assert ("key" in names) == (name == "refiner")
-    assert ("lead" in names) == (name in ("direct", "interval"))
+    assert ("lead" in names) == (name in ("direct", "flux", "interval"))
     assert "time" not in names
     assert "forcing" not in names
     for batch in (1, 5):

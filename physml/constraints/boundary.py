@@ -2,12 +2,13 @@
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from physml.coding import check_choices
 from physml.constraints.sums import channels_of, field_of, over_space, positions, valid_cells
 from physml.errors import ConfigError, SpecError, suggest
 from physml.fields import ArrayLike, Context, Grid, Spec
@@ -38,12 +39,12 @@ class Boundary:
     sides: str | tuple[str, ...] = ()
     value: float | str | tuple[float | str, ...] = 0.0
     obstacle: str = ""
-    solid: int = 0
+    solid: Literal[0, 1] = 0
 
     def __post_init__(self):
         for name in ("channels", "sides"):
             object.__setattr__(self, name, channels_of(getattr(self, name)))
-        check_solid(self.solid)
+        check_choices(self)
         if not self.channels:
             raise ConfigError('channels is empty, so nothing is prescribed. Name some, e.g. Boundary("u", "walls").')
         if not self.sides and not self.obstacle:
@@ -157,12 +158,6 @@ def inside(obstacle: str, solid: int, context: Context) -> Any:
     """Whether cells lie in an obstacle, `(batch, *space, 1)`: where the field of that name is `solid`, 0 or 1."""
     one = field_of(obstacle, None, context) > 0.5
     return one if solid else ~one
-
-
-def check_solid(solid: int) -> None:
-    """Raises ConfigError unless it is one of the two values that a mask has."""
-    if solid not in (0, 1):
-        raise ConfigError(f"solid is {solid!r}, but it is what a mask holds inside of obstacles: 0 or 1.")
 
 
 def check_prescribed(names: list[str], spec: Spec) -> None:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from physml.coding import check_choices
-from physml.constraints.boundary import check_prescribed, check_solid, inside
+from physml.constraints.boundary import check_prescribed, inside
 from physml.constraints.differences import Differences, check_components, component_axes
 from physml.constraints.sums import channels_of, over_space, positions, valid_cells
 from physml.errors import ConfigError, SpecError
@@ -46,14 +46,13 @@ class DivergenceFree:
     method: Literal["spectral", "poisson", "auto"] = "auto"
     axes: str | tuple[str, ...] = ()
     obstacle: str = ""
-    solid: int = 0
+    solid: Literal[0, 1] = 0
     open: str | tuple[str, ...] = ()
 
     def __post_init__(self):
         for name in ("velocity", "axes", "open"):
             object.__setattr__(self, name, channels_of(getattr(self, name)))
         check_choices(self)
-        check_solid(self.solid)
         check_components(self.velocity, self.axes, (2, 3))
         if self.method == "spectral" and (self.obstacle or self.open):
             raise ConfigError("Fourier series know neither obstacles nor sides. Set method to poisson or auto.")

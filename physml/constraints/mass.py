@@ -15,7 +15,6 @@ from physml.constraints.sums import (
     over_space,
     positions,
     settle,
-    total,
     valid_cells,
 )  # fmt: skip
 from physml.errors import ConfigError, SpecError, suggest
@@ -152,7 +151,8 @@ class MassFixer:
         """`frame` with corrected values, whose totals are made exact."""
         if self.positive:  # a correction may have made new negative ones
             values = jnp.where(parts.target >= 0, parts.clipped(values), values)
-        values = settle(values, -parts.excess(values), parts.weights, parts.keep)
+        lack = -parts.excess(values) / (len(self.channels) if self.together else 1)
+        values = settle(values, lack, parts.weights, parts.keep)
         values = jnp.where(parts.exists, values, frame[..., parts.places])
         return frame.at[..., parts.places].set(values.astype(frame.dtype))
 
@@ -173,28 +173,39 @@ class _Totals:
         cells = cells / jnp.where(size > 0, size, 1)
         self.values = jnp.where(self.exists, frame[..., self.places], 0)
         self.weights = cells * self._density(frame, context)
-        self.target = self._target(cells, previous, context)
+        self.owed = self._owed(cells, previous, context)
+        self.target = self._prescribed(context) if law.total else self.sum(*self.owed)
 
     def _density(self, frame, context):
         return field_of(self.law.density, frame, context) if self.law.density else 1
 
-    def _target(self, cells, previous, context):
-        law = self.law
+    def _prescribed(self, context):
+        index = [c.name for c in self.spec.parameters].index(self.law.total)
+        number = jnp.asarray(context.parameters)[:, index].reshape(-1, *[1] * (self.values.ndim - 1))
+        return number * (self.sum(self.weights) != 0)
+
+    def _owed(self, cells, previous, context):
+        """The terms, cell by cell, whose sum the total has to be."""
+        law, previous = self.law, jnp.asarray(previous)
         if law.total:
-            index = [c.name for c in self.spec.parameters].index(law.total)
-            number = jnp.asarray(context.parameters)[:, index].reshape(-1, *[1] * (self.values.ndim - 1))
-            return number * (self.sum(self.weights) != 0)
-        previous = jnp.where(self.exists, jnp.asarray(previous)[..., self.places], 0)
-        target = self.sum(cells * self._density(previous, context) * previous)
+            return ()
+        before = jnp.where(self.exists, previous[..., self.places], 0)
+        owed = (cells * self._density(previous, context) * before,)
         if law.sources:
             sources = jnp.concatenate([field_of(name, previous, context) for name in law.sources], -1)
             lead = jnp.asarray(context.lead).reshape(-1, *[1] * (self.values.ndim - 1))
-            target = target + self.sum(self.weights * sources) * lead
-        return target
+            owed += (self.weights * sources * lead,)
+        return owed
 
-    def sum(self, weighted):
-        sums = over_space(jnp.broadcast_to(weighted, self.values.shape), self.keep)
-        return total(sums)[..., None] if self.law.together else sums
+    def sum(self, *terms):
+        """The totals of several terms together, rounded once."""
+        terms = [jnp.broadcast_to(term, self.values.shape) for term in terms]
+        if self.law.together:
+            terms = [term[..., i : i + 1] for term in terms for i in range(term.shape[-1])]
+        summed = [1 + axis for axis in range(self.values.ndim - 2) if axis not in self.keep]
+        if not summed:  # a space of zero axes
+            return sum(terms)
+        return over_space(jnp.concatenate(terms, axis=summed[0]), self.keep)
 
     def largest(self, values):
         """The largest of the `values` (0 or more) of each total, 1 where all vanish."""
@@ -204,7 +215,10 @@ class _Totals:
 
     def excess(self, values):
         """The total of `values` minus the target; zero where no cell exists."""
-        return self.sum(self.weights * values) - self.target
+        if self.law.total:
+            return self.sum(self.weights * values) - self.target
+        # Two totals that are rounded before they are subtracted let a rollout drift.
+        return self.sum(self.weights * values, *(-term for term in self.owed))
 
     def spread(self, values, method: str):
         """`values` corrected to have the target as total."""

@@ -159,10 +159,7 @@ class _Squares:
 
     def excess(self, values) -> Float[Array, "batch"]:
         """The total minus the target, summed as one: exact to rounding of the difference, not of the total."""
-        pieces = jnp.concatenate([self.pieces(values), -self.before], axis=-1)
-        # Compilers join the last product and the first sum without rounding between them: the same field would then
-        # have another total as a frame than as the previous one, and totals would drift.
-        return total(jax.lax.optimization_barrier(pieces))
+        return total(jnp.concatenate([self.pieces(values), -self.before], axis=-1))
 
     def gradient(self, values):
         """Of the total, with respect to every value."""
@@ -179,7 +176,8 @@ class _Squares:
     def moved(self, values, direction, gradient=None):
         """`values` moved along `direction` to the target, or as near to it as that leads.
 
-        Without a gradient the direction is that of a factor, which is orthogonal to what the factor leaves. The total is q + b t + a t^2 at `values + t direction`; the nearer root, in the form that does not cancel.
+        The total is q + b t + a t^2 at `values + t direction`; the nearer root, in the form that does not cancel.
+        Without a `gradient` of the total, the direction is that of a factor: orthogonal to what the factor leaves.
         """
         excess = self.excess(values)
         if self.law.at_most:

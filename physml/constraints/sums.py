@@ -37,6 +37,9 @@ def total(values: Float[ArrayLike, "... n"]) -> Float[Array, "..."]:
     values = jnp.asarray(values)
     if values.dtype.itemsize < 4:
         values = values.astype(jnp.float32)
+    # Else a compiler joins the product that made a value with the first addition, in one place and not in another, and
+    # equal fields have different sums.
+    values = jax.lax.optimization_barrier(values)
     lost = jnp.zeros_like(values)
     while values.shape[-1] > 1:
         if values.shape[-1] % 2:

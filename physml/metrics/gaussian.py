@@ -3,7 +3,7 @@
 Arrays are `(..., n)`, numpy or jax, and scores are means over the n points, one per sample; average those last.
 """
 
-import math
+from physml.metrics import calibration
 
 
 def log_likelihood(mean, variance, truth):
@@ -13,8 +13,7 @@ def log_likelihood(mean, variance, truth):
     """
     xp = mean.__array_namespace__()
     possible = variance > 0
-    safe = xp.where(possible, variance, 1)
-    density = -((truth - mean) ** 2 / safe + xp.log(2 * math.pi * safe)) / 2
+    density = calibration.log_likelihood(mean, xp.where(possible, variance, 1), truth)
     return xp.where(possible, density, -xp.inf).mean(-1)
 
 

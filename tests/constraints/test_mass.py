@@ -1,0 +1,82 @@
+"""Mass fixers over many steps, in float32, and where a correction has nothing to hold on to."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from constraint_cases import GRIDS, context, frames
+
+from physml.constraints import MassFixer
+
+STEPS = 2000
+
+
+@pytest.mark.parametrize(
+    "law",
+    [
+        MassFixer("rho"),
+        MassFixer("rho", "multiplicative"),
+        MassFixer("rho", sources="source"),
+        MassFixer("rho", "multiplicative", sources="source"),
+        MassFixer(("rho", "q"), "multiplicative", together=True),
+        MassFixer("rho", positive=True),
+    ],
+    ids=str,
+)
+def test_totals_do_not_drift_in_thousands_of_steps(law):
+    """Corrections of a tenth of a unit in the last place, and sources that change; totals in float64 afterwards."""
+    grid = GRIDS["sphere"]
+    around = context(grid)
+    law = law.build(around.spec)
+
+    def step(frame, key):
+        noise, source = jax.random.normal(key, frame.shape), jax.random.normal(jax.random.fold_in(key, 1))
+        forcing = jnp.full_like(around.forcing, 1e-2 * source)
+        changed = frame * (1 + 1e-8) + 1e-3 * noise
+        frame = law.project(changed, frame, dataclasses.replace(around, forcing=forcing))
+        return frame, (frame, forcing[..., 0].mean((1, 2)))
+
+    first = jnp.asarray(frames(grid)[0]) + 5
+    _, (found, source) = jax.jit(lambda f: jax.lax.scan(step, f, jax.random.split(jax.random.key(0), STEPS)))(first)
+    names = [around.spec.index(name) for name in law.channels]
+    found = np.concatenate([np.asarray(first)[None], found]).astype(np.float64)[..., names]
+    totals = (found * grid.weights()[..., None].astype(np.float64)).mean((2, 3))
+    totals = totals.sum(-1) if law.together else totals[..., 0]
+    budget = np.cumsum(np.asarray(source, np.float64), 0) * around.spec.time_step if law.sources else 0
+    drift = totals[1:] - budget - totals[0]
+    assert np.abs(drift).max() <= 1e-6 * np.abs(totals[0]).max()
+
+
+def test_fields_that_conserve_are_left_alone():
+    """Bit for bit: a shifted field has the same total."""
+    around = context(GRIDS["periodic"])
+    frame = frames(GRIDS["periodic"])[0]
+    moved = np.roll(frame, (3, 5), (1, 2))
+    for method in ("additive", "multiplicative", "gradient"):
+        law = MassFixer(("rho", "u"), method)
+        np.testing.assert_array_equal(jax.jit(law.project)(moved, frame, around), moved)
+
+
+def test_a_factor_that_cannot_be_becomes_a_shift():
+    around = context(GRIDS["walls"])
+    frame, previous = frames(GRIDS["walls"])
+    law = MassFixer("rho", "multiplicative")
+    for other in (-frame, frame - frame.mean((1, 2), keepdims=True), np.zeros_like(frame)):
+        fixed = law.project(other, previous, around)
+        assert np.isfinite(fixed).all()
+        assert float(np.abs(law.violation(fixed, previous, around)).max()) <= 1e-6
+    flat = np.ones_like(frame)  # no gradient anywhere
+    steep = MassFixer("rho", "gradient")
+    assert float(np.abs(steep.violation(steep.project(flat, previous, around), previous, around)).max()) <= 1e-6
+
+
+def test_a_negative_total_keeps_its_sign_though_positive_was_asked():
+    around = context(GRIDS["walls"])
+    frame, previous = frames(GRIDS["walls"])
+    law = MassFixer("rho", positive=True)
+    fixed = law.project(frame, -previous, around)
+    assert float(np.abs(law.violation(fixed, -previous, around)).max()) <= 1e-6
+    assert (np.asarray(fixed)[..., 0] < 0).any()
+    assert (np.asarray(law.project(frame - 3, previous, around))[..., 0] >= 0).all()

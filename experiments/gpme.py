@@ -38,7 +38,7 @@ from jaxtyping import Array, Float
 
 from physml.constraints import condition, smooth, trapezoid
 from physml.errors import DataError
-from physml.metrics.calibration import log_likelihood
+from physml.metrics.calibration import gaussian_mixture, log_likelihood
 from physml.report.drawing import new_figure, png
 from physml.solvers.porous import Diffusion, Heat, PorousMedium, Stefan, porous_medium_mass, stefan_mass
 
@@ -199,10 +199,10 @@ def update(name: str, draws: Normal, x: np.ndarray, mass: float) -> Normal:
 
 
 def mixture(draws: Normal) -> Normal:
-    """Mean and standard deviation over the first axis: mean variance plus (unbiased) variance of the means."""
+    """Mean and standard deviation over the first axis."""
     means, variances = np.asarray(draws.mean, np.float64), np.asarray(draws.std, np.float64) ** 2
-    spread = means.var(0, ddof=1) if len(means) > 1 else 0.0
-    return Normal(means.mean(0), np.sqrt(variances.mean(0) + spread))
+    mean, variance = gaussian_mixture(means, variances)
+    return Normal(mean, np.sqrt(variance))
 
 
 def scores(predicted: Normal, x: np.ndarray, u: np.ndarray, mass: float) -> np.ndarray:

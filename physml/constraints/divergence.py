@@ -9,9 +9,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from physml.coding import check_choices
-from physml.constraints.boundary import check_prescribed, inside
+from physml.constraints.boundary import inside
 from physml.constraints.differences import Differences, check_components, component_axes
-from physml.constraints.sums import channels_of, over_space, positions, valid_cells
+from physml.constraints.names import channels_of, check_known, positions
+from physml.constraints.sums import over_space, valid_cells
 from physml.errors import ConfigError, SpecError
 from physml.fields import ArrayLike, Context, Spec
 
@@ -61,7 +62,7 @@ class DivergenceFree:
         """Itself. Raises SpecError where the grid, a channel or a field do not fit."""
         positions(spec, self.velocity)
         if self.obstacle:
-            check_prescribed([self.obstacle], spec)
+            check_known("forcing or static field", [self.obstacle], spec.forcing, spec.static)
         self._differences(spec)
         return self
 

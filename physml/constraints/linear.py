@@ -8,8 +8,9 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from physml.constraints.conditioning import posterior
+from physml.constraints.names import channels_of, check_known, field_of, positions
 from physml.constraints.operators import right_rule, trapezoid
-from physml.constraints.sums import channels_of, field_of, over_space, positions, settle, total, valid_cells
+from physml.constraints.sums import gain, over_space, settle, total, valid_cells
 from physml.errors import ConfigError, SpecError, suggest
 from physml.fields import ArrayLike, Axis, Context, Grid, Spec
 
@@ -75,13 +76,9 @@ class Linear:
         rows = width if self.rule else len(self.operator)
         if len(self.targets) not in (0, rows) and not isinstance(self.target, (int, float, str)):
             raise SpecError(f"There are {len(self.targets)} targets for {rows} rows. Give one for all, or one each.")
-        parameters = [channel.name for channel in spec.parameters]
-        for name in self.targets:
-            if isinstance(name, str) and name not in parameters:
-                raise SpecError(f"There is no parameter {name!r} to be the target." + suggest(name, parameters))
-        fields = [channel.name for channel in (*spec.static, *spec.forcing)]
-        if isinstance(self.variance, str) and self.variance and self.variance not in fields:
-            raise SpecError(f"There is no static or forcing field {self.variance!r}." + suggest(self.variance, fields))
+        check_known("parameter", [name for name in self.targets if isinstance(name, str)], spec.parameters)
+        if isinstance(self.variance, str) and self.variance:
+            check_known("forcing or static field", [self.variance], spec.forcing, spec.static)
         if isinstance(self.variance, tuple) and len(self.variance) not in (0, points, points * width):
             raise SpecError(
                 f"variance has {len(self.variance)} numbers, but {points} (one per point) or {points * width} (one per "
@@ -126,8 +123,8 @@ class Linear:
     ) -> Float[Array, "batch laws"]:
         """G u - b relative to the sum of its terms' sizes, one law per row: for a rule, per channel."""
         parts = _Parts(self, frame, previous, context)
-        size = jnp.maximum(parts.applied(jnp.abs(parts.rows), jnp.abs(parts.values)), jnp.abs(parts.target))
-        excess = parts.applied(parts.rows, parts.values) - parts.target
+        excess, size = parts.excess(parts.values), parts.sum(jnp.abs(parts.terms(parts.values)))
+        size = jnp.maximum(size, jnp.abs(parts.sum(parts.terms(parts.before)) + parts.target))
         return (excess / jnp.where(size > 0, size, 1)).reshape(excess.shape[0], -1)
 
     def project(
@@ -159,7 +156,8 @@ class _Parts:
 
     Where every column of values has one row to obey (`single`): values `(batch, *space, column)`, rows and target
     broadcast to them; columns are channels, or all points and channels are one. Otherwise values `(batch, n)`, rows
-    `(1 or batch, m, n)` and target `(batch, m)`.
+    `(1 or batch, m, n)` and target `(batch, m)`. The rows have to give what they give of the values `before`, plus
+    the target; one of the two is zero.
     """
 
     def __init__(self, law: Linear, frame, previous, context: Context):
@@ -170,9 +168,10 @@ class _Parts:
         self.values = self.of(frame)
         self.rows = self._rows()
         if law.targets:
-            self.target = self._given() * self.applied(self.rows != 0, jnp.ones_like(self.values)).astype(bool)
+            self.before = jnp.zeros_like(self.values)
+            self.target = self._given() * (self.sum(jnp.abs(self.terms(jnp.ones_like(self.values)))) > 0)
         else:
-            self.target = self.applied(self.rows, self.of(previous))
+            self.before, self.target = self.of(previous), 0
 
     def of(self, frame):
         """The values of the channels, 0 where they do not exist."""
@@ -184,9 +183,17 @@ class _Parts:
         values = values.reshape(self.exists.shape).astype(frame.dtype)
         return frame.at[..., self.places].set(jnp.where(self.exists, values, frame[..., self.places]))
 
-    def applied(self, rows, values):
-        """G u, like the target."""
-        return over_space(rows * values) if self.single else total(rows * values[:, None])
+    def terms(self, values):
+        """Those of G u."""
+        return self.rows * (values if self.single else values[:, None])
+
+    def sum(self, *terms):
+        """All of them, like the target."""
+        return over_space(*terms) if self.single else total(jnp.concatenate(terms, -1))
+
+    def excess(self, values):
+        """G u minus what it has to be."""
+        return self.sum(self.terms(values), -self.terms(self.before)) - self.target
 
     def own_variance(self):
         """Of the law, like the values."""
@@ -202,19 +209,15 @@ class _Parts:
     def corrected(self, variance):
         """Values that obey, and what is left of their variances."""
         if not self.single:
-            return posterior("diagonal", "float64", self.values, variance, self.rows, self.target, jnp.zeros(()))
+            target = self.sum(self.terms(self.before)) + self.target
+            return posterior("diagonal", "float64", self.values, variance, self.rows, target, jnp.zeros(()))
         # One row takes no more than compensated sums.
-        largest = variance.max(tuple(range(1, variance.ndim - 1)), keepdims=True)
-        gain = self.rows * variance / jnp.where(largest > 0, largest, 1)  # squares of small units would underflow
-        room = over_space(self.rows * gain)
-        can = room > 0
-        room = jnp.where(can, room, 1)
-        excess = jnp.where(can, self.applied(self.rows, self.values) - self.target, 0)
-        values = self.values - gain * (excess / room)
-        missing = jnp.where(can, self.target - self.applied(self.rows, values), 0)
+        taken, can = gain(self.rows, variance)
+        values = self.values - self.excess(self.values) * taken
+        missing = jnp.where(can, -self.excess(values), 0)
         sign = jnp.where(self.rows < 0, -1, 1)
         values = settle(values * sign, missing, jnp.abs(self.rows) * (variance > 0)) * sign
-        return values, variance * jnp.maximum(1 - self.rows * gain / room, 0)
+        return values, variance * jnp.maximum(1 - self.rows * taken, 0)
 
     def _arranged(self, values):
         values = values.astype(self.cells.dtype)

@@ -3,21 +3,13 @@
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from physml.coding import check_choices
-from physml.constraints.sums import (
-    channels_of,
-    field_of,
-    missing_field,
-    over_space,
-    positions,
-    settle,
-    valid_cells,
-)  # fmt: skip
-from physml.errors import ConfigError, SpecError, suggest
+from physml.constraints.names import channels_of, check_density, check_known, density_of, field_of, positions
+from physml.constraints.sums import gain, over_space, settle, valid_cells
+from physml.errors import ConfigError, SpecError
 from physml.fields import ArrayLike, Context, Spec
 
 
@@ -76,22 +68,11 @@ class MassFixer:
     def build(self, spec: Spec) -> "MassFixer":
         """Itself. Raises SpecError for a channel, field, parameter or axis that `spec` does not have."""
         positions(spec, self.channels)
-        known = [c.name for group in (spec.channels, spec.forcing, spec.static) for c in group]
-        forcing = [c.name for c in spec.forcing]
-        parameters = [c.name for c in spec.parameters]
+        check_density(self.density, self.channels, spec)
+        check_known("forcing field", self.sources, spec.forcing)
+        check_known("parameter", (self.total,) if self.total else (), spec.parameters)
+        check_known("axis", self.separately, spec.grid.axes)
         axes = [axis.name for axis in spec.grid.axes]
-        if self.density and self.density not in known:
-            raise SpecError(missing_field(self.density, spec))
-        if self.density in self.channels:
-            raise SpecError(f"{self.density!r} cannot be its own density. Leave `density` out, or fix another channel.")
-        for what, names, valid_names in (
-            ("forcing field", self.sources, forcing),
-            ("parameter", (self.total,) if self.total else (), parameters),
-            ("axis", self.separately, axes),
-        ):
-            for name in names:
-                if name not in valid_names:
-                    raise SpecError(f"There is no {what} {name!r}." + suggest(name, valid_names))
         if self.separately and set(self.separately) >= set(axes):
             raise SpecError(f"separately names every axis, {axes}: no total is left to conserve. Name fewer.")
         return self
@@ -102,10 +83,7 @@ class MassFixer:
         """The total minus what it has to be, relative to the mean size of the values; one law per channel and position
         of `separately`."""
         parts = self._parts(frame, previous, context)
-        size = over_space(parts.weights * jnp.abs(parts.values), parts.keep)
-        if self.together:
-            size = size.sum(-1, keepdims=True)
-        size = jnp.maximum(size, jnp.abs(parts.target))
+        size = jnp.maximum(parts.sum(parts.weights * jnp.abs(parts.values)), jnp.abs(parts.target))
         difference = parts.excess(parts.values)
         return (difference / jnp.where(size > 0, size, 1)).reshape(difference.shape[0], -1)
 
@@ -129,22 +107,19 @@ class MassFixer:
     ) -> tuple[Float[Array, "batch *space channel"], Float[Array, "batch *space channel"]]:
         """Mean and variance of a Gaussian frame whose numbers are independent, given the totals that it has to have.
 
-        With weights w and variances S, the total's excess e goes to the cells as S w / (w' S w), and S loses
-        (S w)^2 / (w' S w): cells that are less certain take more (ProbConserv, Hansen et al. 2023, arXiv:2302.11002;
-        the covariances that this makes are left out). That stands in for `method`, which spreads the correction only
-        where all variances of a total vanish. A predicted `density` counts as known: that of the mean. The mean of
-        `positive` is clipped afterwards as in `project`.
+        Cells that are less certain take more of the correction (`physml.constraints.sums.gain`; the covariances that
+        this makes are left out). That stands in for `method`, which spreads the correction only where all variances of
+        a total vanish. A predicted `density` counts as known: that of the mean. The mean of `positive` is clipped
+        afterwards as in `project`.
         """
         mean, variance = jnp.asarray(mean), jnp.asarray(variance)
         parts = self._parts(mean, previous, context)
         own = jnp.where(parts.exists, variance[..., parts.places], 0)
-        gain = parts.weights * own / parts.largest(own)  # squares of small units would underflow
-        room = parts.sum(parts.weights * gain)
-        uncertain = room > 0
+        taken, uncertain = gain(parts.weights, own, parts.keep, self.together)
         even = parts.spread(parts.values, self.method)
-        values = jnp.where(uncertain, parts.added(parts.values, gain), even)
-        kept = jnp.maximum(1 - parts.weights * gain / jnp.where(uncertain, room, 1), 0)
-        own = jnp.where(parts.exists, own * kept, variance[..., parts.places]).astype(variance.dtype)
+        values = jnp.where(uncertain, parts.values - parts.excess(parts.values) * taken, even)
+        own = own * jnp.maximum(1 - parts.weights * taken, 0)
+        own = jnp.where(parts.exists, own, variance[..., parts.places]).astype(variance.dtype)
         return self._settled(mean, values, parts), variance.at[..., parts.places].set(own)
 
     def _settled(self, frame, values, parts: "_Totals"):
@@ -169,15 +144,12 @@ class _Totals:
         names = [axis.name for axis in context.spec.grid.axes]
         self.keep = tuple(names.index(name) for name in law.separately)
         cells, self.exists = valid_cells(context, self.places, frame)
-        size = over_space(cells, self.keep)
+        size = over_space(cells, keep=self.keep)
         cells = cells / jnp.where(size > 0, size, 1)
         self.values = jnp.where(self.exists, frame[..., self.places], 0)
-        self.weights = cells * self._density(frame, context)
+        self.weights = cells * density_of(law.density, frame, context)
         self.owed = self._owed(cells, previous, context)
         self.target = self._prescribed(context) if law.total else self.sum(*self.owed)
-
-    def _density(self, frame, context):
-        return field_of(self.law.density, frame, context) if self.law.density else 1
 
     def _prescribed(self, context):
         index = [c.name for c in self.spec.parameters].index(self.law.total)
@@ -190,7 +162,7 @@ class _Totals:
         if law.total:
             return ()
         before = jnp.where(self.exists, previous[..., self.places], 0)
-        owed = (cells * self._density(previous, context) * before,)
+        owed = (cells * density_of(law.density, previous, context) * before,)
         if law.sources:
             sources = jnp.concatenate([field_of(name, previous, context) for name in law.sources], -1)
             lead = jnp.asarray(context.lead).reshape(-1, *[1] * (self.values.ndim - 1))
@@ -198,26 +170,13 @@ class _Totals:
         return owed
 
     def sum(self, *terms):
-        """The totals of several terms together, rounded once."""
-        terms = [jnp.broadcast_to(term, self.values.shape) for term in terms]
-        if self.law.together:
-            terms = [term[..., i : i + 1] for term in terms for i in range(term.shape[-1])]
-        summed = [1 + axis for axis in range(self.values.ndim - 2) if axis not in self.keep]
-        if not summed:  # a space of zero axes
-            return sum(terms)
-        return over_space(jnp.concatenate(terms, axis=summed[0]), self.keep)
-
-    def largest(self, values):
-        """The largest of the `values` (0 or more) of each total, 1 where all vanish."""
-        axes = [1 + axis for axis in range(values.ndim - 2) if axis not in self.keep]
-        largest = jnp.max(values, axis=(*axes, -1) if self.law.together else axes, keepdims=True, initial=0)
-        return jax.lax.stop_gradient(jnp.where(largest > 0, largest, 1))  # it is divided out again
+        """The totals of several terms together."""
+        return over_space(*terms, keep=self.keep, together=self.law.together)
 
     def excess(self, values):
         """The total of `values` minus the target; zero where no cell exists."""
         if self.law.total:
             return self.sum(self.weights * values) - self.target
-        # Two totals that are rounded before they are subtracted let a rollout drift.
         return self.sum(self.weights * values, *(-term for term in self.owed))
 
     def spread(self, values, method: str):

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from physml.constraints.sums import channels_of, over_space, positions, settle, valid_cells
+from physml.constraints.names import channels_of, positions
+from physml.constraints.sums import over_space, settle, valid_cells
 from physml.errors import ConfigError
 from physml.fields import ArrayLike, Context, Spec
 
@@ -54,7 +55,7 @@ class Positivity:
         kept = jnp.maximum(above, 0)
         now = over_space(weights * kept)
         kept = kept * jnp.maximum(mean / jnp.where(now > 0, now, 1), 0)
-        kept = settle(kept, jnp.where(mean >= 0, mean - over_space(weights * kept), 0), weights)
+        kept = settle(kept, jnp.where(mean >= 0, over_space(weights * above, -weights * kept), 0), weights)
         any_below = jnp.any((above < 0) & exists, axis=range(1, frame.ndim - 1), keepdims=True)
         places = positions(context.spec, self.channels)
         values = jnp.where(any_below & exists, self.floor + kept, frame[..., places])

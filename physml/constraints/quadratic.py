@@ -10,17 +10,9 @@ from jaxtyping import Array, Float
 
 from physml.coding import check_choices
 from physml.constraints.differences import Differences, check_components, component_axes
-from physml.constraints.sums import (
-    channels_of,
-    field_of,
-    missing_field,
-    over_space,
-    positions,
-    settle,
-    total,
-    valid_cells,
-)  # fmt: skip
-from physml.errors import ConfigError, SpecError
+from physml.constraints.names import channels_of, check_density, density_of, positions
+from physml.constraints.sums import over_space, settle, valid_cells
+from physml.errors import ConfigError
 from physml.fields import ArrayLike, Context, Spec
 
 STEPS = 2  # of Newton's method, each exact along its gradient
@@ -80,11 +72,7 @@ class QuadraticInvariant:
     def build(self, spec: Spec) -> "QuadraticInvariant":
         """Itself. Raises SpecError for a channel, field or axis that `spec` does not have."""
         positions(spec, self.channels)
-        known = [c.name for group in (spec.channels, spec.forcing, spec.static) for c in group]
-        if self.density and self.density not in known:
-            raise SpecError(missing_field(self.density, spec))
-        if self.density in self.channels:
-            raise SpecError(f"{self.density!r} cannot be its own density. Leave `density` out, or name other channels.")
+        check_density(self.density, self.channels, spec)
         if self.turning:
             Differences(spec.grid, component_axes(self.channels, self.axes, spec.grid))
         return self
@@ -96,9 +84,9 @@ class QuadraticInvariant:
         """The sum of squares minus what it has to be, relative to the larger of both; one law."""
         squares = _Squares(self, frame, previous, context)
         excess = squares.excess(squares.values)
-        size = jnp.maximum(jnp.abs(squares.target), jnp.abs(total(squares.pieces(squares.values))))
+        size = jnp.maximum(jnp.abs(squares.sum(squares.before)), jnp.abs(squares.sum(squares.terms(squares.values))))
         excess = jnp.maximum(excess, 0) if self.at_most else excess
-        return (excess / jnp.where(size > 0, size, 1))[:, None]
+        return (excess / jnp.where(size > 0, size, 1)).reshape(-1, 1)
 
     @functools.partial(jax.jit, static_argnums=0)
     def project(
@@ -118,14 +106,14 @@ class QuadraticInvariant:
             values = squares.moved(values, squares.deviation(values), slope)
         for _ in range(2):
             values = squares.settled(values)
-        excess = squares.excess(squares.values).reshape(-1, *[1] * (values.ndim - 1))
+        excess = squares.excess(squares.values)
         needed = excess > 0 if self.at_most else excess != 0
         values = jnp.where(needed & squares.exists, values, frame[..., squares.places])
         return frame.at[..., squares.places].set(values.astype(frame.dtype))
 
 
 class _Squares:
-    """What one projection works with: values `(batch, *space, channels)` and the pieces whose total is the law."""
+    """What one projection works with: values `(batch, *space, channels)` and the terms whose total is the law."""
 
     def __init__(self, law: QuadraticInvariant, frame, previous, context: Context):
         frame, previous, spec = jnp.asarray(frame), jnp.asarray(previous), context.spec
@@ -137,33 +125,34 @@ class _Squares:
         if law.turning:
             exists = None if context.mask is None else jnp.all(self.exists, axis=-1)
             self.differences = Differences(spec.grid, component_axes(law.channels, law.axes, spec.grid), exists)
-        self.weights = self.per_cell * self._density(frame, context)
+        self.weights = self.per_cell * density_of(law.density, frame, context)
         self.values = self._values(frame)
-        before = self.pieces(self._values(previous), self.per_cell * self._density(previous, context))
-        self.before, self.target = before, total(before)
+        before = self.per_cell * density_of(law.density, previous, context)
+        self.before = self.terms(self._values(previous), before)
         self.per_cell = jnp.where(self.per_cell > 0, self.per_cell, 1)
 
     def _values(self, frame):
         return jnp.where(self.exists, frame[..., self.places], 0).astype(self.per_cell.dtype)
 
-    def _density(self, frame, context):
-        return field_of(self.law.density, frame, context) if self.law.density else 1
-
-    def pieces(self, values, weights=None) -> Float[Array, "batch pieces"]:
-        """The squares times their weights, all in a row."""
+    def terms(self, values, weights=None) -> Float[Array, "batch *space terms"]:
+        """The squares times their weights."""
         weights = self.weights if weights is None else weights
         if self.differences is not None:
             vorticity = self.differences.curl(jnp.moveaxis(values, -1, 1))
             values, weights = jnp.moveaxis(vorticity, 1, -1), weights[..., :1]
-        return (weights * jnp.square(values)).reshape(values.shape[0], -1)
+        return weights * jnp.square(values)
 
-    def excess(self, values) -> Float[Array, "batch"]:
-        """The total minus the target, summed as one: exact to rounding of the difference, not of the total."""
-        return total(jnp.concatenate([self.pieces(values), -self.before], axis=-1))
+    def sum(self, *terms):
+        """One number per sample, with size 1 along all other axes."""
+        return over_space(*terms, together=True)
+
+    def excess(self, values):
+        """The total minus what it has to be."""
+        return self.sum(self.terms(values), -self.before)
 
     def gradient(self, values):
         """Of the total, with respect to every value."""
-        return jax.grad(lambda values: self.pieces(values).sum())(values)
+        return jax.grad(lambda values: self.terms(values).sum())(values)
 
     def deviation(self, values):
         """The direction in which a factor moves `values`."""
@@ -182,8 +171,8 @@ class _Squares:
         excess = self.excess(values)
         if self.law.at_most:
             excess = jnp.maximum(excess, 0)
-        bend = total(self.pieces(direction))
-        slope = 2 * bend if gradient is None else jnp.sum(gradient * direction, axis=range(1, values.ndim))
+        bend = self.sum(self.terms(direction))
+        slope = 2 * bend if gradient is None else self.sum(gradient * direction)
         possible = (slope > 0) & (bend > 0)
         slope, bend = jnp.where(possible, slope, 1), jnp.where(possible, bend, 1)
         first, ratio = excess / slope, bend / slope  # 4 a q and b^2 would leave the range of numbers sooner
@@ -191,7 +180,7 @@ class _Squares:
         reached = inside > 0
         root = jnp.sqrt(jnp.where(reached, inside, 1))
         step = jnp.where(possible, jnp.where(reached, -2 * first / (1 + root), -0.5 / ratio), 0)
-        return values + step.reshape(-1, *[1] * (values.ndim - 1)) * direction
+        return values + step * direction
 
     def settled(self, values):
         """`values` with units in the last place moved until the rounding of `moved` is made up for."""

@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from physml.errors import SpecError
 from physml.fields import ArrayLike, Context
 
 
@@ -62,15 +61,51 @@ def _total_jvp(primals, tangents):
 
 
 def over_space(
-    values: Float[ArrayLike, "batch *space channels"], keep: tuple[int, ...] = ()
+    *terms: Float[ArrayLike, "batch *space channels"], keep: tuple[int, ...] = (), together: bool = False
 ) -> Float[Array, "batch ... channels"]:
-    """`total` over the space axes, except those numbered in `keep` (0 is the first); summed axes stay with size 1."""
-    ndim = values.ndim - 2
-    summed = [1 + axis for axis in range(ndim) if axis not in keep]
-    kept = [axis for axis in range(values.ndim) if axis not in summed]
-    moved = jnp.transpose(values, kept + summed)
-    flat = moved.reshape(*moved.shape[: len(kept)], -1)
-    return total(flat).reshape([1 if axis in summed else values.shape[axis] for axis in range(values.ndim)])
+    """The sum of all terms over the space axes, rounded once (`total`); summed axes stay with size 1.
+
+    What two sums differ by is the sum over the terms of one and those of the other with a minus: rounded before they
+    are subtracted, they would let a rollout drift.
+
+    Args:
+        terms: broadcast to each other.
+        keep: numbers of space axes (0 is the first) that are not summed over.
+        together: sum over channels too.
+    """
+    terms = jnp.broadcast_arrays(*terms)
+    shape = terms[0].shape
+    summed = _summed(len(shape), keep, together)
+    if not summed:
+        return sum(terms)
+    kept = [axis for axis in range(len(shape)) if axis not in summed]
+    flat = [jnp.transpose(term, kept + summed).reshape(*(shape[axis] for axis in kept), -1) for term in terms]
+    return total(jnp.concatenate(flat, -1)).reshape([1 if axis in summed else n for axis, n in enumerate(shape)])
+
+
+def gain(
+    weights: Any,
+    variance: Float[ArrayLike, "batch *space channels"],
+    keep: tuple[int, ...] = (),
+    together: bool = False,
+) -> tuple[Float[Array, "batch *space channels"], Array]:
+    """What each value takes of the error of a weighted sum, S w / (w' S w), and whether any variance S is left to.
+
+    With that gain k, `values - k * excess` has the wanted sum, and `variance * (1 - weights * k)` is what conditioning
+    on it leaves (ProbConserv, Hansen et al. 2023, arXiv:2302.11002, for one row). `keep` and `together` as in
+    `over_space`. The gain of a sum without variance is zero.
+    """
+    variance = jnp.asarray(variance)
+    axes = _summed(variance.ndim, keep, together)
+    largest = jnp.max(variance, axis=tuple(axes), keepdims=True, initial=0) if axes else variance
+    largest = jax.lax.stop_gradient(jnp.where(largest > 0, largest, 1))  # squares of small units would underflow
+    moved = weights * (variance / largest)
+    room = over_space(weights * moved, keep=keep, together=together)
+    return moved / jnp.where(room > 0, room, 1), room > 0
+
+
+def _summed(ndim: int, keep: tuple[int, ...], together: bool) -> list[int]:
+    return [1 + axis for axis in range(ndim - 2) if axis not in keep] + [ndim - 1] * together
 
 
 def settle(
@@ -91,7 +126,7 @@ def settle(
         weights = jnp.broadcast_to(weights, values.shape)
         free = (values != 0) & (weights != 0)
         unit = jnp.where(free, jnp.nextafter(jnp.abs(values), jnp.inf) - jnp.abs(values), 0)
-        room = over_space(weights * unit, keep)
+        room = over_space(weights * unit, keep=keep)
         share = jnp.clip(jnp.where(room > 0, jnp.abs(missing) / jnp.where(room > 0, room, 1), 0), 0, 1)
         place = _numbers(values.shape, keep)
         chosen = jnp.floor(share * (place + 1) + 0.5) - jnp.floor(share * place + 0.5)
@@ -108,33 +143,3 @@ def _numbers(shape: tuple[int, ...], keep: tuple[int, ...]) -> Array:
     for size in inner:
         count *= size
     return jnp.arange(count, dtype=jnp.float32).reshape(inner)
-
-
-def channels_of(names: Any) -> tuple[str, ...]:
-    """One name or several, as a tuple."""
-    return (names,) if isinstance(names, str) else tuple(names)
-
-
-def positions(spec: Any, names: tuple[str, ...]) -> list[int]:
-    """Places of predicted channels. Raises SpecError with the nearest name when there is none of that name."""
-    return [spec.index(name) for name in names]
-
-
-def field_of(name: str, frame: Any, context: Context) -> Float[Array, "batch *space 1"]:
-    """A predicted channel of `frame`, or a forcing or static field of the context, by name.
-
-    Raises SpecError when the spec has none of that name.
-    """
-    spec = context.spec
-    for group, values in (("channels", frame), ("forcing", context.forcing), ("static", context.static)):
-        names = [channel.name for channel in getattr(spec, group)]
-        if name in names:
-            index = names.index(name)
-            return jnp.asarray(values)[..., index : index + 1]
-    raise SpecError(missing_field(name, spec))
-
-
-def missing_field(name: str, spec: Any) -> str:
-    """The sentence about a field that is neither predicted nor prescribed."""
-    known = [channel.name for group in (spec.channels, spec.forcing, spec.static) for channel in group]
-    return f"There is no field {name!r}; the data has {', '.join(known)}. Name one of them."

@@ -107,7 +107,7 @@ def forecast(
     read = start.forcing and (lambda first, last: _tiled(start.forcing(first, last), members))
     options = {"steps": steps, "chunk": chunk, "members": members, "on_divergence": on_divergence, "limit": limit}
     options["spectrum_every"] = spectrum_every
-    owner = resuming.identity(model, window, start.valid[0], key, read, **options)
+    owner = {} if out is None else resuming.identity(model, window, start.valid[0], key, read, **options)
     if resume == "auto" and not overwrite and (done := resuming.finished(out, owner)) is not None:
         return done
     store = open_store(out, _labels(start, stepper.spec, members), coords, overwrite, resume)
@@ -122,7 +122,7 @@ def forecast(
         leads = run(pieces, progress)
         sizes = {LEAD: leads, **({SPECTRUM_STEP: leads // spectrum_every + 1} if spectrum_every else {})}
         attrs = {**model, **_divergences(run.watch), "steps_asked": str(steps), "stopped_early": int(leads < steps)}
-        attrs[resuming.MARK] = resuming.mark(owner)
+        attrs |= {resuming.MARK: resuming.mark(owner)} if owner else {}
         return store.finish(sizes, run.labels.completed(run.watch.good), attrs)
     except BaseException as error:
         store.abort(keep=run.saved and not isinstance(error, DivergedError))

@@ -9,7 +9,13 @@ import functools
 import jax.numpy as jnp
 
 from physml.metrics import moments, pointwise, spectra, weather
-from physml.metrics.calibration import calibration_curve, central_level, ensemble_central_level, gaussian_crps
+from physml.metrics.calibration import (
+    calibration_curve,
+    central_level,
+    ensemble_central_level,
+    gaussian_crps,
+    gaussian_mixture,
+)
 from physml.metrics.chaos import THRESHOLDS, high_correlation_time
 from physml.metrics.efficiency import EfficiencyGain, efficiency_gain
 from physml.metrics.ensemble import crps
@@ -77,5 +83,6 @@ __all__ = [
     "energy_spectrum",
     "ensemble_central_level",
     "gaussian_crps",
+    "gaussian_mixture",
     "high_correlation_time",
 ]

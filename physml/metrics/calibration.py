@@ -21,6 +21,17 @@ def log_likelihood(mean, variance, truth):
     return -((truth - mean) ** 2 / variance + xp.log(2 * math.pi * variance)) / 2
 
 
+def gaussian_mixture(means, variances):
+    """Mean and variance of an equal mixture of Gaussians over the first axis, each `(...)` of `(draw, ...)`.
+
+    The variance is the mean of the variances plus the unbiased variance of the means; with one draw just the former.
+    """
+    draws = len(means)
+    mean = means.mean(0)
+    between = ((means - mean) ** 2).sum(0) / max(draws - 1, 1)
+    return mean, variances.mean(0) + between
+
+
 def gaussian_crps(mean, variance, truth):
     """Continuous ranked probability score, in the unit of the field; lower is better, |mean - truth| without variance.
 

@@ -10,7 +10,7 @@ from flax import nnx
 from physml.errors import ConfigError
 from physml.fields import Context, Signature, Spec
 from physml.normalize import Normalizer
-from physml.steppers.packing import count, pack
+from physml.steppers.packing import count
 from physml.steppers.plain import Direct, check_fits
 
 
@@ -97,7 +97,7 @@ class Bundled(Direct):
 
     def _predict_bundle(self, model, recent, context: Context):
         config = self.config
-        fields, scalars = pack(recent, context, self.normalizer, self.history, config.calendar, config.lead)
+        fields, scalars = self.inputs(recent, context)
         random = {"key": context.key} if getattr(model, "dropout", 0) else {}
         output = model(fields, scalars, **random)
         output = jnp.moveaxis(output.reshape(*output.shape[:-1], self.bundle, -1), -2, 1)

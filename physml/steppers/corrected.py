@@ -69,10 +69,6 @@ class Hybrid(Direct):
         fields, scalars = pack(frames, context, self.normalizer, frames.shape[1], False, False)
         return self.ask(fields, scalars, context)
 
-    def ask(self, fields, scalars, context: Context):
-        random = {"key": context.key} if getattr(self.model, "dropout", 0) else {}
-        return self.model(fields, scalars, **random)
-
     def repeat(self, advance, value, times: int):
         """`value = advance(stepper, value)` so many times, compiled once."""
         if times == 1:

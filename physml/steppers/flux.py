@@ -12,7 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from physml.constraints.sums import channels_of, over_space, positions, settle, valid_cells
+from physml.constraints.names import channels_of, positions
+from physml.constraints.sums import over_space, settle, valid_cells
 from physml.errors import ConfigError, SpecError
 from physml.fields import ArrayLike, Context, Signature, Spec
 from physml.normalize import Normalizer
@@ -169,7 +170,7 @@ class Faces:
 
     def lost(self, before, after):
         """What the total lacks. Values are summed, not their differences, which would be rounded first."""
-        return over_space(jnp.concatenate([self.cells * before, -self.cells * after], axis=1))
+        return over_space(self.cells * before, -self.cells * after)
 
     def limit(self, amounts, values, low, high) -> Float[Array, "axis batch *space channels"]:
         """`amounts` reduced where they would take `values` beyond `low` and `high` (None or infinite: no bound).

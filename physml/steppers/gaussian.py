@@ -12,7 +12,6 @@ from physml.coding import check_choices
 from physml.errors import ConfigError
 from physml.fields import Context, Gaussian, Signature, Spec
 from physml.normalize import Normalizer
-from physml.steppers.packing import pack
 from physml.steppers.plain import Direct, ResidualConfig, check_fits
 
 DRAW = 2**32 - 2  # folded into the key of a step, beside what its dropout draws with
@@ -87,12 +86,9 @@ class GaussianResidual(Direct):
 
     def step(self, frames, context: Context):
         """Mean and variance of the next frame, given the ones before it and before any constraint."""
-        config, normalizer = self.config, self.normalizer
-        fields, scalars = pack(frames, context, normalizer, self.history, config.calendar, config.lead)
-        random = {"key": context.key} if getattr(self.model, "dropout", 0) else {}
-        shift, width = jnp.split(self.model(fields, scalars, **random), 2, axis=-1)
-        mean = frames[:, -1] + normalizer.increment(shift)
-        return mean, normalizer.increment(config.floor + jax.nn.softplus(width)) ** 2
+        shift, width = jnp.split(self.ask(*self.inputs(frames, context), context), 2, axis=-1)
+        mean = frames[:, -1] + self.normalizer.increment(shift)
+        return mean, self.normalizer.increment(self.config.floor + jax.nn.softplus(width)) ** 2
 
     def conserved(self, mean, variance, previous, context: Context):
         """Mean and variance after mask and constraints."""

@@ -90,13 +90,20 @@ class Direct(nnx.Module):
         return frames
 
     def advance(self, state, context: Context):
-        config = self.config
-        fields, scalars = pack(state, context, self.normalizer, self.history, config.calendar, config.lead)
         previous = state[:, -1]
-        random = {"key": context.key} if getattr(self.model, "dropout", 0) else {}
-        frame = self.predict(previous, self.model(fields, scalars, **random), context)
-        frame = self.finish(frame, previous, context)
+        output = self.ask(*self.inputs(state, context), context)
+        frame = self.finish(self.predict(previous, output, context), previous, context)
         return jnp.concatenate([state[:, 1:], frame[:, None]], axis=1)
+
+    def inputs(self, frames, context: Context):
+        """Fields and scalars that the network reads of `frames` `(batch, history, *space, channel)`."""
+        config = self.config
+        return pack(frames, context, self.normalizer, self.history, config.calendar, config.lead)
+
+    def ask(self, fields, scalars, context: Context):
+        """What the network says."""
+        random = {"key": context.key} if getattr(self.model, "dropout", 0) else {}
+        return self.model(fields, scalars, **random)
 
     def finish(self, frame, previous, context: Context):
         """The frame after mask and constraints."""

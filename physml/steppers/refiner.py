@@ -17,7 +17,6 @@ from jaxtyping import Array, Float, Int
 from physml.errors import ConfigError
 from physml.fields import ArrayLike, Context, Signature, Spec
 from physml.normalize import Normalizer
-from physml.steppers.packing import pack
 from physml.steppers.plain import Direct, DirectConfig, check_fits
 
 LONGEST_TIME = 1000.0  # what the network reads at the noisiest step, as published
@@ -129,9 +128,7 @@ class Refiner(Direct):
 
     def read(self, state, context: Context) -> tuple[Array, Array]:
         """What the network reads beside the noisy increment and its step: `(fields, scalars)`, normalized."""
-        config = self.config
-        packed = pack(state, context, self.normalizer, self.history, config.calendar, config.lead)
-        return tuple(array.astype(_wide(array)) for array in packed)
+        return tuple(array.astype(_wide(array)) for array in self.inputs(state, context))
 
     def network(self, model, context: Context) -> Network:
         """The model as the pure functions call it; cells without a field neither give nor take noise."""

@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from physml.constraints.differences import Differences, check_components, component_axes, wave_numbers
-from physml.constraints.sums import channels_of
+from physml.constraints.names import channels_of
 from physml.errors import SpecError
 from physml.fields import Context, Signature, Spec
 from physml.normalize import Normalizer

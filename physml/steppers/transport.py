@@ -9,11 +9,11 @@ from dataclasses import dataclass
 import jax.numpy as jnp
 import numpy as np
 
-from physml.constraints.sums import channels_of, over_space, positions, valid_cells
-from physml.errors import ConfigError, SpecError, suggest
+from physml.constraints.names import channels_of, check_known, positions
+from physml.constraints.sums import over_space, valid_cells
+from physml.errors import ConfigError
 from physml.fields import Context, Signature, Spec
 from physml.normalize import Normalizer
-from physml.steppers.packing import pack
 from physml.steppers.plain import Residual, ResidualConfig, check_fits
 
 
@@ -53,10 +53,7 @@ class TransportConfig(ResidualConfig):
     def signature(self, spec: Spec) -> Signature:
         """Shapes of the network. Raises SpecError for channels and forcing that the data lacks."""
         positions(spec, (*self.center, *self.receiving))
-        forcing = [channel.name for channel in spec.forcing]
-        for name in self.sources:
-            if name not in forcing:
-                raise SpecError(f"There is no forcing field {name!r}." + suggest(name, forcing))
+        check_known("forcing field", self.sources, spec.forcing)
         return super().signature(spec)
 
     def build(self, spec: Spec, model, normalizer: Normalizer, constraints=()) -> "Transport":
@@ -68,19 +65,12 @@ class TransportConfig(ResidualConfig):
 class Transport(Residual):
     """State: the last `history` frames, `(batch, history, *space, channel)` in physical units."""
 
-    def advance(self, state, context: Context):
-        config, previous = self.config, state[:, -1]
-        fields, scalars = pack(state, context, self.normalizer, self.history, config.calendar, config.lead)
-        random = {"key": context.key} if getattr(self.model, "dropout", 0) else {}
-        output = self.model(self.centered(fields, context), scalars, **random)
-        frame = self.finish(self.predict(previous, output, context), previous, context)
-        return jnp.concatenate([state[:, 1:], frame[:, None]], axis=1)
-
-    def centered(self, fields, context: Context):
-        """Inputs of the network without the means of the newest frame."""
+    def inputs(self, frames, context: Context):
+        """Without the means of the newest frame."""
+        fields, scalars = super().inputs(frames, context)
         places = positions(self.spec, self.config.center)
         if not places:
-            return fields
+            return fields, scalars
         channels, places = len(self.spec.channels), np.array(places)
         last = (self.history - 1) * channels
         cells, exists = valid_cells(context, list(places), fields)
@@ -88,7 +78,7 @@ class Transport(Residual):
         mean = over_space(cells * fields[..., last + places]) / jnp.where(size > 0, size, 1)
         for frame in range(self.history):
             fields = fields.at[..., frame * channels + places].add(jnp.where(exists, -mean, 0).astype(fields.dtype))
-        return fields
+        return fields, scalars
 
     def predict(self, previous, output, context: Context):
         frame = super().predict(previous, output, context)

@@ -10,7 +10,8 @@ import pytest
 
 from physml.constraints import LowRank, condition, project_linear, smooth, trapezoid
 from physml.errors import ConfigError, DataError, SpecError
-from physml.metrics import gaussian
+from physml.metrics import gaussian_mixture
+from physml.metrics.calibration import log_likelihood
 
 BATCH, N = 3, 20
 
@@ -376,7 +377,7 @@ def mixed(files, name, update, every=1):
     mass = np.broadcast_to(mass[:, None], means.shape[:2])
     means, variances = updated(name, update, means, variances, mass, data.x.values)
     floor = variances if update == "hardc" else np.maximum(variances, 1e-8)
-    return data, *gaussian.mixture(means.swapaxes(0, 1), floor.swapaxes(0, 1))
+    return data, *gaussian_mixture(means.swapaxes(0, 1), floor.swapaxes(0, 1))
 
 
 def check_mixture(files, name, update, every):
@@ -397,9 +398,9 @@ def check_scores(data, mean, variance, wanted):
     truth, mass = at.truth.values.astype(np.float64), at.mass_rhs.values[:, None]
     mean, variance = mean.astype(np.float64), variance.astype(np.float64)
     scores = {
-        "CE": gaussian.conservation_error(mean, trapezoid(data.x.values), mass)[:, 0],
-        "LL": gaussian.log_likelihood(mean, variance, truth),
-        "MSE": gaussian.square_error(mean, truth),
+        "CE": (mean @ trapezoid(data.x.values).T - mass)[:, 0],
+        "LL": log_likelihood(mean, variance, truth).mean(-1),
+        "MSE": ((mean - truth) ** 2).mean(-1),
     }
     for group, figures in wanted.items():
         key, number = group.split("=")

@@ -13,8 +13,17 @@ from jax.sharding import NamedSharding, PartitionSpec
 from physml.coding import from_dict, to_dict
 from physml.constraints import CONSTRAINTS
 
-pytestmark = pytest.mark.parametrize("name", list(CASES))
+# One case of every class and of every way of computing is quick; the others are variants of those.
+QUICK = (
+    "linear: cells", "linear: three rows", "mass: additive", "mass: sources", "mass: positive", "positivity",
+    "boundary: obstacle", "divergence_free: series", "divergence_free: obstacle", "quadratic: density",
+    "quadratic: enstrophy",
+)  # fmt: skip
+pytestmark = pytest.mark.parametrize(
+    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in CASES]
+)
 TOLERANCE = 1e-6
+assert {type(CASES[name].constraint) for name in QUICK} == set(CONSTRAINTS.values()), "a constraint is never quick"
 
 
 @functools.lru_cache(maxsize=8)

@@ -1,4 +1,4 @@
-"""Mass fixers over many steps, in float32, and where a correction has nothing to hold on to."""
+"""Mass fixers and linear laws over many steps, in float32, and where a correction has nothing to hold on to."""
 
 import dataclasses
 
@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from constraint_cases import GRIDS, context, frames
 
-from physml.constraints import MassFixer
+from physml.constraints import Linear, MassFixer
+from physml.constraints.linear import rule_weights
 
 STEPS = 2000
 
@@ -47,6 +48,34 @@ def test_totals_do_not_drift_in_thousands_of_steps(law):
     budget = np.cumsum(np.asarray(source, np.float64), 0) * around.spec.time_step if law.sources else 0
     drift = totals[1:] - budget - totals[0]
     assert np.abs(drift).max() <= 1e-6 * np.abs(totals[0]).max()
+
+
+@pytest.mark.parametrize(
+    "law",
+    [
+        Linear("rho"),
+        Linear("rho", "trapezoid"),
+        Linear(("rho", "q"), ((1.0,) * 468,)),
+        Linear(("rho", "q"), ((1.0,) * 468, tuple(np.linspace(0, 1, 468)))),
+    ],
+    ids=["cells", "trapezoid", "one row", "two rows"],
+)
+def test_linear_laws_of_the_previous_frame_do_not_drift(law):
+    grid = GRIDS["sphere"]
+    around = context(grid)
+    law = law.build(around.spec)
+
+    def step(frame, key):
+        frame = law.project(frame * (1 + 1e-8) + 1e-3 * jax.random.normal(key, frame.shape), frame, around)
+        return frame, frame
+
+    first = jnp.asarray(frames(grid)[0]) + 5
+    _, found = jax.jit(lambda f: jax.lax.scan(step, f, jax.random.split(jax.random.key(0), STEPS)))(first)
+    places = [around.spec.index(name) for name in law.channels]
+    found = np.asarray(found, np.float64)[..., places].reshape(STEPS, 2, -1)
+    operator = rule_weights(law.rule, grid) if law.rule else np.asarray(law.operator)
+    totals = found @ operator.T
+    assert np.abs(totals / totals[0] - 1).max() <= 5e-7
 
 
 def test_fields_that_conserve_are_left_alone():

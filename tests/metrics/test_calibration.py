@@ -11,7 +11,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 
 import physml
 from physml.errors import ConfigError
-from physml.metrics import calibration
+from physml.metrics import calibration, gaussian_mixture
 from physml.metrics.ensemble import rank_shares
 
 RANDOM = np.random.default_rng(0)
@@ -155,3 +155,10 @@ def test_ensembles_have_coverage():
     scores = physml.evaluate(drawn, truth, metrics=["coverage_50", "coverage_90", "crps"]).score
     assert_allclose(scores.sel(metric="coverage_90"), 0.9, atol=0.04)
     assert_allclose(scores.sel(metric="coverage_50"), 0.5, atol=0.05)
+
+
+def test_a_mixture_has_the_moments_of_its_samples():
+    means, variances = np.array([[0.0], [2.0], [4.0]]), np.array([[1.0], [2.0], [3.0]])
+    mean, variance = gaussian_mixture(means, variances)
+    assert_allclose([mean[0], variance[0]], [2, 2 + 4])  # the variance of 0, 2 and 4 is 4, unbiased
+    assert_allclose(gaussian_mixture(means[:1], variances[:1]), [means[0], variances[0]])

@@ -235,6 +235,25 @@ def test_members_are_drawn_and_keep_their_mass(data):
     assert (scores > 0).all()
 
 
+def test_an_ensemble_has_the_moments_of_its_mixture():
+    """Variance within members, which adds up over steps, and between their means."""
+    shifts, widths = (0.3, -0.2, 0.1), (0.5, -1.0, 0.0)
+    members = [gaussian(shift=(s, s), width=(w, w)) for s, w in zip(shifts, widths, strict=True)]
+    window = walk()
+    told = rollout(Distribution(physml.stack_members(members)), window, 3)
+    alone = [rollout(Distribution(member), window, 3) for member in members]
+    means, variances = (
+        np.stack([np.asarray(getattr(one, name), np.float64) for one in alone]) for name in ("mean", "variance")
+    )
+    assert_allclose(told.mean, means.mean(0), rtol=1e-5, atol=1e-6)
+    assert_allclose(told.variance, variances.mean(0) + means.var(0, ddof=1), rtol=1e-5)
+    sampled = physml.stack_members([member.sampled() for member in members])
+    assert_array_equal(rollout(Distribution(sampled), window, 3).mean, told.mean)  # never drawn
+    model = FNOConfig(modes=(4,), width=4, depth=1).build(ResidualConfig().signature(SPEC), nnx.Rngs(0))
+    with pytest.raises(ConfigError, match="Residual predicts no variance"):
+        Distribution(physml.stack_members([ResidualConfig().build(SPEC, model, NORMALIZER)] * 2))
+
+
 def test_a_forecast_of_known_noise_is_calibrated():
     """From training to scores: coverage and likelihood of `physml.evaluate`."""
     frames = walk(batch=40, frames=6, noise=(0.5, 0.25), shift=(0.0, 0.0)).frames

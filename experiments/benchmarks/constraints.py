@@ -16,7 +16,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from physml.constraints import MassFixer, Positivity
+from physml.constraints import DivergenceFree, Linear, MassFixer, Positivity, QuadraticInvariant
 from physml.fields import Axis, Channel, Grid, Spec, Window
 from physml.models import FNOConfig
 from physml.normalize import Normalizer
@@ -25,7 +25,7 @@ from physml.steppers import ResidualConfig
 from physml.steppers.constrained import constrain
 from physml.steppers.describe import build_stepper
 
-NAMES = ("rho", "u", "v")
+NAMES, SIZE = ("rho", "u", "v"), 64
 CONSTRAINTS = {
     "free": (),
     "mass": (MassFixer("rho"),),
@@ -34,15 +34,20 @@ CONSTRAINTS = {
     "mass, gradient": (MassFixer("rho", "gradient"),),
     "mass, positive": (MassFixer("rho", positive=True),),
     "positivity": (Positivity("rho"),),
+    "linear, mean": (Linear("rho"),),
+    "linear, diagonal variance": (Linear("rho", "trapezoid", variance=tuple(1 + np.arange(SIZE * SIZE) % 7)),),
+    "Leray projection": (DivergenceFree(("u", "v")),),
+    "energy": (QuadraticInvariant(("u", "v")),),
+    "enstrophy": (QuadraticInvariant(("u", "v"), "enstrophy"),),
 }
 
 
-def functions(points: int, batch: int) -> dict:
+def functions(batch: int) -> dict:
     """One step of each stepper."""
-    spec = Spec(Grid(tuple(Axis.uniform(name, points) for name in "xy")), tuple(map(Channel, NAMES)))
+    spec = Spec(Grid(tuple(Axis.uniform(name, SIZE) for name in "xy")), tuple(map(Channel, NAMES)))
     model = FNOConfig(width=32, modes=(16, 16), depth=4)
     free = build_stepper(ResidualConfig(), model, spec, Normalizer.identity(spec))
-    frames = 1 + 0.3 * np.random.default_rng(0).standard_normal((batch, 1, points, points, len(NAMES)))
+    frames = 1 + 0.3 * np.random.default_rng(0).standard_normal((batch, 1, SIZE, SIZE, len(NAMES)))
     window = jax.device_put(Window.of(frames.astype("f4"), spec))
 
     def of(constraints):
@@ -56,7 +61,6 @@ def functions(points: int, batch: int) -> dict:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--points", type=int, default=64)
-    rounds, points = vars(parser.parse_args()).values()
-    cases = {f"batch {batch}": functions(points, batch) for batch in (1, 16)}
+    rounds = parser.parse_args().rounds
+    cases = {f"batch {batch}": functions(batch) for batch in (1, 16)}
     print(markdown(compare(cases, rounds, base="free")))

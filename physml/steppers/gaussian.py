@@ -116,16 +116,17 @@ class GaussianResidual(Direct):
 
 class Distribution(nnx.Module):
     """A Gaussian stepper that decodes to mean and variance: `rollout(Distribution(stepper), window, steps)` gives a
-    `Gaussian` of arrays `(batch, lead, *space, channel)`. It never draws.
+    `Gaussian` of arrays `(batch, lead, *space, channel)`; of `stack_members` of several, those of their mixture. It
+    never draws.
 
     Raises ConfigError for a stepper without variance.
     """
 
     def __init__(self, stepper):
-        if not hasattr(stepper, "distribution"):
+        single = getattr(stepper, "stacked", stepper)
+        if not hasattr(single, "distribution"):
             raise ConfigError(
-                f"{type(stepper).__name__} predicts no variance. Set the stepper to GaussianConfig() "
-                "(stepper=gaussian)."
+                f"{type(single).__name__} predicts no variance. Set the stepper to GaussianConfig() (stepper=gaussian)."
             )
         self.stepper = stepper
         self.history, self.spec = stepper.history, stepper.spec

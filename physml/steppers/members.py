@@ -8,13 +8,15 @@ import jax.numpy as jnp
 from flax import nnx
 
 from physml.errors import ConfigError
-from physml.fields import Context
+from physml.fields import Context, Gaussian
+from physml.metrics.calibration import gaussian_mixture
 
 
 class Members(nnx.Module):
     """`count` steppers that run side by side; as a stepper it predicts the mean of their separate rollouts.
 
-    `apart()` gives every member's own frames, `member(i)` one stepper. Saved and loaded as one folder.
+    `apart()` gives every member's own frames, `member(i)` one stepper, `Distribution(members)` mean and variance of the
+    mixture of Gaussian steppers. Saved and loaded as one folder.
 
     Attributes:
         stacked: a stepper whose numbers all have a leading member axis.
@@ -27,11 +29,17 @@ class Members(nnx.Module):
     def encode(self, frames, context: Context):
         return self._each("encode", frames, context, shared=True, given=None)
 
-    def advance(self, state, context: Context):
-        return self._each("advance", state, context, shared=True)
+    def advance(self, state, context: Context, **options):
+        return self._each("advance", state, context, shared=True, **options)
 
     def decode(self, state):
-        return jax.tree.map(lambda leaf: leaf.mean(0), self._decoded(state))
+        return self._decoded(state).mean(0)
+
+    def distribution(self, state) -> Gaussian:
+        """The last frame with the variance of an equal mixture of the members (deep ensembles, Lakshminarayanan et al.
+        2017, arXiv:1612.01474, section 2.4; with the unbiased variance of their means)."""
+        parts = self._decoded(state, "distribution")
+        return Gaussian(*gaussian_mixture(parts.mean, parts.variance))
 
     def apart(self) -> "Apart":
         """The members side by side along the batch axis, see `Apart`."""
@@ -64,11 +72,11 @@ class Members(nnx.Module):
         """That of the first member; seeds of one experiment share it."""
         return self.member(0).normalizer
 
-    def _decoded(self, state):
+    def _decoded(self, state, method: str = "decode"):
         graph, numbers = nnx.split(self.stacked)
-        return jax.vmap(lambda own, s: nnx.merge(graph, own).decode(s))(numbers, state)
+        return jax.vmap(lambda own, s: getattr(nnx.merge(graph, own), method)(s))(numbers, state)
 
-    def _each(self, method: str, state, context: Context, *, shared: bool, given: int | None = 0):
+    def _each(self, method: str, state, context: Context, *, shared: bool, given: int | None = 0, **options):
         """`method` of every member. `shared`: one context for all of them; `given`: the member axis of `state`."""
         graph, numbers = nnx.split(self.stacked)
         keys = None if context.key is None else jax.vmap(jax.random.fold_in, (None, 0))(
@@ -76,7 +84,7 @@ class Members(nnx.Module):
         )  # fmt: skip
 
         def call(own, state, context, key):
-            return getattr(nnx.merge(graph, own), method)(state, dataclasses.replace(context, key=key))
+            return getattr(nnx.merge(graph, own), method)(state, dataclasses.replace(context, key=key), **options)
 
         axes = (0, given, None if shared else 0, None if keys is None else 0)
         return jax.vmap(call, axes)(numbers, state, dataclasses.replace(context, key=None), keys)

@@ -1,13 +1,14 @@
 """Does a coarse solver whose interpolation is learned stay on course for longer when it knows the past of the flow?
 
-Kolmogorov flow, 32 x 32 stored points of a 128 x 128 spectral solve, viscosity 0.005, drag 0.1. A finite-volume solver
-on 32 x 32 cells is given what a small convolutional network (16 channels, 6 layers) says of its interpolation:
+Kolmogorov flow, 32 x 32 stored points of a 128 x 128 spectral solve, viscosity 0.005 (--viscosity), drag 0.1. A
+finite-volume solver on 32 x 32 cells is given what a small convolutional network (16 channels, 6 layers) says of its
+interpolation:
 
     coarse solver            no network
     learned interpolation    from the velocity of the moment (Kochkov et al. 2021)
     temporal stencil         from features of the last 8 frames (Sun et al. 2023, arXiv:2302.05925)
 
-    python experiments/temporal_stencil.py             --updates, --seeds change the training
+    python experiments/temporal_stencil.py             --updates, --unroll, --seeds change the training
     python experiments/temporal_stencil.py --quick     a minute, to see that it runs
 
 Scored by the time until the correlation of vorticity with the reference falls below 0.95. Sun et al. report 20 % more
@@ -34,16 +35,21 @@ from physml.rollout import rollout
 from physml.solvers import make_solver, vorticity_of
 from physml.steppers import LearnedInterpolationConfig, TemporalStencilConfig
 
-POINTS, STEP, HISTORY, FLOW = 32, 0.1, 8, {"viscosity": 5e-3, "drag": 0.1, "forcing_scale": 1.0}
-SOLVER = make_solver("staggered_flow", points=POINTS, time_step=STEP, substeps=4, **FLOW)
-ARMS = {
-    "learned interpolation": LearnedInterpolationConfig(SOLVER),
-    "temporal stencil": TemporalStencilConfig(SOLVER, history=HISTORY, size=HISTORY),
-}
+POINTS, STEP, HISTORY = 32, 0.1, 8
+ARMS = ("learned interpolation", "temporal stencil")
 
 
-def experiment(arm: str, seed: int, updates: int, quick: bool) -> Experiment:
-    """Training windows of 4 unrolled steps; test trajectories of 30 time units."""
+def stepper_of(arm: str, flow: dict):
+    solver = make_solver("staggered_flow", points=POINTS, time_step=STEP, substeps=4, **flow)
+    if arm == "temporal stencil":
+        return TemporalStencilConfig(solver, history=HISTORY, size=HISTORY)
+    return LearnedInterpolationConfig(solver)
+
+
+def experiment(arm: str, seed: int, given: argparse.Namespace) -> Experiment:
+    """Test trajectories of 30 time units."""
+    quick = given.quick
+    flow = {"viscosity": given.viscosity, "drag": 0.1, "forcing_scale": 1.0}
     data = SyntheticConfig(
         "kolmogorov",
         points=POINTS,
@@ -53,17 +59,18 @@ def experiment(arm: str, seed: int, updates: int, quick: bool) -> Experiment:
         time_step=STEP,
         options={
             "solver_points": 128, "substeps": 10, "warmup": 5.0 if quick else 30.0, "store": "velocity",
-            "precision": "float32", **FLOW,
+            "precision": "float32", **flow,
         },
     )  # fmt: skip
     return Experiment(
-        name=f"{arm.replace(' ', '-')}-{updates}updates-seed{seed}" + ("-quick" if quick else ""),
+        name=f"{arm.replace(' ', '-')}-{given.viscosity:g}-{given.unroll}steps-{given.updates}updates-seed{seed}"
+        + ("-quick" if quick else ""),
         data=data,
         model=ResNetConfig(width=16, depth=2),
-        stepper=ARMS[arm],
-        objective=Unrolled(steps=4),
+        stepper=stepper_of(arm, flow),
+        objective=Unrolled(steps=given.unroll),
         training=TrainingConfig(
-            steps=updates,
+            steps=given.updates,
             batch=4,
             optimizer=OptimizerConfig(learning_rate=2e-3, warmup=0.02, clip=1.0, beta2=0.98),
             average=0.995,
@@ -126,13 +133,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--updates", type=int, default=4000)
     parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--viscosity", type=float, default=5e-3)
+    parser.add_argument("--unroll", type=int, default=4, help="steps that the loss is unrolled over")
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--folder", type=Path, default=Path("runs/temporal_stencil"))
     arguments = parser.parse_args()
-    updates = 20 if arguments.quick else arguments.updates
+    arguments.updates = 20 if arguments.quick else arguments.updates
     leads = 40 if arguments.quick else 100
     begin = time.perf_counter()
-    first = experiment("learned interpolation", 0, updates, arguments.quick)
+    first = experiment(ARMS[0], 0, arguments)
     splits = open_data(first)
     print(f"data: {time.perf_counter() - begin:.0f} s")
     bare = initial_stepper(first, splits["train"])
@@ -140,7 +149,7 @@ def main() -> None:
     rows = [("coarse solver", times(bare, splits["test"], leads), float("nan"))]
     for arm in ARMS:
         for seed in range(arguments.seeds):
-            stepper, cost = trained(experiment(arm, seed, updates, arguments.quick), splits, arguments.folder)
+            stepper, cost = trained(experiment(arm, seed, arguments), splits, arguments.folder)
             rows.append((f"{arm}, seed {seed}", times(stepper, splits["test"], leads), cost))
     print(f"{'':30s}  time above 0.95   standard error   forecasts   ms per update")
     for name, found, cost in rows:

@@ -132,7 +132,8 @@ def test_the_leading_exponents(float64):
 
 @pytest.mark.slow
 def test_the_leading_exponents_of_the_larger_ones(float64):
-    assert exponent(Lorenz96(), 2000, 64) == pytest.approx(1.67, abs=0.03)
+    # Its standard error is 0.005; rounding decides which trajectories these are.
+    assert exponent(Lorenz96(), 2000, 256) == pytest.approx(1.67, abs=0.03)
     assert exponent(Chen(), 4000, 32) == pytest.approx(2.03, abs=0.05)
 
 

@@ -40,13 +40,13 @@ from physml.training.finetuning import POSEIDON_FINETUNING
 LEADS = 7
 COUNTS = (4, 16, 64)
 STEPPER = DirectConfig(lead=True, longest_lead=LEADS)
-SCOT = ScOTConfig(width=24, depths=(2, 2, 1), heads=(2, 4, 8), skip_blocks=(1, 1, 0), patch=2, window=8)
+SCOT = ScOTConfig(width=32, depths=(2, 2, 1), heads=(2, 4, 8), skip_blocks=(1, 1, 0), patch=4, window=8)
 FNO = FNOConfig(width=28, modes=(12, 12), depth=4)
 TINY = ScOTConfig(width=8, depths=(1, 1), heads=(1, 2), skip_blocks=(0, 0), patch=4, window=8)
 ALL = AllToAll(LEADS + 1, loss="slice_normalized")
 NEIGHBORS = OneStep("slice_normalized")
 FLOW = DecayingNavierStokes(
-    points=32, solver_points=64, length=1.0, viscosity=1e-3, time_step=0.15, substeps=8, initial_speed=0.5,
+    points=32, solver_points=64, length=1.0, viscosity=1e-3, time_step=0.05, substeps=4, initial_speed=0.5,
     precision="float32",
 )  # fmt: skip
 
@@ -98,7 +98,7 @@ def fresh(model, data):
 
 def train(stepper, frames, valid, objective, updates: int, optimizer=None):
     """The stepper with the best weights by validation."""
-    optimizer = optimizer or OptimizerConfig(learning_rate=2e-3, warmup=0.05, weight_decay=1e-4, clip=5.0)
+    optimizer = optimizer or OptimizerConfig(learning_rate=1e-3, warmup=0.05, weight_decay=1e-4, clip=5.0)
     training = TrainingConfig(
         steps=updates, batch=16, optimizer=optimizer, validate_every=max(updates // 10, 1), validate_windows=64,
         checkpoint_every=0, updates_per_call=1,
@@ -111,8 +111,8 @@ def train(stepper, frames, valid, objective, updates: int, optimizer=None):
 def errors(stepper, frames: np.ndarray) -> tuple[float, float]:
     """Median relative L1 error of the last snapshot in one step, and by steps of one snapshot."""
     data = dataset(frames)
-    window = stack([data.read(i, range(1)) for i in range(len(frames))])
-    truth = frames[:, -1]
+    whole = stack([data.read(i, range(1 + LEADS)) for i in range(len(frames))])
+    window, truth = whole.slice(0, 1), whole.frames[:, -1]  # axes in the order of the data's spec
     stepper.eval()
     forecasts = (
         jax.jit(lambda w: direct_leads(stepper, w, [LEADS]))(window)[:, -1],

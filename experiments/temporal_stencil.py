@@ -112,8 +112,10 @@ def times(stepper, test, leads: int) -> np.ndarray:
 
     @jax.jit
     def correlations(window):
-        predicted = vorticity_of(rollout(stepper, window, leads))[..., 0]
-        truth = vorticity_of(window.frames[:, stepper.history :])[..., 0]
+        predicted, truth = (
+            vorticity_of(jnp.swapaxes(frames, -3, -2))[..., 0]  # data has x first, fields of solvers y
+            for frames in (rollout(stepper, window, leads), window.frames[:, stepper.history :])
+        )
 
         def dot(a, b):
             return jnp.sum(a * b, (2, 3))

@@ -209,6 +209,7 @@ def test_nothing_flows_through_an_obstacle(solver, speed):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)  # seven minutes alone on a core
 def test_the_shedding_frequency_of_a_cylinder():
     """Williamson 1989: Strouhal number 0.164 at Reynolds number 100, far from walls."""
     width, height, cells = 22.0, 20.0, 20  # diameters; cells in each

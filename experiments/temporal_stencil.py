@@ -8,7 +8,7 @@ interpolation:
     learned interpolation    from the velocity of the moment (Kochkov et al. 2021)
     temporal stencil         from features of the last 8 frames (Sun et al. 2023, arXiv:2302.05925)
 
-    python experiments/temporal_stencil.py             --updates, --unroll, --seeds change the training
+    python experiments/temporal_stencil.py             --updates, --unroll, --interval, --seeds change it
     python experiments/temporal_stencil.py --quick     a minute, to see that it runs
 
 Scored by the time until the correlation of vorticity with the reference falls below 0.95. Sun et al. report 20 % more
@@ -35,12 +35,13 @@ from physml.rollout import rollout
 from physml.solvers import make_solver, vorticity_of
 from physml.steppers import LearnedInterpolationConfig, TemporalStencilConfig
 
-POINTS, STEP, HISTORY = 32, 0.1, 8
+POINTS, HISTORY = 32, 8
 ARMS = ("learned interpolation", "temporal stencil")
 
 
-def stepper_of(arm: str, flow: dict):
-    solver = make_solver("staggered_flow", points=POINTS, time_step=STEP, substeps=4, **flow)
+def stepper_of(arm: str, interval: float, flow: dict):
+    substeps = max(round(interval / 0.025), 1)
+    solver = make_solver("staggered_flow", points=POINTS, time_step=interval, substeps=substeps, **flow)
     if arm == "temporal stencil":
         return TemporalStencilConfig(solver, history=HISTORY, size=HISTORY)
     return LearnedInterpolationConfig(solver)
@@ -48,26 +49,26 @@ def stepper_of(arm: str, flow: dict):
 
 def experiment(arm: str, seed: int, given: argparse.Namespace) -> Experiment:
     """Test trajectories of 30 time units."""
-    quick = given.quick
+    quick, interval = given.quick, given.interval
     flow = {"viscosity": given.viscosity, "drag": 0.1, "forcing_scale": 1.0}
     data = SyntheticConfig(
         "kolmogorov",
         points=POINTS,
         trajectories={"train": 2 if quick else 16, "valid": 0, "test": 2 if quick else 8},
-        steps=40 if quick else 300,
-        test_steps=60 if quick else 300,
-        time_step=STEP,
+        steps=40 if quick else round(30 / interval),
+        test_steps=60 if quick else round(30 / interval),
+        time_step=interval,
         options={
-            "solver_points": 128, "substeps": 10, "warmup": 5.0 if quick else 30.0, "store": "velocity",
-            "precision": "float32", **flow,
+            "solver_points": 128, "substeps": max(round(100 * interval), 1), "warmup": 5.0 if quick else 30.0,
+            "store": "velocity", "precision": "float32", **flow,
         },
     )  # fmt: skip
     return Experiment(
-        name=f"{arm.replace(' ', '-')}-{given.viscosity:g}-{given.unroll}steps-{given.updates}updates-seed{seed}"
-        + ("-quick" if quick else ""),
+        name=f"{arm.replace(' ', '-')}-{given.viscosity:g}-every{interval:g}-{given.unroll}steps-{given.updates}updates"
+        f"-seed{seed}" + ("-quick" if quick else ""),
         data=data,
         model=ResNetConfig(width=16, depth=2),
-        stepper=stepper_of(arm, flow),
+        stepper=stepper_of(arm, interval, flow),
         objective=Unrolled(steps=given.unroll),
         training=TrainingConfig(
             steps=given.updates,
@@ -105,7 +106,7 @@ class Clock(Silent):
         return 1e3 * (late[-1][1] - late[0][1]) / max(late[-1][0] - late[0][0], 1)
 
 
-def times(stepper, test, leads: int) -> np.ndarray:
+def times(stepper, test, leads: int, interval: float) -> np.ndarray:
     """Until when each forecast stays above 0.95; all arms start from the same frames."""
     starts = [(k, s) for k, n in enumerate(test.lengths) for s in range(HISTORY - 1, n - leads, leads // 2)]
     windows = [test.read(k, range(s - stepper.history + 1, s + leads + 1)) for k, s in starts]
@@ -124,7 +125,7 @@ def times(stepper, test, leads: int) -> np.ndarray:
 
     found = [np.asarray(correlations(stack(windows[i : i + 8]))) for i in range(0, len(windows), 8)]
     reached, capped = high_correlation_time(
-        np.concatenate(found), STEP * np.arange(1, leads + 1), (0.95,), interpolate=True
+        np.concatenate(found), interval * np.arange(1, leads + 1), (0.95,), interpolate=True
     )
     if capped.any():
         print(f"({capped.sum()} of {len(capped)} forecasts never fell below 0.95: their times are lower bounds)")
@@ -136,23 +137,24 @@ def main() -> None:
     parser.add_argument("--updates", type=int, default=4000)
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--viscosity", type=float, default=5e-3)
+    parser.add_argument("--interval", type=float, default=0.1, help="time between frames")
     parser.add_argument("--unroll", type=int, default=4, help="steps that the loss is unrolled over")
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--folder", type=Path, default=Path("runs/temporal_stencil"))
     arguments = parser.parse_args()
     arguments.updates = 20 if arguments.quick else arguments.updates
-    leads = 40 if arguments.quick else 100
+    leads = 40 if arguments.quick else round(10 / arguments.interval)
     begin = time.perf_counter()
     first = experiment(ARMS[0], 0, arguments)
     splits = open_data(first)
     print(f"data: {time.perf_counter() - begin:.0f} s")
     bare = initial_stepper(first, splits["train"])
     nnx.update(bare.model, jax.tree.map(jnp.zeros_like, nnx.state(bare.model, nnx.Param)))
-    rows = [("coarse solver", times(bare, splits["test"], leads), float("nan"))]
+    rows = [("coarse solver", times(bare, splits["test"], leads, arguments.interval), float("nan"))]
     for arm in ARMS:
         for seed in range(arguments.seeds):
             stepper, cost = trained(experiment(arm, seed, arguments), splits, arguments.folder)
-            rows.append((f"{arm}, seed {seed}", times(stepper, splits["test"], leads), cost))
+            rows.append((f"{arm}, seed {seed}", times(stepper, splits["test"], leads, arguments.interval), cost))
     print(f"{'':30s}  time above 0.95   standard error   forecasts   ms per update")
     for name, found, cost in rows:
         error = found.std(ddof=1) / len(found) ** 0.5

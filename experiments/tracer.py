@@ -1,6 +1,6 @@
 """What keeps a learned transport of carbon dioxide right: centered input, prescribed sources, a mass fixer?
 
-    python experiments/tracer.py                 about 15 minutes on two quiet cores; writes runs/tracer/tracer.md, .png
+    python experiments/tracer.py                 about an hour on a quiet core; writes runs/tracer/tracer.md, .png
     python experiments/tracer.py --quick         a minute, to see that it runs
 
 A mixing ratio (ppm) on 32 x 64 cells of the sphere, a frame every 6 hours, moved by winds of random eddies that change,

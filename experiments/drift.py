@@ -214,8 +214,8 @@ def table(found: dict, names: tuple[str, ...]) -> tuple[str, list[dict]]:
                 row[f"drift {kind}"] = np.nanmax(drift) if np.isfinite(drift).any() else np.nan
                 row[f"bounded steps {kind}"] = int(np.argmax(np.isnan(np.append(drift, np.nan))))
             row |= {"ratio": np.nanmax(ratio), "at lead": int(np.nanargmax(ratio)) + 1, "median": np.nanmedian(ratio)}
-            first = int(np.argmax(np.append(ratio > 1.01, True)))  # after the last lead: never
-            row |= {"above from": "never" if first == len(ratio) else f"lead {first + 1}, error {errors[1][first]:.2g}"}
+            above = np.flatnonzero(ratio > 1.01)
+            row["above from"] = int(above[0]) + 1 if above.size else "never"
             row |= {"leads": int(both.sum()), "error one": errors[0][0], "error last": errors[0][both][-1]}
             rows.append(row)
     head = ("model", "quantity", "drift, free", "drift, constrained", "bounded steps", "error ratio, largest", "median",

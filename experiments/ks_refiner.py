@@ -186,6 +186,8 @@ def main(given) -> dict:
     size = GPU if given.gpu else Size()
     chosen = {name: getattr(given, name) for name in ("updates", "points", "leads", "trajectories")}
     size = replace(size, **{name: number for name, number in chosen.items() if number})
+    if given.width:
+        size = replace(size, model=replace(size.model, width=given.width))
     splits = SyntheticConfig(
         "kuramoto_sivashinsky", points=size.points, steps=140, test_steps=1 + size.leads, time_step=TIME_STEP,
         trajectories={"train": size.trajectories, "valid": max(size.trajectories // 16, 1), "test": size.tests},
@@ -201,7 +203,7 @@ def main(given) -> dict:
             # Everything that can be varied is in the name: a folder with checkpoints is continued.
             refiner = f"_{given.weight:g}_{given.refinements}_{given.minimum:g}"
             options = {"noise": f"_{given.noise:g}", "refiner": refiner}
-            folder = out / f"{name}{options.get(name, '')}_{size.updates}_{seed}"
+            folder = out / f"{name}{options.get(name, '')}_{size.model.width}_{size.updates}_{seed}"
             try:
                 stepper, seconds = train(every[name], size, splits, normalizer, seed, folder)
             except DivergedError as error:
@@ -256,6 +258,7 @@ if __name__ == "__main__":
     parser.add_argument("--arms", nargs="+", choices=("mse", "noise", "refiner"), default=["mse", "noise", "refiner"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--updates", type=int, help="of each arm")
+    parser.add_argument("--width", type=int, help="channels of the network on its finest level")
     parser.add_argument("--points", type=int)
     parser.add_argument("--trajectories", type=int, help="of the training split")
     parser.add_argument("--leads", type=int, help="frames to forecast")

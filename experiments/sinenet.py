@@ -8,7 +8,7 @@ Shallow water on a periodic plane, 32 x 32 stored points of a 64 x 64 solve; bet
     one wave     1 wave of twice the width: as many parameters as 4 waves
     deep         1 wave of 4 blocks a level, the authors' control
 
-    python experiments/sinenet.py                      3 seeds; --seeds, --updates, --cells, --arms change that
+    python experiments/sinenet.py                      3 seeds; --seeds, --updates, --cells, --wider, --arms
     python experiments/sinenet.py --quick              a minute, to see that it runs
 
 Scaled L2 errors (the norm of the error over the norm of the frame, mean of channels and test frames) after 1 and 10
@@ -19,6 +19,7 @@ padding on their shallow water data. Finished runs are kept in runs/sinenet and 
 import argparse
 import csv
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -39,12 +40,13 @@ ARMS = {
 }
 
 
-def experiment(arm: str, seed: int, cells: float, updates: int, trajectories: int) -> Experiment:
+def experiment(arm: str, seed: int, cells: float, given: argparse.Namespace) -> Experiment:
     """Gravity waves move at sqrt(gravity depth) = 1."""
+    model = replace(ARMS[arm], width=given.wider * ARMS[arm].width)
     data = SyntheticConfig(
         "shallow_water",
         points=POINTS,
-        trajectories={"train": trajectories, "valid": 0, "test": 16},
+        trajectories={"train": given.trajectories, "valid": 0, "test": 16},
         steps=20,
         time_step=cells * 2 * math.pi / POINTS,
         options={
@@ -53,15 +55,18 @@ def experiment(arm: str, seed: int, cells: float, updates: int, trajectories: in
         },
     )  # fmt: skip
     return Experiment(
-        name=f"{arm.replace(' ', '-')}-{cells:g}cells-{updates}updates-seed{seed}",
+        name=f"{arm.replace(' ', '-')}-{model.width}wide-{cells:g}cells-{given.updates}updates-{given.rate:g}"
+        f"-seed{seed}",
         data=data,
-        model=ARMS[arm],
+        model=model,
         training=TrainingConfig(
-            steps=updates,
+            steps=given.updates,
             batch=16,
-            optimizer=OptimizerConfig(learning_rate=2e-3, weight_decay=1e-5, clip=1.0, warmup=updates // 10),
+            optimizer=OptimizerConfig(
+                learning_rate=given.rate, weight_decay=1e-5, clip=1.0, warmup=given.updates // 10
+            ),
             updates_per_call=10,
-            checkpoint_every=updates,
+            checkpoint_every=given.updates,
         ),
         evaluation=Evaluation(steps=10, starts=8, floors=("persistence",), metrics=("relative_l2",)),
         seed=seed,
@@ -85,6 +90,8 @@ def main() -> None:
     parser.add_argument("--updates", type=int, default=3000)
     parser.add_argument("--cells", type=float, nargs="+", default=[4.0])
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS))
+    parser.add_argument("--wider", type=int, default=1, help="times the channels of every network")
+    parser.add_argument("--rate", type=float, default=2e-3, help="peak learning rate")
     parser.add_argument("--trajectories", type=int, default=64)
     parser.add_argument("--folder", type=Path, default=Path("runs/sinenet"))
     parser.add_argument("--quick", action="store_true")
@@ -97,7 +104,7 @@ def main() -> None:
     for cells in options.cells:
         for arm in options.arms:
             for seed in range(options.seeds):
-                config = experiment(arm, seed, cells, options.updates, options.trajectories)
+                config = experiment(arm, seed, cells, options)
                 model, persistence = errors(config, options.folder)
                 rows.append({"cells": cells, "arm": arm, "seed": seed, "one": model[0], "ten": model[9],
                              "persistence_one": persistence[0], "persistence_ten": persistence[9]})  # fmt: skip

@@ -32,6 +32,7 @@ class Evaluate(Common):
 
     Example: physml evaluate runs/demo
     Example: physml evaluate forecast.zarr --truth truth.nc --out scores.nc
+    Example: physml evaluate forecast.zarr --truth truth.nc --climatology climatology.nc --floor climatology
     """
 
     subject: tyro.conf.Positional[str]
@@ -44,6 +45,12 @@ class Evaluate(Common):
     """For a run: override a field of its evaluation, e.g. --set evaluation.steps=50."""
     split: Literal["test", "valid", "train"] = "test"
     """For a run: the split to score on."""
+    climatology: str | None = None
+    """For a forecast file: dataset of the mean state, e.g. by dayofyear and hour, for ACC and skill."""
+    floor: Assignments = ()
+    """For a forecast file: score `persistence` or `climatology` beside it; may be repeated."""
+    metric: Assignments = ()
+    """For a forecast file: a score by name, e.g. rmse; all that apply by default; may be repeated."""
     scheduler: str | None = None
     """For a forecast file: address of a dask.distributed cluster, e.g. tcp://HOST:8786; threads by default."""
 
@@ -61,18 +68,29 @@ class Evaluate(Common):
         from physml.metrics.table import write_netcdf
 
         prediction, truth = open_dataset(self.subject), open_dataset(self.truth)
+        climatology = None if self.climatology is None else open_dataset(self.climatology)
         if self.dry_run:
             return {"would score": self.subject, "against": self.truth}
-        scores = evaluate(prediction, truth, scheduler=self.scheduler)
+        scores = evaluate(
+            prediction, truth, metrics=self.metric or None, climatology=climatology, floors=self.floor,
+            scheduler=self.scheduler,
+        )  # fmt: skip
         if self.out:
             write_netcdf(scores, self.out)
         return {"scores": headline(scores), "out": str(self.out) if self.out else None}
 
     def _run_folder(self) -> dict[str, Any]:
         from physml import api
+        from physml.errors import ConfigError
         from physml.experiment import load_experiment
         from physml.report import report
 
+        for name in ("truth", "out", "climatology", "floor", "metric", "scheduler"):
+            if getattr(self, name):
+                raise ConfigError(
+                    f"--{name} is for a forecast file, but {self.subject} is a run, which is scored as its "
+                    "configuration says. Change that with --set, e.g. --set evaluation.metrics='(\"rmse\",)'."
+                )
         run = api.open_run(self.subject)
         experiment = load_experiment(run.experiment, self.set)
         if self.dry_run:

@@ -219,6 +219,23 @@ def test_rollout_evaluate_report_follow(capsys, trained, tmp_path):
     assert scores.is_file()
     assert "rmse" in json.dumps(json.loads(out))
 
+    normal = tmp_path / "normal.nc"
+    open_dataset(data).mean(("trajectory", "time")).to_netcdf(normal)
+    words = ["evaluate", out_path, "--truth", data, "--metric", "acc", "--climatology", normal]
+    code, out, err = call(capsys, *words, "--floor", "climatology", "--out", scores, "--json")
+    assert code == 0, err
+    assert set(json.loads(out)["scores"]) == {"model", "climatology"}
+    assert "acc" in json.loads(out)["scores"]["model"]["u"]
+    with xr.open_dataset(scores) as ds:
+        assert list(ds["metric"].values) == ["acc"]
+        assert np.isfinite(ds["score"].sel(model="model")).all()
+    code, _, err = call(capsys, "evaluate", out_path, "--truth", data, "--metric", "acc")
+    assert code == 2
+    assert "climatology" in err
+    code, _, err = call(capsys, "evaluate", trained / "runs/tiny", "--climatology", normal)
+    assert code == 2
+    assert "--set" in err
+
     page = tmp_path / "page.html"
     code, _, err = call(capsys, "report", trained / "runs/tiny", trained / "runs/tiny", "--out", page)
     assert code == 0, err

@@ -232,6 +232,21 @@ def test_wrong_times_are_refused(truth, prediction):
         evaluate({"persistence": prediction}, truth, floors=("persistence",))
 
 
+def test_one_mean_state_is_the_climatology_of_every_season(truth, prediction):
+    climatology = climatology_of(truth)
+    mean = climatology.mean(("dayofyear", "hour"))
+    same = mean + 0 * climatology
+    options = {"metrics": ("acc", "rmse"), "floors": ("climatology",), "draws": 20}
+    expected = evaluate(prediction, truth, climatology=same, **options)
+    single = mean.expand_dims("trajectory")  # as `open_dataset` reads a file of one state
+    for forecast, state in ((prediction, mean), (prediction.chunk(init_time=1), single)):
+        found = evaluate(forecast, truth, climatology=state, **options)
+        assert_allclose(found["score"], expected["score"], rtol=1e-5, atol=1e-6)
+    with pytest.raises(SpecError, match="2 trajectories"):
+        evaluate(prediction, truth, climatology=xr.concat([single, single], "trajectory"), **options)
+    assert np.isfinite(expected["score"].sel(metric="acc", model="model")).all()
+
+
 def test_climatology_is_found_by_label(truth, prediction):
     climatology = climatology_of(truth)
     expected = evaluate(prediction, truth, climatology=climatology, metrics=("acc",))["score"]

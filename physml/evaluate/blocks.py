@@ -164,6 +164,8 @@ def _read_climatology(work: Work, block: Block) -> tuple[np.ndarray | None, np.n
 
 def _distinct(seasons: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Distinct entries `(entry, season)` and which of them each pair `(start, lead)` needs."""
+    if not seasons.shape[-1]:  # one state for all seasons, which `unique` does not take
+        return seasons[:1, 0], np.zeros(seasons.shape[:2], int)
     unique, back = np.unique(seasons.reshape(-1, seasons.shape[-1]), axis=0, return_inverse=True)
     return unique, back.reshape(seasons.shape[:2])
 

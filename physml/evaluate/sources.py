@@ -122,10 +122,18 @@ def truth_source(ds: xr.Dataset, spec: Spec, trajectories: int) -> Source:
 class Climatology:
     """A climatology with any of the dimensions dayofyear, month and hour, or none of them.
 
-    Entries are found by label; along a dimension without coordinate they count from 1 January or midnight on.
+    Entries are found by label; along a dimension without coordinate they count from 1 January or midnight on. Raises
+    SpecError for several trajectories: which one is the mean state?
     """
 
     def __init__(self, ds: xr.Dataset, spec: Spec):
+        trajectories = ds.sizes.get("trajectory", 1)
+        if trajectories > 1:
+            raise SpecError(
+                f"The climatology has {trajectories} trajectories, but one state was expected: average it, e.g. "
+                'with .mean("trajectory").'
+            )
+        ds = ds.squeeze("trajectory", drop=True) if "trajectory" in ds.dims else ds
         self.seasons = tuple(dim for dim in SEASONS if dim in ds.dims)
         self.labels = {dim: self._labels(ds, dim) for dim in self.seasons}
         self.sizes = dict(ds.sizes)

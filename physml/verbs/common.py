@@ -58,7 +58,7 @@ def frames_until(data: Any, at: str | None, trajectory: int | None) -> Any:
 
 
 def headline(scores: Any) -> dict[str, Any]:
-    """What fits on a screen: RMSE and correlation at first, middle and last lead, and how long correlation lasts."""
+    """For a screen: RMSE, ACC and correlation at first, middle and last lead, and how long correlation lasts."""
     last = scores.sizes["lead"] - 1
     leads = sorted({0, last // 2, last})
     result: dict[str, Any] = {}
@@ -66,7 +66,7 @@ def headline(scores: Any) -> dict[str, Any]:
         rows = result[str(model)] = {}
         for channel in scores["channel"].values:
             cell = rows[str(channel)] = {}
-            for metric in ("rmse", "correlation"):
+            for metric in ("rmse", "acc", "correlation"):
                 if metric in scores["metric"]:
                     values = scores["score"].sel(model=model, metric=metric, channel=channel)
                     cell[metric] = {f"step {int(scores['step'][i])}": _short(values[i]) for i in leads}

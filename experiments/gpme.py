@@ -2,7 +2,7 @@
 
     python experiments/gpme.py                 three families, eight methods
     python experiments/gpme.py --quick         tiny networks, a few updates: shows that it runs
-    python experiments/gpme.py --updates 20000 --batch 250 --depth 2 --rate 1e-4 --draws 100        the paper's scale
+    python experiments/gpme.py --updates 20000 --batch 250 --depth 2 --rate 1e-4 --final 1 --draws 100   as in the paper
 
 The benchmark of Hansen et al. 2023 (ProbConserv, arXiv:2302.11002): diffusion (k constant), porous medium (k = u^m) and
 Stefan (k a step, u jumps), from exact solutions. An attentive neural process (ANP) sees 100 values of a function, 10
@@ -215,7 +215,7 @@ def scores(predicted: Normal, x: np.ndarray, u: np.ndarray, mass: float) -> np.n
 def train(network: str, family: Family, arguments: argparse.Namespace) -> list[Callable]:
     """For each seed, the function (test functions, points) -> draws `(draw, function, place)` of a trained network."""
     functions, seeds = training_functions(family, arguments.functions, seed=0), range(arguments.seeds)
-    options = {"updates": arguments.updates, "batch": arguments.batch, "rate": arguments.rate, "seed": 0}
+    options = {name: getattr(arguments, name) for name in ("updates", "batch", "rate", "final")} | {"seed": 0}
     if network == "ensemble":
         count = arguments.members
         members, _ = fit(
@@ -398,6 +398,7 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--functions", type=int, default=10_000, help="of training, per family")
     parser.add_argument("--batch", type=int, default=16, help="functions per update")
     parser.add_argument("--rate", type=float, default=1e-3, help="peak learning rate of Adam")
+    parser.add_argument("--final", type=float, default=0.0, help="learning rate at the end, relative; the paper has 1")
     parser.add_argument("--width", type=int, default=128, help="of hidden layers")
     parser.add_argument("--depth", type=int, default=1, help="attention blocks of each kind; the paper has 2")
     parser.add_argument("--scaled", action="store_true", help="show ANPs coordinates in [-1, 1], not the physical ones")

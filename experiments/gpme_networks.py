@@ -199,11 +199,12 @@ def fit(
     rate: float,
     seed: int,
     count: int = 1,
+    final: float = 0.0,
 ) -> tuple[list[nnx.Module], np.ndarray]:
     """Trains `count` models from other starts and batches, in one compiled program.
 
-    Adam, its rate falling from `rate` to zero along a cosine after a linear rise over 5 % of the updates; gradients are
-    cut at norm 1. `loss(model, functions, key)` gets `batch` of the functions at a time.
+    Adam, its rate falling from `rate` to `final * rate` along a cosine after a linear rise over 5 % of the updates;
+    gradients are cut at norm 1. `loss(model, functions, key)` gets `batch` of the functions at a time.
 
     Returns:
         the models, and the loss of every update `(count, updates)`.
@@ -212,7 +213,7 @@ def fit(
         DivergedError: a loss is not finite.
     """
     graph, _ = nnx.split(nnx.eval_shape(lambda: build(nnx.Rngs(0))))
-    schedule = optax.warmup_cosine_decay_schedule(0.0, rate, max(updates // 20, 1), max(updates, 2))
+    schedule = optax.warmup_cosine_decay_schedule(0.0, rate, max(updates // 20, 1), max(updates, 2), final * rate)
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule))
 
     @jax.jit

@@ -285,6 +285,7 @@ def test_weather_is_scored_against_the_climatology(tmp_path, monkeypatch):
         ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_problem_without_time(tmp_path, monkeypatch):
     """Darcy flow: coefficient to solution, beside the mean of the training solutions."""
     data = SyntheticConfig("darcy_flow", 8, Counts(12, 2, 6), options={"modes": 8}, cache=str(tmp_path / "cache"))

@@ -1,25 +1,44 @@
 """Converted models reproduce what the authors' code computed, tensor by tensor."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 from physml.convert import FAMILIES
 
 CASES = sorted(path.parent for path in Path(__file__).parent.glob("*/*/config.json"))
 # float32 runs of the authors' own code differ from their float64 runs by up to 1e-6 of the output range.
 TOLERANCE = 1e-5
+# Tests compile without optimization, whose plain sums are less exact. Attention by cosines times 100 shows it: errors
+# of up to 1.8e-5 on some processors, where the program that users run has 6e-6. It is replayed as they run it.
+OPTIMIZED = {"poseidon_scot/unconditioned"}
+
+
+def replay(case: Path) -> dict[str, np.ndarray]:
+    family, config = FAMILIES[case.parent.name], json.loads((case / "config.json").read_text())
+    model = family.build(config, load_file(case / "weights.safetensors"))
+    return family.replay(model, config, load_file(case / "io.safetensors"))
+
+
+def replay_optimized(case: Path, folder: Path) -> dict[str, np.ndarray]:
+    """`replay` in a process of its own, without the compiler flags of tests."""
+    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    command = [sys.executable, __file__, str(case), str(folder / "outputs.safetensors")]
+    subprocess.run(command, check=True, env=environment, timeout=300)
+    return load_file(folder / "outputs.safetensors")
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.parent.name}/{case.name}")
-def test_replay_reproduces_every_recorded_tensor(case):
-    family, config = FAMILIES[case.parent.name], json.loads((case / "config.json").read_text())
-    model = family.build(config, load_file(case / "weights.safetensors"))
-    io = load_file(case / "io.safetensors")
-    outputs = family.replay(model, config, io)
+def test_replay_reproduces_every_recorded_tensor(case, tmp_path):
+    family, io = FAMILIES[case.parent.name], load_file(case / "io.safetensors")
+    optimized = f"{case.parent.name}/{case.name}" in OPTIMIZED
+    outputs = replay_optimized(case, tmp_path) if optimized else replay(case)
     expected = {name: value for name, value in io.items() if not name.startswith("in.") and name not in family.inputs}
     assert outputs.keys() == expected.keys()
     for name, value in expected.items():
@@ -30,3 +49,7 @@ def test_replay_reproduces_every_recorded_tensor(case):
 
 def test_all_cases_are_here():
     assert len(CASES) >= 7
+
+
+if __name__ == "__main__":
+    save_file({name: np.array(value) for name, value in replay(Path(sys.argv[1])).items()}, sys.argv[2])

@@ -110,7 +110,7 @@ def test_unet_learns_batch_statistics_in_training_and_uses_them_afterwards():
     assert not np.allclose(model(*inputs), plain, atol=1e-4)
 
 
-@pytest.mark.parametrize("upsampling", ["transposed", "bilinear"])
+@pytest.mark.parametrize("upsampling", ["transposed", pytest.param("bilinear", marks=pytest.mark.slow)])
 def test_recomputing_moves_the_batch_statistics_once(upsampling):
     states = []
     for remat in (False, True):

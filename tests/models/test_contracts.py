@@ -212,6 +212,14 @@ every_case = pytest.mark.parametrize(  # variants compile for long: they run wit
     "row", [pytest.param(row, id=name, marks=[pytest.mark.slow] * (name in VARIANTS)) for name, row in CASES.items()]
 )
 every_model = pytest.mark.parametrize("row", ROWS.values(), ids=ROWS)
+HEAVY = {"modern_unet", "sinenet", "ifactformer", "classic_unet", "cfdbench_resnet"}  # compile for long, too
+few_cases, few_models = (
+    pytest.mark.parametrize(
+        "row",
+        [pytest.param(row, id=n, marks=[pytest.mark.slow] * (n in {*VARIANTS, *HEAVY})) for n, row in cases.items()],
+    )
+    for cases in (CASES, ROWS)
+)
 
 
 def run(model, *inputs):
@@ -284,13 +292,13 @@ def test_gradient_reaches_every_parameter_and_input(row):
     assert np.all(np.any(by_scalars, axis=0))
 
 
-@every_model
+@few_models
 def test_jit_is_eager(row):
     model, inputs = row.build(), row.inputs()
     np.testing.assert_allclose(run(model, *inputs), model(*inputs), rtol=1e-4, atol=1e-5)
 
 
-@every_case
+@few_cases
 def test_batch_members_are_independent(row):
     model, (fields, scalars) = row.build(), row.inputs(batch=3)
     compiled = run(model, fields, scalars)
@@ -331,7 +339,7 @@ def test_bfloat16_stays_near_float32(row):
     assert not np.array_equal(wide, narrow)
 
 
-@every_case
+@few_cases
 def test_recomputing_blocks_changes_no_gradient(row):
     inputs = row.inputs()
 
@@ -343,7 +351,7 @@ def test_recomputing_blocks_changes_no_gradient(row):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * max(1.0, np.abs(a).max()))
 
 
-@every_case
+@few_cases
 def test_training_on_a_split_batch_gathers_nothing(row):
     """Data parallelism that gathers activations is none; one all-reduce of the gradient is all that may be sent."""
     graph, params, rest = nnx.split(row.build(), nnx.Param, ...)
@@ -381,7 +389,7 @@ def test_configs_are_hashable_and_replaceable(row):
     assert hash(row.config()) == hash(dataclasses.replace(row.config()))
 
 
-@every_model
+@few_models
 def test_what_is_evaluated_is_what_is_differentiated(row):
     """Evaluation may run equal blocks in a loop where differentiation does not: both must be one function."""
     model, (fields, scalars) = shaken(row.build(**row.deep)), row.inputs()

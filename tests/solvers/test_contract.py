@@ -81,6 +81,14 @@ def relative(a, b):
     return float(np.linalg.norm(np.asarray(a, float) - b) / max(np.linalg.norm(b), 1e-30))
 
 
+HEAVY = {"euler", "shallow_water_sphere", "tracer_sphere", "cylinder", "dam", "tube", "quasigeostrophic", "kolmogorov"}
+
+
+def each(names):
+    """A test for every name; those that compile for long run with the slow tests."""
+    return pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n in HEAVY)) for n in names])
+
+
 @pytest.mark.parametrize("name", SMALL)
 def test_a_step_keeps_shape_structure_and_precision(name):
     solver = make_solver(name, **SMALL[name])
@@ -111,7 +119,7 @@ def test_a_step_keeps_shape_structure_and_precision(name):
     assert relative(single, exact) < LOOSE.get(name, 2e-5)
 
 
-@pytest.mark.parametrize("name", SMALL)
+@each(SMALL)
 def test_a_batch_holds_the_single_runs(name):
     solver = make_solver(name, **SMALL[name])
     steps = 0 if solver.usual_steps == STEADY else 2
@@ -123,7 +131,7 @@ def test_a_batch_holds_the_single_runs(name):
     assert relative(many.frames[0], many.frames[2]) > 1e-3 or solver.drawn or solver.statics
 
 
-@pytest.mark.parametrize("name", [name for name in SMALL if SOLVERS[name].usual_steps != STEADY])
+@each([name for name in SMALL if SOLVERS[name].usual_steps != STEADY])
 def test_the_slope_of_a_step(name):
     """The gradient through a stored step is the difference quotient along a random direction."""
     solver = make_solver(name, **SMALL[name])

@@ -61,7 +61,13 @@ def shaken(stepper, size=0.02):
     return stepper
 
 
-@pytest.mark.parametrize("model", [SCOT, FNO, UNET, IFACT, FFN], ids=lambda m: type(m).__name__)
+@pytest.mark.parametrize(
+    "model",
+    [
+        pytest.param(model, id=type(model).__name__, marks=[pytest.mark.slow] * (model in (SCOT, UNET)))
+        for model in (SCOT, FNO, UNET, IFACT, FFN)
+    ],
+)
 def test_exact_at_first_and_after_merging(tmp_path, model):
     stepper = make(model)
     before = output(stepper)

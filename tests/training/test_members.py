@@ -57,8 +57,13 @@ def numbers(stepper):
 
 @pytest.mark.parametrize(
     "fields",
-    [{}, {"updates_per_call": 3, "accumulate": 2, "steps": 20}, {"average": 0.0, "select": "last"}],
-    ids=["one by one", "scanned and accumulated", "last weights"],
+    [
+        pytest.param({}, id="one by one"),
+        pytest.param(
+            {"updates_per_call": 3, "accumulate": 2, "steps": 20}, id="scanned and accumulated", marks=pytest.mark.slow
+        ),
+        pytest.param({"average": 0.0, "select": "last"}, id="last weights", marks=pytest.mark.slow),
+    ],
 )
 def test_a_member_is_the_run_with_its_seed(tmp_path, fields):
     """Losses step by step, validations, the best step and the weights; to rounding of float32 sums."""
@@ -175,6 +180,7 @@ def test_what_cannot_work_is_refused(tmp_path, options, message):
         train(tmp_path, **options)
 
 
+@pytest.mark.slow
 def test_an_experiment_with_seeds_is_one_run(tmp_path):
     """Trained, saved, loaded and scored as an ensemble, each member from its own seed; a floor cannot be one."""
     data = SyntheticConfig("burgers", points=16, trajectories={"train": 2, "valid": 1, "test": 1}, steps=8)

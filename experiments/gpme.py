@@ -14,10 +14,10 @@ latent variable, or each member, is updated; the scores are of the mixture.
 
 Written to --out: results.md, a table per test in the paper's layout, and profiles.png. With the authors' data (--data)
 the test functions of porous medium and Stefan are theirs, and a second block of columns has their released networks
-with our updates. Checked at the end: errors of the mass below
-1e-6, HardC best on diffusion, LL no lower for ProbConserv than for ANP, and its MSE half that of HardC or less on
-Stefan with u* = 0.6. There the released networks give 2.7; ours after 500 updates gave 1.5, and 1.05 with --scaled,
-which shows ANPs time and place in [-1, 1] rather than in the units of the equation (one seed of each).
+with our updates. Checked at the end: errors of the mass below 1e-6; HardC best on diffusion, which takes a constant
+learning rate (--final 1 --rate 3e-4: it leaves errors of the mass that HardC removes); LL no lower for ProbConserv than
+for ANP; its MSE half that of HardC or less on Stefan with u* = 0.6, as with the released networks (2.7) and our
+ensemble, while our ANPs come out level. --scaled shows ANPs time and place in [-1, 1], not in the equation's units.
 """
 
 import argparse

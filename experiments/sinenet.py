@@ -9,7 +9,7 @@ far. Networks of about 0.1 million parameters are trained on single steps with t
     one wave     1 wave of twice the width: as many parameters as 4 waves
     deep         1 wave of 4 blocks a level, the authors' control
 
-    python experiments/sinenet.py                      3 seeds; --seeds, --updates, --cells, --wider, --arms
+    python experiments/sinenet.py                      3 seeds; --seeds, --updates, --cells, --rate, --arms
     python experiments/sinenet.py --quick              a minute, to see that it runs
 
 Scaled L2 errors (the norm of the error over the norm of the frame, mean of channels and test frames) after 1 and 10
@@ -20,7 +20,6 @@ padding on their shallow water data. Finished runs are kept in runs/sinenet and 
 import argparse
 import csv
 import math
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -39,8 +38,6 @@ ARMS = {
     "one wave": SineNetConfig(width=10, waves=1, boundary="periodic"),
     "deep": SineNetConfig(width=5, waves=1, blocks=4, boundary="periodic"),
 }
-
-
 # Things move at speed one: gravity waves, sqrt(gravity depth), or the fluid at first, root mean square.
 FLOWS = {
     "waves": ("shallow_water", {"coriolis": 1.0, "initial_modes": 6, "initial_waves": 0.1, "viscosity": 2e-3}),
@@ -50,7 +47,7 @@ FLOWS = {
 
 def experiment(arm: str, seed: int, cells: float, given: argparse.Namespace) -> Experiment:
     """One training of one network."""
-    (equation, flow), model = FLOWS[given.flow], replace(ARMS[arm], width=given.wider * ARMS[arm].width)
+    equation, flow = FLOWS[given.flow]
     data = SyntheticConfig(
         equation,
         points=POINTS,
@@ -60,13 +57,13 @@ def experiment(arm: str, seed: int, cells: float, given: argparse.Namespace) -> 
         options={"solver_points": 64, "substeps": round(16 * max(cells, 1)), "precision": "float32", **flow},
     )
     parts = (
-        given.flow, arm.replace(" ", "-"), f"{model.width}wide", f"{cells:g}cells", f"{given.trajectories}trajectories",
+        given.flow, arm.replace(" ", "-"), f"{cells:g}cells", f"{given.trajectories}trajectories",
         f"{given.updates}updates", f"{given.rate:g}", f"seed{seed}",
     )  # fmt: skip
     return Experiment(
         name="-".join(parts),
         data=data,
-        model=model,
+        model=ARMS[arm],
         training=TrainingConfig(
             steps=given.updates,
             batch=16,
@@ -99,7 +96,6 @@ def main() -> None:
     parser.add_argument("--cells", type=float, nargs="+", default=[4.0])
     parser.add_argument("--flow", choices=FLOWS, default="waves")
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS))
-    parser.add_argument("--wider", type=int, default=1, help="times the channels of every network")
     parser.add_argument("--rate", type=float, default=2e-3, help="peak learning rate")
     parser.add_argument("--trajectories", type=int, default=64)
     parser.add_argument("--folder", type=Path, default=Path("runs/sinenet"))

@@ -89,7 +89,7 @@ class Evaluate(Common):
             if getattr(self, name):
                 raise ConfigError(
                     f"--{name} is for a forecast file, but {self.subject} is a run, which is scored as its "
-                    "configuration says. Change that with --set, e.g. --set evaluation.metrics='(\"rmse\",)'."
+                    "configuration says. Change that with --set, e.g. --set 'evaluation.metrics=[rmse]'."
                 )
         run = api.open_run(self.subject)
         experiment = load_experiment(run.experiment, self.set)

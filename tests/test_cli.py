@@ -234,7 +234,9 @@ def test_rollout_evaluate_report_follow(capsys, trained, tmp_path):
     assert "climatology" in err
     code, _, err = call(capsys, "evaluate", trained / "runs/tiny", "--climatology", normal)
     assert code == 2
-    assert "--set" in err
+    advice = "evaluation.metrics=[rmse]"
+    assert f"--set '{advice}'" in err
+    assert call(capsys, "evaluate", trained / "runs/tiny", "--set", advice, "--dry-run")[0] == 0
 
     page = tmp_path / "page.html"
     code, _, err = call(capsys, "report", trained / "runs/tiny", trained / "runs/tiny", "--out", page)

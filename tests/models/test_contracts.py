@@ -208,18 +208,17 @@ VARIANTS = {
     ),
 }
 CASES = {**ROWS, **VARIANTS}
-every_case = pytest.mark.parametrize(  # variants compile for long: they run with the slow tests
-    "row", [pytest.param(row, id=name, marks=[pytest.mark.slow] * (name in VARIANTS)) for name, row in CASES.items()]
-)
-every_model = pytest.mark.parametrize("row", ROWS.values(), ids=ROWS)
-HEAVY = {"modern_unet", "sinenet", "ifactformer", "classic_unet", "cfdbench_resnet"}  # compile for long, too
-few_cases, few_models = (
-    pytest.mark.parametrize(
-        "row",
-        [pytest.param(row, id=n, marks=[pytest.mark.slow] * (n in {*VARIANTS, *HEAVY})) for n, row in cases.items()],
-    )
-    for cases in (CASES, ROWS)
-)
+HEAVY = {"modern_unet", "sinenet", "ifactformer", "classic_unet", "cfdbench_resnet"}
+
+
+def over(cases, slow=()):
+    """A test for each; those in `slow` compile for long and run with the slow tests."""
+    rows = [pytest.param(row, id=name, marks=[pytest.mark.slow] * (name in slow)) for name, row in cases.items()]
+    return pytest.mark.parametrize("row", rows)
+
+
+every_model, few_models = over(ROWS), over(ROWS, HEAVY)
+every_case, few_cases = over(CASES, VARIANTS), over(CASES, {*VARIANTS, *HEAVY})
 
 
 def run(model, *inputs):

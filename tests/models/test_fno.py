@@ -31,7 +31,10 @@ def test_modes_larger_than_the_grid_are_refused_with_what_fits():
 
 
 def test_padding_makes_room_for_modes():
-    FNOConfig(width=4, modes=(14,), domain_padding=(0.2,)).build(signature(10), nnx.Rngs(0))
+    model = FNOConfig(width=4, modes=(14,), domain_padding=(0.2,)).build(signature(10), nnx.Rngs(0))
+    assert model(*fields(10)).shape[1] == 10
+    with pytest.raises(ConfigError, match="modes"):
+        FNOConfig(width=4, modes=(14,)).build(signature(10), nnx.Rngs(0))
 
 
 def test_excess_modes_are_unused():

@@ -117,7 +117,7 @@ class Boundary:
                 return previous[..., place]
             if isinstance(value, str):
                 return field_of(value, previous, context)[..., 0]
-            return jnp.full(cells.shape[:-1], value)
+            return jnp.full(previous.shape[:-1], value)
 
         parts = [given(value, place).astype(cells.dtype) for value, place in zip(self.values, places, strict=True)]
         return places, jnp.stack(parts, -1), where, cells

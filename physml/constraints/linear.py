@@ -180,7 +180,7 @@ class _Parts:
     def put(self, values, frame):
         """`frame` with values of the channels."""
         frame = jnp.asarray(frame)
-        values = values.reshape(self.exists.shape).astype(frame.dtype)
+        values = values.reshape(*frame.shape[:-1], len(self.places)).astype(frame.dtype)
         return frame.at[..., self.places].set(jnp.where(self.exists, values, frame[..., self.places]))
 
     def terms(self, values):
@@ -196,15 +196,15 @@ class _Parts:
         return self.sum(self.terms(values), -self.terms(self.before)) - self.target
 
     def own_variance(self):
-        """Of the law, like the values."""
+        """Of the law, like the values; of batch size 1 where it is the same for all."""
         law = self.law
         if not law.variance:
-            return jnp.ones_like(self.values)
+            return jnp.ones((1, *self.values.shape[1:]), self.values.dtype)
         if isinstance(law.variance, str):
             field = jnp.maximum(field_of(law.variance, self.frame, self.context), 0)
         else:
-            field = jnp.asarray(law.variance).reshape(*self.frame.shape[1:-1], -1)
-        return self._arranged(jnp.broadcast_to(field, self.exists.shape))
+            field = jnp.asarray(law.variance).reshape(1, *self.frame.shape[1:-1], -1)
+        return self._arranged(jnp.broadcast_to(field, (*field.shape[:-1], len(self.places))))
 
     def corrected(self, variance):
         """Values that obey, and what is left of their variances."""
@@ -212,12 +212,13 @@ class _Parts:
             target = self.sum(self.terms(self.before)) + self.target
             return posterior("diagonal", "float64", self.values, variance, self.rows, target, jnp.zeros(()))
         # One row takes no more than compensated sums.
-        taken, can = gain(self.rows, variance)
-        values = self.values - self.excess(self.values) * taken
-        missing = jnp.where(can, -self.excess(values), 0)
+        moved, room = gain(self.rows, variance)
+        divisor = jnp.where(room > 0, room, 1)
+        values = self.values - self.excess(self.values) / divisor * moved
+        missing = jnp.where(room > 0, -self.excess(values), 0)
         sign = jnp.where(self.rows < 0, -1, 1)
         values = settle(values * sign, missing, jnp.abs(self.rows) * (variance > 0)) * sign
-        return values, variance * jnp.maximum(1 - self.rows * taken, 0)
+        return values, variance * jnp.maximum(1 - self.rows * (moved / divisor), 0)
 
     def _arranged(self, values):
         values = values.astype(self.cells.dtype)

@@ -115,9 +115,10 @@ class MassFixer:
         mean, variance = jnp.asarray(mean), jnp.asarray(variance)
         parts = self._parts(mean, previous, context)
         own = jnp.where(parts.exists, variance[..., parts.places], 0)
-        taken, uncertain = gain(parts.weights, own, parts.keep, self.together)
+        moved, room = gain(parts.weights, own, parts.keep, self.together)
+        taken = moved / jnp.where(room > 0, room, 1)
         even = parts.spread(parts.values, self.method)
-        values = jnp.where(uncertain, parts.values - parts.excess(parts.values) * taken, even)
+        values = jnp.where(room > 0, parts.values - parts.excess(parts.values) * taken, even)
         own = own * jnp.maximum(1 - parts.weights * taken, 0)
         own = jnp.where(parts.exists, own, variance[..., parts.places]).astype(variance.dtype)
         return self._settled(mean, values, parts), variance.at[..., parts.places].set(own)
@@ -181,7 +182,7 @@ class _Totals:
 
     def spread(self, values, method: str):
         """`values` corrected to have the target as total."""
-        even = self.added(values, jnp.ones_like(values))
+        even = self.added(values, jnp.ones((), values.dtype))
         if method == "multiplicative":
             now = self.sum(self.weights * values)
             size = self.sum(jnp.abs(self.weights * values))
@@ -203,7 +204,7 @@ class _Totals:
         kept = jnp.maximum(values, 0)
         now = self.sum(self.weights * kept)
         scaled = kept * (self.target / jnp.where(now > 0, now, 1))
-        return jnp.where(now > 0, scaled, self.added(kept, jnp.ones_like(kept)))
+        return jnp.where(now > 0, scaled, self.added(kept, jnp.ones((), kept.dtype)))
 
 
 def gradient_size(

@@ -12,13 +12,16 @@ from jaxtyping import Array, Float
 
 from physml.fields import ArrayLike, Context
 
+FEW = 64  # values that are summed one by one
+
 
 def valid_cells(context: Context, channels: list[int], frame: Any) -> tuple[Array, Array]:
     """Relative sizes of the cells in which channels exist, and whether they do, both `(batch, *space, channels)`.
 
-    Sizes have mean one over the grid, and are 0 where the mask is.
+    Sizes have mean one over the grid, and are 0 where the mask is. Without a mask the batch has size 1: what is made of
+    cells alone is then made once.
     """
-    shape = (*frame.shape[:-1], len(channels))
+    shape = (1 if context.mask is None else frame.shape[0], *frame.shape[1:-1], len(channels))
     dtype = jnp.promote_types(frame.dtype, jnp.float32)
     cells = jnp.broadcast_to(jnp.asarray(context.spec.grid.weights(), dtype)[None, ..., None], shape)
     if context.mask is not None:
@@ -36,21 +39,28 @@ def total(values: Float[ArrayLike, "... n"]) -> Float[Array, "..."]:
     values = jnp.asarray(values)
     if values.dtype.itemsize < 4:
         values = values.astype(jnp.float32)
-    # Else a compiler joins the product that made a value with the first addition, in one place and not in another, and
+    # Else accelerators join the product that made a value with the first addition, in one place and not in another, and
     # equal fields have different sums.
     values = jax.lax.optimization_barrier(values)
     lost = jnp.zeros_like(values)
-    while values.shape[-1] > 1:
+    while values.shape[-1] > FEW:
         if values.shape[-1] % 2:
             pad = [(0, 0)] * (values.ndim - 1) + [(0, 1)]
             values, lost = jnp.pad(values, pad), jnp.pad(lost, pad)
         half = values.shape[-1] // 2
-        first, second = values[..., :half], values[..., half:]
-        values = first + second
-        grown = values - first
-        rounded = (first - (values - grown)) + (second - grown)
-        lost = lost[..., :half] + lost[..., half:] + rounded
-    return (values + lost)[..., 0] if values.shape[-1] else values.sum(-1)
+        values, lost = _two_sum((values[..., :half], lost[..., :half]), (values[..., half:], lost[..., half:]))
+    # One operation for the rest: compilers would make a chain of additions anew wherever the sum is read.
+    zero = jnp.zeros((), values.dtype)
+    values, lost = jax.lax.reduce((values, lost), (zero, zero), _two_sum, (values.ndim - 1,))
+    return values + lost
+
+
+def _two_sum(first, second):
+    """Of two pairs (rounded sum, what rounding took)."""
+    (first, first_lost), (second, second_lost) = first, second
+    values = first + second
+    grown = values - first
+    return values, first_lost + second_lost + ((first - (values - grown)) + (second - grown))
 
 
 @total.defjvp
@@ -80,6 +90,8 @@ def over_space(
         return sum(terms)
     kept = [axis for axis in range(len(shape)) if axis not in summed]
     flat = [jnp.transpose(term, kept + summed).reshape(*(shape[axis] for axis in kept), -1) for term in terms]
+    # Joined, because what is joined is first written to memory. In place of it, on the CPU, the products of one term
+    # would be added unrounded to those of the other, and equal fields would differ.
     return total(jnp.concatenate(flat, -1)).reshape([1 if axis in summed else n for axis, n in enumerate(shape)])
 
 
@@ -89,19 +101,18 @@ def gain(
     keep: tuple[int, ...] = (),
     together: bool = False,
 ) -> tuple[Float[Array, "batch *space channels"], Array]:
-    """What each value takes of the error of a weighted sum, S w / (w' S w), and whether any variance S is left to.
+    """What each value takes of the error of a weighted sum: S w and w' S w for variances S, in a unit of its own.
 
-    With that gain k, `values - k * excess` has the wanted sum, and `variance * (1 - weights * k)` is what conditioning
-    on it leaves (ProbConserv, Hansen et al. 2023, arXiv:2302.11002, for one row). `keep` and `together` as in
-    `over_space`. The gain of a sum without variance is zero.
+    With the gain k of one by the other, `values - k * excess` has the wanted sum, and `variance * (1 - weights * k)` is
+    what conditioning on it leaves (ProbConserv, Hansen et al. 2023, arXiv:2302.11002, for one row). They come apart so
+    that few numbers are divided. `keep` and `together` as in `over_space`; w' S w is 0 where no variance is left.
     """
     variance = jnp.asarray(variance)
     axes = _summed(variance.ndim, keep, together)
     largest = jnp.max(variance, axis=tuple(axes), keepdims=True, initial=0) if axes else variance
     largest = jax.lax.stop_gradient(jnp.where(largest > 0, largest, 1))  # squares of small units would underflow
     moved = weights * (variance / largest)
-    room = over_space(weights * moved, keep=keep, together=together)
-    return moved / jnp.where(room > 0, room, 1), room > 0
+    return moved, over_space(weights * moved, keep=keep, together=together)
 
 
 def _summed(ndim: int, keep: tuple[int, ...], together: bool) -> list[int]:
@@ -123,10 +134,9 @@ def settle(
     values = jnp.asarray(values)
 
     def moved(values, missing, weights):
-        weights = jnp.broadcast_to(weights, values.shape)
         free = (values != 0) & (weights != 0)
         unit = jnp.where(free, jnp.nextafter(jnp.abs(values), jnp.inf) - jnp.abs(values), 0)
-        room = over_space(weights * unit, keep=keep)
+        room = jnp.sum(weights * unit, tuple(_summed(values.ndim, keep, False)), keepdims=True)  # a rough one is enough
         share = jnp.clip(jnp.where(room > 0, jnp.abs(missing) / jnp.where(room > 0, room, 1), 0), 0, 1)
         place = _numbers(values.shape, keep)
         chosen = jnp.floor(share * (place + 1) + 0.5) - jnp.floor(share * place + 0.5)

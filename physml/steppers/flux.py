@@ -127,8 +127,8 @@ class Flux(Direct):
 class Faces:
     """The upper faces of cells along every axis, and what passes them: arrays `(axis, batch, *space, channels)`.
 
-    `cells` are relative sizes `(batch, *space, channels)`; faces are closed at the ends of axes that are not periodic
-    and next to cells that do not exist.
+    `cells` are relative sizes `(batch, *space, channels)`, of batch size 1 if they are alike in it; faces are closed
+    at the ends of axes that are not periodic and next to cells that do not exist.
     """
 
     def __init__(self, cells: Float[ArrayLike, "batch *space channels"], exists, periodic: tuple[bool, ...]):
@@ -201,7 +201,7 @@ class Faces:
             return None
         finite = jnp.isfinite(upper) & jnp.isfinite(lower)
         space = jnp.where(finite, upper, 0) - jnp.where(finite, lower, 0)
-        return self.cells * jnp.maximum(space, 0), jnp.broadcast_to(finite, self.cells.shape)
+        return self.cells * jnp.maximum(space, 0), finite
 
     @staticmethod
     def _share(wanted, bound, helped):

@@ -1,6 +1,9 @@
 """Mass fixers and linear laws over many steps, in float32, and where a correction has nothing to hold on to."""
 
 import dataclasses
+import os
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -76,6 +79,25 @@ def test_linear_laws_of_the_previous_frame_do_not_drift(law):
     operator = rule_weights(law.rule, grid) if law.rule else np.asarray(law.operator)
     totals = found @ operator.T
     assert np.abs(totals / totals[0] - 1).max() <= 5e-7
+
+
+EQUAL_TOTALS = """
+import jax, numpy as np
+from physml.constraints.sums import over_space
+generator = np.random.default_rng(0)
+for size in (5, 8, 63):
+    field = generator.standard_normal((3, size, size, 2)).astype("f4")
+    weights = generator.random((1, size, size, 1)).astype("f4")
+    excess = jax.jit(lambda weights, field, before: over_space(weights * field, -weights * before))
+    assert not np.asarray(excess(weights, field, field.copy())).any(), size
+"""
+
+
+def test_equal_fields_have_equal_totals_in_optimized_programs():
+    """A compiler that joins a product with the addition that follows gives one of two equal terms more digits. Tests
+    are compiled without optimization, so this runs as users run it."""
+    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    subprocess.run([sys.executable, "-c", EQUAL_TOTALS], check=True, env=environment, timeout=300)
 
 
 def test_fields_that_conserve_are_left_alone():

@@ -1,7 +1,7 @@
 """What does a constraint cost beside a step of the network?
 
-python experiments/benchmarks/constraints.py [--rounds 15]     two minutes on 2 cores; expect at most 1.05 for mass
-                                                               fixers and linear laws, 1.15 for Leray projections
+python experiments/benchmarks/constraints.py [--rounds 100]     a minute on 2 cores; expect at most 1.05 for mass fixers
+                                                                and linear laws, 1.15 for Leray projections
 
 FNO of width 32 with 16 modes and 4 blocks on 64 x 64 points, float32. In turn in one process: the compiled step of the
 free stepper and of the constrained ones; medians of the ratios within a round.
@@ -60,7 +60,7 @@ def functions(batch: int) -> dict:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--rounds", type=int, default=100)
     rounds = parser.parse_args().rounds
     cases = {f"batch {batch}": functions(batch) for batch in (1, 16)}
     print(markdown(compare(cases, rounds, base="free")))

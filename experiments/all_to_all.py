@@ -1,6 +1,6 @@
 """Does pretraining on all pairs of frames pay on flows of another kind, and do all pairs beat neighbors?
 
-    python experiments/all_to_all.py             about 15 minutes on two quiet cores; ends with three tables
+    python experiments/all_to_all.py             about 45 minutes on one quiet core; ends with three tables
     python experiments/all_to_all.py --quick     tiny networks, a few updates: shows that it runs
 
 Decaying vorticity on a periodic 32 x 32 grid (viscosity 1e-3, 8 snapshots). A small scOT is pretrained with `AllToAll`
@@ -186,11 +186,11 @@ def main(updates: int, quick: bool, rate: float, trajectories: int, only_pretrai
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--updates", type=int, default=4000, help="of pretraining; fine-tuning takes a tenth")
+    parser.add_argument("--updates", type=int, default=10000, help="of pretraining; fine-tuning takes a tenth")
     parser.add_argument("--trajectories", type=int, default=256, help="of each family, to pretrain on")
     parser.add_argument("--pretraining", action="store_true", help="stop before fine-tuning")
     parser.add_argument("--quick", action="store_true", help="a few trajectories and updates")
-    parser.add_argument("--rate", type=float, default=3e-4, help="of the trunk in fine-tuning")
+    parser.add_argument("--rate", type=float, default=5e-5, help="of the trunk in fine-tuning")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as compiled:  # runs of one network with other data share their programs
         jax.config.update("jax_compilation_cache_dir", compiled)

@@ -1,6 +1,6 @@
 """Does a forecast gain from averaging over rollouts with different intervals, as Stormer's does?
 
-    python experiments/averaged_intervals.py             about 15 minutes on two quiet cores; ends with a table
+    python experiments/averaged_intervals.py             about an hour on one core; ends with a table
     python experiments/averaged_intervals.py --quick     a tiny network, a few updates: shows that it runs
 
 Shallow water on the sphere, random eddies, 32 x 64 points, a frame every 3 hours (needs the extra `sphere`). One scOT
@@ -97,7 +97,7 @@ def main(updates: int, quick: bool, steps: int, leads: int, hours: float) -> Non
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--updates", type=int, default=4000, help="of each of the two networks")
-    parser.add_argument("--steps", type=int, default=1, help="above 1: fine-tune with rollouts of so many steps")
+    parser.add_argument("--steps", type=int, default=4, help="of the rollouts of fine-tuning; 1: none")
     parser.add_argument("--leads", type=int, default=24, help="frames to forecast, a multiple of 4")
     parser.add_argument("--hours", type=float, default=3.0, help="between frames")
     parser.add_argument("--quick", action="store_true", help="a few trajectories and updates")

@@ -63,6 +63,12 @@ def window(spec) -> Window:
 
 
 @pytest.fixture
+def users_environment() -> dict[str, str]:
+    """For a process that compiles as users do: without the flags of tests."""
+    return {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+
+
+@pytest.fixture
 def tiny():
     """The helpers `tiny.spec(...)`, `tiny.window(...)`, `tiny.model(...)`, for tests that need other sizes."""
     return _Tiny

@@ -39,8 +39,8 @@ def total(values: Float[ArrayLike, "... n"]) -> Float[Array, "..."]:
     values = jnp.asarray(values)
     if values.dtype.itemsize < 4:
         values = values.astype(jnp.float32)
-    # Else accelerators join the product that made a value with the first addition, in one place and not in another, and
-    # equal fields have different sums.
+    # Else a compiler may join the product that made a value with the first addition, in one place and not in another,
+    # and equal fields have different sums. On the CPU this does not hold it back: see `over_space`.
     values = jax.lax.optimization_barrier(values)
     lost = jnp.zeros_like(values)
     while values.shape[-1] > FEW:

@@ -1,7 +1,6 @@
 """Mass fixers and linear laws over many steps, in float32, and where a correction has nothing to hold on to."""
 
 import dataclasses
-import os
 import subprocess
 import sys
 
@@ -89,15 +88,16 @@ for size in (5, 8, 63):
     field = generator.standard_normal((3, size, size, 2)).astype("f4")
     weights = generator.random((1, size, size, 1)).astype("f4")
     excess = jax.jit(lambda weights, field, before: over_space(weights * field, -weights * before))
-    assert not np.asarray(excess(weights, field, field.copy())).any(), size
+    print(np.abs(excess(weights, field, field.copy())).max())
 """
 
 
-def test_equal_fields_have_equal_totals_in_optimized_programs():
+def test_equal_fields_have_equal_totals_in_optimized_programs(users_environment):
     """A compiler that joins a product with the addition that follows gives one of two equal terms more digits. Tests
     are compiled without optimization, so this runs as users run it."""
-    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
-    subprocess.run([sys.executable, "-c", EQUAL_TOTALS], check=True, env=environment, timeout=300)
+    command = [sys.executable, "-c", EQUAL_TOTALS]
+    found = subprocess.run(command, check=True, env=users_environment, timeout=300, capture_output=True, text=True)
+    assert found.stdout.split() == ["0.0"] * 3
 
 
 def test_fields_that_conserve_are_left_alone():

@@ -1,7 +1,6 @@
 """Converted models reproduce what the authors' code computed, tensor by tensor."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -26,19 +25,18 @@ def replay(case: Path) -> dict[str, np.ndarray]:
     return family.replay(model, config, load_file(case / "io.safetensors"))
 
 
-def replay_optimized(case: Path, folder: Path) -> dict[str, np.ndarray]:
-    """`replay` in a process of its own, without the compiler flags of tests."""
-    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+def replay_in(environment: dict[str, str], case: Path, folder: Path) -> dict[str, np.ndarray]:
+    """`replay` in a process of its own."""
     command = [sys.executable, __file__, str(case), str(folder / "outputs.safetensors")]
     subprocess.run(command, check=True, env=environment, timeout=300)
     return load_file(folder / "outputs.safetensors")
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.parent.name}/{case.name}")
-def test_replay_reproduces_every_recorded_tensor(case, tmp_path):
+def test_replay_reproduces_every_recorded_tensor(case, tmp_path, users_environment):
     family, io = FAMILIES[case.parent.name], load_file(case / "io.safetensors")
     optimized = f"{case.parent.name}/{case.name}" in OPTIMIZED
-    outputs = replay_optimized(case, tmp_path) if optimized else replay(case)
+    outputs = replay_in(users_environment, case, tmp_path) if optimized else replay(case)
     expected = {name: value for name, value in io.items() if not name.startswith("in.") and name not in family.inputs}
     assert outputs.keys() == expected.keys()
     for name, value in expected.items():

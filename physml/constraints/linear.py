@@ -212,13 +212,12 @@ class _Parts:
             target = self.sum(self.terms(self.before)) + self.target
             return posterior("diagonal", "float64", self.values, variance, self.rows, target, jnp.zeros(()))
         # One row takes no more than compensated sums.
-        moved, room = gain(self.rows, variance)
-        divisor = jnp.where(room > 0, room, 1)
-        values = self.values - self.excess(self.values) / divisor * moved
-        missing = jnp.where(room > 0, -self.excess(values), 0)
+        taken, possible = gain(self.rows, variance)
+        values = self.values - self.excess(self.values) * taken
+        missing = jnp.where(possible, -self.excess(values), 0)
         sign = jnp.where(self.rows < 0, -1, 1)
         values = settle(values * sign, missing, jnp.abs(self.rows) * (variance > 0)) * sign
-        return values, variance * jnp.maximum(1 - self.rows * (moved / divisor), 0)
+        return values, variance * jnp.maximum(1 - self.rows * taken, 0)
 
     def _arranged(self, values):
         values = values.astype(self.cells.dtype)

@@ -101,18 +101,18 @@ def gain(
     keep: tuple[int, ...] = (),
     together: bool = False,
 ) -> tuple[Float[Array, "batch *space channels"], Array]:
-    """What each value takes of the error of a weighted sum: S w and w' S w for variances S, in a unit of its own.
+    """The gain k = S w / (w' S w) of conditioning on a weighted sum, for variances S, and whether any variance is left.
 
-    With the gain k of one by the other, `values - k * excess` has the wanted sum, and `variance * (1 - weights * k)` is
-    what conditioning on it leaves (ProbConserv, Hansen et al. 2023, arXiv:2302.11002, for one row). They come apart so
-    that few numbers are divided. `keep` and `together` as in `over_space`; w' S w is 0 where no variance is left.
+    `values - k * excess` has the wanted sum, and `variance * (1 - weights * k)` is what conditioning leaves
+    (ProbConserv, Hansen et al. 2023, arXiv:2302.11002, for one row). `keep` and `together` as in `over_space`.
     """
     variance = jnp.asarray(variance)
     axes = _summed(variance.ndim, keep, together)
     largest = jnp.max(variance, axis=tuple(axes), keepdims=True, initial=0) if axes else variance
     largest = jax.lax.stop_gradient(jnp.where(largest > 0, largest, 1))  # squares of small units would underflow
     moved = weights * (variance / largest)
-    return moved, over_space(weights * moved, keep=keep, together=together)
+    room = over_space(weights * moved, keep=keep, together=together)
+    return moved / jnp.where(room > 0, room, 1), room > 0
 
 
 def _summed(ndim: int, keep: tuple[int, ...], together: bool) -> list[int]:

@@ -130,11 +130,11 @@ def in_conserved(split: XarrayDataset) -> XarrayDataset:
 # --- networks ---------------------------------------------------------------------------------------------------------
 
 
-def trained(name: str, splits: dict[str, XarrayDataset], updates: int, noise: float, folder: Path):
+def trained(name: str, splits: dict[str, XarrayDataset], updates: int, noise: float, seed: int, folder: Path):
     if (folder / "spec.json").is_file():
         return physml.load(folder)
     train, config = splits["train"], ResidualConfig()
-    stepper = build_stepper(config, MODELS[name], train.spec, fit_normalizer(train))
+    stepper = build_stepper(config, MODELS[name], train.spec, fit_normalizer(train), seed=seed)
     training = TrainingConfig(
         steps=updates, batch=16, updates_per_call=1, checkpoint_every=0,
         optimizer=OptimizerConfig(learning_rate=2e-3, warmup=0.05, weight_decay=1e-4, clip=1.0),
@@ -142,7 +142,8 @@ def trained(name: str, splits: dict[str, XarrayDataset], updates: int, noise: fl
     # Noise on the inputs teaches the step to lead back: most networks of this size would not last 2000 steps without.
     objective, began = NoisyInputs(OneStep(space="increment"), std=noise), time.perf_counter()
     with tempfile.TemporaryDirectory() as scratch:
-        stepper = fit(stepper, {"train": train}, objective, training, Layout(), scratch, resume="never").stepper
+        run = fit(stepper, {"train": train}, objective, training, Layout(), scratch, seed=seed, resume="never")
+    stepper = run.stepper
     stepper.eval()
     print(f"{name}: {parameter_count(stepper):,} parameters, {time.perf_counter() - began:.0f} s", flush=True)
     physml.save(stepper, folder)
@@ -243,6 +244,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--method", choices=("additive", "gradient", "multiplicative"), default="additive")
     parser.add_argument("--truth", type=int, help="test frames (200; advection: as many as steps)")
+    parser.add_argument("--seed", type=int, default=0, help="of first weights and the order of the data")
     parser.add_argument("--out", type=Path, default=Path("runs/drift"))
     parser.add_argument("--quick", action="store_true")
     options = parser.parse_args()
@@ -261,7 +263,8 @@ def main() -> None:
     found, scores = {}, []
     for name in options.models:
         sizes = f"{options.points}points-{options.trajectories}trajectories-{options.updates}updates"
-        free = trained(name, splits, options.updates, options.noise, folder / f"{name}-{sizes}-noise{options.noise:g}")
+        place = folder / f"{name}-{sizes}-noise{options.noise:g}-seed{options.seed}"
+        free = trained(name, splits, options.updates, options.noise, options.seed, place)
         steppers = {"free": free, "constrained": physml.constrain(free, MassFixer(names, options.method))}
         found[name] = {k: follow(s, window, later, options.steps, laws) for k, s in steppers.items()}
         for kind, stepper in steppers.items():

@@ -2,9 +2,11 @@
 
 python experiments/benchmarks/members.py [--seeds 8 --points 160 --batch 20 --rounds 15 --calls 4 --networks conv fno]
 
-Compiled updates (forward, gradient, Adam) on batches that stay on the device, four to a call: one seed, and all seeds
-by `vmap`, in turn in one process. The ratio of the time of all to that of one should be at most 0.7 times the number of
-seeds. Medians over rounds, the least times, and processor time, which tells of other jobs on the machine. A minute.
+Compiled updates (forward, gradient, Adam) on batches that stay on the device, four to a call: one seed on one device,
+and all seeds by `vmap`, spread over all devices as training does, in turn in one process. The ratio of the time of all
+to that of one should be at most 0.7 times the number of seeds. Medians over rounds, the least times, and processor
+time, which tells of other jobs on the machine, and how many cores one seed keeps busy. A minute.
+XLA_FLAGS=--xla_force_host_platform_device_count=2 makes two devices of a CPU.
 """
 
 import argparse
@@ -14,14 +16,17 @@ import time
 
 import jax
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from physml.fields import Axis, Channel, Grid, Spec, Window
 from physml.models import MODELS
 from physml.normalize import Normalizer
 from physml.objectives import OneStep
+from physml.parallel.mesh import Layout
 from physml.steppers import ResidualConfig, stack_members
 from physml.steppers.describe import build_stepper
 from physml.training import OptimizerConfig, TrainingConfig
+from physml.training.members import spread_members
 from physml.training.update import build_update, initial_state, split
 
 NETWORKS = {
@@ -40,7 +45,10 @@ def prepare(network, seeds: int, points: int, batch: int, config: TrainingConfig
         for seed in range(max(seeds, 1))
     ]
     parts, params, rest = split(stack_members(steppers).stacked if seeds else steppers[0])
-    transform, update = build_update(OneStep(), parts, config, config.steps, members=bool(seeds))
+    layout = spread_members(Layout(), seeds) if seeds else Layout(data=1)
+    own = NamedSharding(layout.mesh, PartitionSpec("member"))
+    places = (own, NamedSharding(layout.mesh, PartitionSpec(None, "member"))) if seeds else None
+    transform, update = build_update(OneStep(), parts, config, config.steps, places, members=bool(seeds))
 
     def start(params, statistics):
         return initial_state(params, transform, config, statistics)
@@ -52,14 +60,16 @@ def prepare(network, seeds: int, points: int, batch: int, config: TrainingConfig
     if seeds:
         window = jax.tree.map(lambda a: np.asarray(a).reshape(seeds, batch, *a.shape[1:]), window)
         keys = jax.random.split(keys, seeds)
-    windows = (jax.device_put(window),) * config.updates_per_call
+        state, rest, keys, window = jax.device_put((state, rest, keys, window), own)
+    windows = (window if seeds else jax.device_put(window),) * config.updates_per_call
     count = np.int32(len(windows))
 
     def run(calls: int) -> tuple[float, float]:
         nonlocal state
         wall, cpu = time.perf_counter(), time.process_time()
-        for _ in range(calls):
-            state, metrics = update(state, rest, keys, windows, count)
+        with layout.use():
+            for _ in range(calls):
+                state, metrics = update(state, rest, keys, windows, count)
         jax.block_until_ready((state, metrics))
         updates = calls * len(windows)
         return (time.perf_counter() - wall) / updates, (time.process_time() - cpu) / updates

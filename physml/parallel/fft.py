@@ -68,8 +68,10 @@ def _per_device(transform: Callable[[Array], Array], x: Array, batch_axis: int |
         return transform(x)
     batch_axis %= x.ndim
     devices = mesh.shape[BATCH_AXIS]
-    # Manual axes: we are inside somebody's shard_map already, and `x` is the local part.
-    if devices == 1 or AxisType.Manual in mesh.axis_types or x.shape[batch_axis] % devices:
+    types = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
+    # A manual axis: we are inside somebody's shard_map over it already, and `x` is the local part.
+    if devices == 1 or types[BATCH_AXIS] == AxisType.Manual or x.shape[batch_axis] % devices:
         return transform(x)
     split = PartitionSpec(*(None,) * batch_axis, BATCH_AXIS)
-    return jax.shard_map(transform, in_specs=split, out_specs=split)(x)
+    others = {name for name in mesh.axis_names if types[name] != AxisType.Manual}
+    return jax.shard_map(transform, in_specs=split, out_specs=split, axis_names=others)(x)

@@ -3,6 +3,7 @@
 import functools
 import math
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import jax
@@ -79,6 +80,30 @@ class Layout:
         if jax.process_count() == 1:
             return jax.device_put(tree, sharding)
         return jax.tree.map(lambda leaf: _replicate(leaf, sharding), tree)
+
+
+def over_members(function: Callable, in_axes: tuple) -> Callable:
+    """`jax.vmap(function, in_axes)` whose results all have a leading member axis; in_axes are 0 or None.
+
+    Where the mesh spreads members, every device maps over its own and nothing is sent. Left to the compiler, what the
+    rules of `vmap` make of some operations, convolutions above all, would gather all members on each device.
+    """
+    mapped = jax.vmap(function, in_axes)
+
+    def each(*arguments):
+        mesh = jax.sharding.get_abstract_mesh()
+        if mesh.shape.get("member", 1) == 1:
+            return mapped(*arguments)
+        places = jax.tree.map(
+            lambda axis: PartitionSpec() if axis is None else PartitionSpec("member"),
+            in_axes,
+            is_leaf=lambda a: a is None,
+        )
+        return jax.shard_map(
+            mapped, in_specs=places, out_specs=PartitionSpec("member"), axis_names={"member"}, check_vma=False
+        )(*arguments)
+
+    return each
 
 
 def _replicate(leaf, sharding: NamedSharding):

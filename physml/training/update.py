@@ -13,6 +13,7 @@ from flax import nnx
 from physml.errors import ConfigError
 from physml.fields import Window
 from physml.layers.lora import is_frozen, parameters
+from physml.parallel.mesh import over_members
 from physml.training.optimizers import OptimizerConfig, TrainingConfig
 
 Statistics = dict[tuple[str, ...], jax.Array]  # by path
@@ -157,7 +158,7 @@ def build_update(
         metrics["learning_rate"] = jnp.asarray(rate(state["step"] - state["skipped"]), jnp.float32)
         return new, {**metrics, **aux}
 
-    each = jax.vmap(one, (0, (0, None), 0, 0), spmd_axis_name="member") if members else one
+    each = over_members(one, (0, (0, None), 0, 0)) if members else one
 
     def update(state, rest, key, windows, count):
         def body(state, call):
@@ -182,7 +183,7 @@ def build_loss(objective, parts: Parts, config: TrainingConfig, *, members: bool
     def loss(params, rest, window, key):
         return objective(parts.merge(params, rest, compute), window, key)
 
-    return jax.jit(jax.vmap(loss, (0, 0, None, 0), spmd_axis_name="member") if members else loss)
+    return jax.jit(over_members(loss, (0, 0, None, 0)) if members else loss)
 
 
 class _InPrecision(nnx.Module):

@@ -4,10 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 from physml.errors import ConfigError
-from physml.parallel.mesh import Layout
+from physml.parallel.mesh import Layout, over_members
 
 
 def test_every_session_has_four_devices():
@@ -94,3 +94,31 @@ def test_training_moves_gradients_not_activations(tiny):
         assert "all-gather" not in program
         assert "all-to-all" not in program
         assert "collective-permute" not in program
+
+
+@pytest.mark.parametrize("layout", [Layout(member=4, data=1), Layout(member=2, data=2)], ids=str)
+def test_members_on_devices_of_their_own_send_nothing_to_each_other(layout):
+    """Gradients of a convolution and a transform, whose rules of `vmap` and partitioning would gather members."""
+    from physml.layers.convolution import convolve
+    from physml.parallel.fft import rfftn
+
+    def loss(weight, fields, scale):
+        smooth = convolve(fields, weight, ((1, 1), (1, 1)))
+        return scale * jnp.square(jnp.abs(rfftn(smooth, (1, 2)))).mean()
+
+    random = np.random.default_rng(0)
+    weight = random.standard_normal((4, 3, 3, 2, 2)).astype(np.float32)
+    fields = random.standard_normal((4, 4, 6, 6, 2)).astype(np.float32)
+    each = over_members(jax.value_and_grad(loss), (0, 0, None))
+    expected = jax.vmap(jax.value_and_grad(loss), (0, 0, None))(weight, fields, 2.0)
+    with layout.use():
+        places = (PartitionSpec("member"), PartitionSpec("member", "data"))
+        placed = jax.device_put((weight, fields), tuple(NamedSharding(layout.mesh, place) for place in places))
+        compiled = jax.jit(each).lower(*placed, 2.0).compile()
+        found = compiled(*placed, 2.0)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours.sharding.spec[0] == "member"
+        np.testing.assert_allclose(ours, theirs, rtol=2e-5, atol=1e-6 * float(np.abs(theirs).max()))
+    for message in ("all-gather", "all-to-all", "collective-permute"):
+        assert message not in compiled.as_text()
+    assert ("all-reduce" in compiled.as_text()) == (layout.data > 1)  # the mean over the batch

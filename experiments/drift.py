@@ -12,7 +12,8 @@ as long as all forecasts are bounded: no field ten times the size of the true on
 coarsely. Expect at most 1e-6 with the constraint, and an error at most 1.01 times that without, at every lead at which
 there is truth and both are finite. Leads without truth are not scored: --truth gives their number (advection: exact,
 all of them). --method says how the correction is spread; "additive", the same everywhere, is the smallest there is, and
-can only bring the first step closer to a truth with the same total.
+can only bring the first step closer to a truth with the same total. Eight test states tell the ratio of errors to
+about 1 %; --tests 64 --steps 200 tells it better, from the networks that are there.
 
 Written to --out/SYSTEM: drift.md (tables), drift.png (drift against step), drift.csv, and report.html, whose section
 "Drift" shows the means of both. Trained networks are kept there and not trained again.

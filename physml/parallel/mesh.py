@@ -99,6 +99,7 @@ def over_members(function: Callable, in_axes: tuple) -> Callable:
             in_axes,
             is_leaf=lambda a: a is None,
         )
+        # Unchecked: the check cannot lower convolutions, whose rule of `vmap` is their own.
         return jax.shard_map(
             mapped, in_specs=places, out_specs=PartitionSpec("member"), axis_names={"member"}, check_vma=False
         )(*arguments)

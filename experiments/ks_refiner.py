@@ -9,9 +9,9 @@ scored with the moving average of its weights (0.995): `mse` predicts increments
 `refiner` is PDE-Refiner with K = 3 (Lippe et al. 2023, arXiv:2308.05732), which costs four calls a step when it
 forecasts. Written to --out: scores.csv, a row per arm and seed; figure.png, correlation and error spectrum.
 
-Expect the refiner's correlation with the truth to stay above 0.8 for 1.1 times as long as that of `mse` (the aim is 1.15,
-and 1.25 with --gpu; published about 100 against 75 time units), and its error energy above half the Nyquist wavenumber
-to be a tenth or less. The refiner needs the longer training of the two: after 5000 updates the times are alike. A run
+Expect the refiner's correlation with the truth to stay above 0.8 for 1.1 times as long as that of `mse` (aim: 1.15,
+with --gpu 1.25; published about 100 against 75 time units), and its error energy above half the Nyquist wavenumber to
+be a tenth or less. The refiner needs the longer training of the two: after 5000 updates the times are alike. A run
 that was interrupted goes on when it is started again.
 """
 

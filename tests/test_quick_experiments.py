@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
-NUMBER = r"([-+0-9.e]+)"
+NUMBER = r"([-+]?\d[-+0-9.e]*)"
 
 # Arguments, and how lines of what is printed begin; each ends with a number.
 RUNS = {
@@ -22,7 +22,7 @@ RUNS = {
     "invariance": ("--quick --out out", rf"solver, finite volumes +{NUMBER}", rf"the same, 64 bits +{NUMBER}"),
     "ks_refiner": (
         "--arms mse refiner --updates 8 --batch 4 --trajectories 2 --tests 4 --leads 4 --members 2 --out out",
-        rf"mse +{NUMBER}", rf"refiner .* {NUMBER}\n",
+        rf"\nmse +{NUMBER}", rf"\nrefiner .* {NUMBER}\n",
     ),
     "sinenet": ("--quick --arms periodic zero --folder out", rf"zero / periodic +{NUMBER}"),
     "temporal_stencil": ("--quick --folder out", rf"temporal stencil / learned interpolation: {NUMBER}"),

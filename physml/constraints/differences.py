@@ -1,5 +1,6 @@
 """First differences on plane grids, of Fourier series or between cells, and what of a velocity is a gradient."""
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -14,6 +15,7 @@ from physml.constraints.boundary import sides_of
 from physml.errors import ConfigError, SpecError
 from physml.fields import Axis, Grid
 from physml.parallel.fft import irfftn, rfftn
+from physml.parallel.mesh import over_batch
 
 AXES = ("x", "y", "z")
 ANGLES = ("lat", "latitude", "lon", "longitude")
@@ -165,6 +167,9 @@ class Differences:
 
         Modes that no difference sees vanish; with `whole` they count as the longest wave that one sees.
         """
+        return over_batch(functools.partial(self._solve_boxes, whole=whole))(source)
+
+    def _solve_boxes(self, source, whole: bool):
         from physml.solvers.mac import cosine_transform, inverse_cosine_transform
 
         wrapped = [place for place in self.places if self.axes[place].periodic]

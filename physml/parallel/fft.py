@@ -1,4 +1,4 @@
-"""The only place where physml calls an FFT.
+"""The only place where physml calls an FFT of a batch. Solvers call those of one trajectory, inside `over_batch`.
 
 XLA replicates the operand of an FFT before it runs it: under a mesh, a plain `jnp.fft.rfftn` of a batch that is split
 over devices gathers the whole batch on every device (jax-ml/jax#13081, #15680). Here the transform runs inside
@@ -10,14 +10,12 @@ divide over its "data" axis, these are the plain transforms.
 
 from collections.abc import Callable, Sequence
 
-import jax
 import jax.numpy as jnp
-from jax.sharding import AxisType, PartitionSpec
 from jaxtyping import Array
 
 from physml.errors import ConfigError
+from physml.parallel.mesh import over_batch
 
-BATCH_AXIS = "data"  # the mesh axis over which `Layout` splits batches
 NORMS = ("backward", "ortho", "forward")
 
 
@@ -63,15 +61,4 @@ def _check(ndim: int, axes: Sequence[int], norm: str, batch_axis: int | None) ->
 
 def _per_device(transform: Callable[[Array], Array], x: Array, batch_axis: int | None) -> Array:
     """`transform(x)`, each device on its own slice of `batch_axis` where a mesh splits it."""
-    mesh = jax.sharding.get_abstract_mesh()
-    if batch_axis is None or mesh.empty or BATCH_AXIS not in mesh.axis_names:
-        return transform(x)
-    batch_axis %= x.ndim
-    devices = mesh.shape[BATCH_AXIS]
-    types = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
-    # A manual axis: we are inside somebody's shard_map over it already, and `x` is the local part.
-    if devices == 1 or types[BATCH_AXIS] == AxisType.Manual or x.shape[batch_axis] % devices:
-        return transform(x)
-    split = PartitionSpec(*(None,) * batch_axis, BATCH_AXIS)
-    others = {name for name in mesh.axis_names if types[name] != AxisType.Manual}
-    return jax.shard_map(transform, in_specs=split, out_specs=split, axis_names=others)(x)
+    return transform(x) if batch_axis is None else over_batch(transform, batch_axis % x.ndim)(x)

@@ -91,8 +91,7 @@ def over_members(function: Callable, in_axes: tuple) -> Callable:
     mapped = jax.vmap(function, in_axes)
 
     def each(*arguments):
-        mesh = jax.sharding.get_abstract_mesh()
-        if mesh.shape.get("member", 1) == 1:
+        if jax.sharding.get_abstract_mesh().shape.get("member", 1) == 1:
             return mapped(*arguments)
         places = jax.tree.map(
             lambda axis: PartitionSpec() if axis is None else PartitionSpec("member"),
@@ -103,6 +102,29 @@ def over_members(function: Callable, in_axes: tuple) -> Callable:
         return jax.shard_map(
             mapped, in_specs=places, out_specs=PartitionSpec("member"), axis_names={"member"}, check_vma=False
         )(*arguments)
+
+    return each
+
+
+def over_batch(function: Callable, axis: int = 0) -> Callable:
+    """`function` of arrays, or trees of them, with a batch along `axis`, of results that have it there too.
+
+    Where the mesh splits batches, every device calls it on its own samples, of which it must treat each by itself, and
+    nothing is sent: for operations that the compiler would gather, such as transforms. Where the batch does not divide
+    over the devices, or there is one only, this is `function`.
+    """
+
+    def each(*arguments):
+        mesh = jax.sharding.get_abstract_mesh()
+        devices = mesh.shape.get("data", 1)
+        if devices == 1 or any(leaf.shape[axis] % devices for leaf in jax.tree.leaves(arguments)):
+            return function(*arguments)
+        types = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
+        free = {name for name in mesh.axis_names if types[name] != AxisType.Manual}
+        if "data" not in free:  # inside somebody's shard_map over it: the arguments are the local part already
+            return function(*arguments)
+        split = PartitionSpec(*(None,) * axis, "data")
+        return jax.shard_map(function, in_specs=split, out_specs=split, axis_names=free)(*arguments)
 
     return each
 

@@ -17,6 +17,7 @@ from physml.coding import tagged
 from physml.errors import ConfigError, SpecError
 from physml.fields import Context, Grid, Signature, Spec
 from physml.normalize import Normalizer
+from physml.parallel.mesh import over_batch
 from physml.steppers.packing import count, pack
 from physml.steppers.plain import Direct, check_fits
 
@@ -184,7 +185,7 @@ def march(solver, frames, context: Context):
         state = step(solver.resume(turned(frame, order), **numbers))
         return turned(solver.observe(state), order, back=True)
 
-    return jax.vmap(next_frame)(frames, numbers)
+    return over_batch(jax.vmap(next_frame))(frames, numbers)
 
 
 @functools.lru_cache(maxsize=32)

@@ -15,6 +15,7 @@ from physml.coding import tagged
 from physml.errors import ConfigError
 from physml.fields import Context, Signature, Spec
 from physml.normalize import Normalizer
+from physml.parallel.mesh import over_batch
 from physml.steppers.corrected import Hybrid, axis_order, check_positive, check_solver, shared_parameters, turned
 from physml.steppers.packing import count, pack
 from physml.steppers.plain import check_fits
@@ -89,7 +90,7 @@ class LearnedInterpolation(Hybrid):
     """
 
     def encode(self, frames, context: Context):
-        return jax.vmap(jax.vmap(self._in_solver_order(self.config.solver.resume)))(frames)
+        return over_batch(jax.vmap(jax.vmap(self._in_solver_order(self.config.solver.resume))))(frames)
 
     def advance(self, state, context: Context):
         config = self.config
@@ -103,7 +104,7 @@ class LearnedInterpolation(Hybrid):
 
         def call(stepper, faces):
             past = state if config.calls == 1 else faces[:, None]
-            return jax.vmap(march)(faces, stepper.deviations(past, context), numbers)
+            return over_batch(jax.vmap(march))(faces, stepper.deviations(past, context), numbers)
 
         faces = self.repeat(call, state[:, -1], config.calls)
         if context.mask is not None or self.constraints:
@@ -128,7 +129,7 @@ class LearnedInterpolation(Hybrid):
         return self._points(state[:, -1])
 
     def _points(self, faces):
-        return jax.vmap(self._in_solver_order(self.config.solver.observe))(faces)
+        return over_batch(jax.vmap(self._in_solver_order(self.config.solver.observe)))(faces)
 
     def _in_solver_order(self, function):
         """`function` of fields of one sample (and a table of numbers), with the axes as the solver has them."""

@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from constraint_cases import CASES, GRIDS, context, frames
-from jax.sharding import NamedSharding, PartitionSpec
 
 from physml.coding import from_dict, to_dict
 from physml.constraints import CONSTRAINTS
+from physml.parallel.mesh import Layout
 
 # One case of every class and of every way of computing is quick; the others are variants of those.
 QUICK = (
@@ -82,10 +82,16 @@ def test_gradients_are_finite_in_float32(name):
 
 
 def test_sharded_is_unsharded(name):
+    """And no sample leaves its device."""
     project, _, frame, previous, around = prepared(name)
-    mesh = jax.make_mesh((2,), ("batch",), devices=jax.devices()[:2])
-    split = jax.device_put(frame, NamedSharding(mesh, PartitionSpec("batch")))
-    np.testing.assert_allclose(project(split, previous, around), project(frame, previous, around), rtol=1e-6, atol=1e-6)
+    layout = Layout(data=2)
+    with layout.use():
+        split = jax.device_put((frame, previous), layout.window_sharding())
+        compiled = project.lower(*split, around).compile()
+        found = compiled(*split, around)
+    np.testing.assert_allclose(found, project(frame, previous, around), rtol=1e-6, atol=1e-6)
+    for message in ("all-gather", "all-to-all", "collective-permute"):
+        assert message not in compiled.as_text()
 
 
 def test_the_domain_may_not_exist(name):

@@ -11,10 +11,11 @@ from typing import Any
 import h5py
 import numpy as np
 import xarray as xr
-from xarray.backends import BackendArray, CachingFileManager
+from xarray.backends import CachingFileManager
 from xarray.core import indexing
 
 from physml.data import netcdf, remote
+from physml.data.hdf5_chunks import Array
 from physml.data.place import Place
 from physml.errors import DataError, suggest
 
@@ -106,7 +107,7 @@ class Hdf5:
             raise DataError(f"{self.place}: {key!r} has shape {shape}, but its axes should be {tuple(dims)}.")
         if 0 in shape:
             raise DataError(f"{self.place}: {key!r} is empty, its shape is {shape} for {tuple(dims)}.")
-        data = indexing.LazilyIndexedArray(_Array(self, key, shape, dtype))
+        data = indexing.LazilyIndexedArray(Array(self.file, self.place.path, key, shape, dtype))
         encoding = {"preferred_chunks": dict(zip(dims, chunks, strict=True))} if chunks else {"contiguous": True}
         return xr.Variable(dims, data, dict(attrs or {}), encoding)
 
@@ -139,18 +140,6 @@ class Hdf5:
 
     def _missing(self, key: str, group: h5py.Group) -> DataError:
         return DataError(f"{self.place} has no {key!r}." + suggest(key.rsplit("/", 1)[-1], list(group)[:20]))
-
-
-class _Array(BackendArray):
-    def __init__(self, hdf5: Hdf5, key: str, shape: tuple[int, ...], dtype: np.dtype):
-        self.hdf5, self.key, self.shape, self.dtype = hdf5, key, shape, dtype
-
-    def __getitem__(self, key: indexing.ExplicitIndexer) -> np.ndarray:
-        return indexing.explicit_indexing_adapter(key, self.shape, indexing.IndexingSupport.OUTER_1VECTOR, self._read)
-
-    def _read(self, key: tuple) -> np.ndarray:
-        with self.hdf5.file() as file:
-            return file[self.key][key]
 
 
 def component(variable: xr.Variable, dim: str, index: int) -> xr.Variable:

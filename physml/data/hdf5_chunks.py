@@ -1,42 +1,117 @@
-"""Chunks of local netCDF-4 files, read and decompressed by several threads.
+"""Numbers of HDF5 and netCDF-4 files for several threads: by h5py, and chunk by chunk beside any library.
 
-The HDF5 library lets one thread of a program work at a time. Here it only says where the chunks of a variable lie.
+The netCDF library lets several threads into HDF5 at once: a program crashes where one thread reads a file while another
+opens or writes any other. h5py, which has an HDF5 library of its own, lets one in at a time: what a loader reads goes
+through it. For chunks, HDF5 only says where they lie; they are read and decompressed by all threads.
 """
 
 import functools
 import itertools
 import os
 import zlib
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
-from typing import Any
+from contextlib import AbstractContextManager
 
 import h5py
 import numpy as np
+import xarray as xr
+from xarray.backends import BackendArray, CachingFileManager, NetCDF4DataStore
+from xarray.core import indexing
+
+from physml.errors import DataError
 
 MOST = 500_000  # chunks whose places are kept
 DEFLATE, SHUFFLE = h5py.h5z.FILTER_DEFLATE, h5py.h5z.FILTER_SHUFFLE
+
+
+class Array(BackendArray):
+    """A dataset of a file, read by h5py.
+
+    Attributes:
+        file: gives the open file.
+        path, key: of the file, and of the dataset in it.
+    """
+
+    def __init__(
+        self,
+        file: Callable[[], AbstractContextManager[h5py.File]],
+        path: str,
+        key: str,
+        shape: tuple[int, ...],
+        dtype: np.dtype,
+    ):
+        self.file, self.path, self.key, self.shape, self.dtype = file, path, key, shape, dtype
+
+    def __getitem__(self, key: indexing.ExplicitIndexer) -> np.ndarray:
+        return indexing.explicit_indexing_adapter(key, self.shape, indexing.IndexingSupport.OUTER_1VECTOR, self._read)
+
+    def _read(self, key: tuple) -> np.ndarray:
+        with self.file() as file:
+            return file[self.key][key]
+
+
+class Netcdf4(NetCDF4DataStore):
+    """A local netCDF-4 file for `xarray.open_dataset`: the netCDF library tells its variables, h5py reads them."""
+
+    __slots__ = ("numbers",)
+
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        self.numbers = CachingFileManager(h5py.File, str(self._filename), mode="r")
+
+    def open_store_variable(self, name: str, var) -> xr.Variable:
+        variable = super().open_store_variable(name, var)
+        if variable.dims != (name,):  # those become an index, and are read at once
+            array = by_h5py(variable._data.array, self.numbers)
+            variable._data = variable._data if array is None else indexing.LazilyIndexedArray(array)
+        return variable
+
+    def close(self, **options) -> None:
+        super().close(**options)
+        self.numbers.close()
+
+
+def by_h5py(array: BackendArray, manager: CachingFileManager | None = None) -> Array | None:
+    """What reads the same numbers as an `xarray` array of the netCDF4 library, out of the file that a manager opens;
+    None where the file is elsewhere, or holds them in another way.
+    """
+    store = array.datastore
+    path, key = str(store._filename), f"{store._group or ''}/{array.variable_name}"
+    if np.dtype(array.dtype).kind not in "iuf" or not os.path.isfile(path):
+        return None
+    manager = manager or CachingFileManager(h5py.File, path, mode="r")
+    try:
+        with manager.acquire_context() as file:
+            variable = file[key]
+            own = isinstance(variable, h5py.Dataset) and not variable.is_virtual and not variable.external
+            if not own or (variable.shape, variable.dtype) != (array.shape, array.dtype):
+                return None
+    except (OSError, RuntimeError, KeyError, ValueError):  # the library itself opened it, and will say what is wrong
+        return None
+    return Array(manager.acquire_context, path, key, array.shape, array.dtype)
 
 
 class Chunks:
     """One variable of a file, see `open_chunks`.
 
     Attributes:
+        array: what reads the selections that `read` does not know.
         shape, chunk: of the variable and of a chunk.
         dtype: as it is stored.
     """
 
-    def __init__(self, path: Path, variable: h5py.Dataset):
+    def __init__(self, array: Array, variable: h5py.Dataset):
         from numcodecs import Shuffle
 
-        self.shape, self.chunk, self.dtype = variable.shape, variable.chunks, variable.dtype
+        self.array, self.shape, self.chunk, self.dtype = array, variable.shape, variable.chunks, variable.dtype
         self._fill = variable.fillvalue
         self._bytes = int(np.prod(self.chunk)) * self.dtype.itemsize
         self._places = {}
         variable.id.chunk_iter(lambda c: self._places.update({c.chunk_offset: (c.byte_offset, c.size, c.filter_mask)}))
         self._filters = _filters(variable)
         self._shuffle = Shuffle(self.dtype.itemsize)
-        self._file = path.open("rb", buffering=0)
+        self._file = open(array.path, "rb", buffering=0)  # noqa: SIM115  stays open for as long as it is read
 
     def read(self, key: tuple) -> np.ndarray | None:
         """The selection, an entry for each axis; None for other entries than numbers and slices with a positive step.
@@ -120,24 +195,15 @@ def _pieces(wanted: range, size: int) -> list[tuple[int, slice, slice]]:
     return result
 
 
-def open_chunks(array: Any) -> Chunks | None:
-    """Of an `xarray` array of the netCDF4 library; None where the file is elsewhere, or stored or coded in another way.
-
-    The numbers must be those of the file: callers check that nothing is decoded further.
-    """
-    store = array.datastore
-    path = Path(str(store._filename))
-    if not hasattr(os, "pread") or not path.is_file() or np.dtype(array.dtype).kind not in "iuf":
+def open_chunks(array: Array) -> Chunks | None:
+    """The chunks of an array; None where the file is elsewhere, or it is stored or coded in another way."""
+    if not hasattr(os, "pread") or not os.path.isfile(array.path) or array.dtype.kind not in "iuf":
         return None
     try:
-        with h5py.File(path) as file:
-            variable = file[(store._group or "") + "/" + array.variable_name]
-            plain = (
-                isinstance(variable, h5py.Dataset) and variable.chunks and {*_filters(variable)} <= {DEFLATE, SHUFFLE}
-            )
-            same = plain and (variable.shape, variable.dtype) == (array.shape, array.dtype)
-            if not same or variable.id.get_num_chunks() > MOST:
+        with array.file() as file:
+            variable = file[array.key]
+            if not variable.chunks or not {*_filters(variable)} <= {DEFLATE, SHUFFLE}:
                 return None
-            return Chunks(path, variable)
-    except (OSError, RuntimeError, KeyError, ValueError):  # the library itself opened it, and will say what is wrong
+            return None if variable.id.get_num_chunks() > MOST else Chunks(array, variable)
+    except (OSError, RuntimeError, KeyError, ValueError, DataError):  # the array itself will say what is wrong
         return None

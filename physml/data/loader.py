@@ -26,6 +26,10 @@ class Loader:
     epoch and the beginning of the next. Without, it is one pass in order; its last batch is smaller, or, with `pad`,
     filled up with the last sample, and `weights` says which samples count.
 
+    Batches are read in threads beside the program. Open netCDF files with `physml.open_dataset` or `DataConfig`: packed
+    fields and dask arrays that xarray itself opened go through the netCDF library, which crashes when the program opens
+    or writes another file meanwhile.
+
     Args:
         dataset: any `physml.contracts.Dataset`. One with `shuffled` and `prepare` chooses its own order and gets ready
             for it: that of files is kept in memory when it needs at most `memory` bytes, and else streamed through a

@@ -18,6 +18,7 @@ import numpy as np
 import xarray as xr
 
 from physml.data import axes as ax
+from physml.data.hdf5_chunks import Netcdf4
 from physml.data.heaps import HEAD, check_heaps
 from physml.data.remote import file_system, first_line, is_there, is_url, open_file, zarr_store
 from physml.errors import DataError, PhysmlError, suggest
@@ -41,16 +42,14 @@ def open_netcdf(path: str, *, chunks=None, group: str | None = None, decode_time
     if signature == GRIB:
         raise DataError(f"{path} is GRIB, not netCDF. Leave out format='netcdf'.")
     options = {"chunks": chunks, "decode_times": decode_times, "cache": False}
-    if group is not None:
-        options["group"] = group
     if is_url(path):
+        engine = "h5netcdf" if signature == HDF5 else "scipy"
         target = open_file(path, storage_options)
-        options["engine"] = "h5netcdf" if signature == HDF5 else "scipy"
-    else:
-        if signature != HDF5:
-            _check_classic_length(path)
-        target, options["engine"] = path, "netcdf4"
-    return guarded_open(path, lambda: xr.open_dataset(target, **options))
+        return guarded_open(path, lambda: xr.open_dataset(target, engine=engine, group=group, **options))
+    if signature == HDF5:
+        return guarded_open(path, lambda: xr.open_dataset(Netcdf4.open(path, group=group), **options))
+    _check_classic_length(path)
+    return guarded_open(path, lambda: xr.open_dataset(path, engine="netcdf4", group=group, **options))
 
 
 def open_zarr(path: str, *, chunks=None, group: str | None = None, decode_times: bool = True, storage_options=None):

@@ -257,9 +257,7 @@ class Reader:
                 if name not in self._tensors:
                     self._tensors[name] = tensors.open_array(array)
             if self._tensors[name] is not None:
-                values = tensors.read(self._tensors[name], key)
-                if values is not None:
-                    return values
+                return tensors.read(self._tensors[name], key)
         return np.asarray(picked.values)
 
     def _joined(self, name: str) -> "DaskBlocks":

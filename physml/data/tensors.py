@@ -1,38 +1,41 @@
-"""Local arrays that several threads decode at once: zarr by TensorStore, netCDF-4 by `physml.data.hdf5_chunks`.
+"""Local arrays that several threads decode at once: zarr by TensorStore, HDF5 by `physml.data.hdf5_chunks`.
 
 zarr's own reader hands every chunk through an event loop and the interpreter, which for chunks below a megabyte takes
-longer than decoding them, and keeps other threads of the program waiting; the netCDF library lets one thread work.
+longer than decoding them, and keeps other threads of the program waiting; h5py lets one thread work.
 """
 
 from typing import Any
 
 import numpy as np
 import xarray as xr
+from xarray.backends.netCDF4_ import NetCDF4ArrayWrapper
+from xarray.core import indexing
 
 from physml.data.blocks import backend
 from physml.data.guarded import Guarded
-from physml.data.hdf5_chunks import Chunks, open_chunks
+from physml.data.hdf5_chunks import Array, Chunks, by_h5py, open_chunks
 
 
 def locate(variable: xr.Variable) -> tuple[Any, tuple] | None:
-    """The zarr or netCDF array behind a lazy variable and the selection of it; None for anything else, and for numbers
+    """The zarr or HDF5 array behind a lazy variable and the selection of it; None for anything else, and for numbers
     that are decoded further (scales, masks, times).
     """
     found = backend(variable, plain=True)
     while found is not None and isinstance(found[0], Guarded):
         found = backend(found[0].variable[found[1]], plain=True)
-    kind = None if found is None else type(found[0]).__name__
-    if kind == "ZarrArrayWrapper":
-        return found[0]._array, found[1]
-    return found if kind == "NetCDF4ArrayWrapper" else None
+    if found is None or isinstance(found[0], Array | NetCDF4ArrayWrapper):
+        return found
+    return (found[0]._array, found[1]) if type(found[0]).__name__ == "ZarrArrayWrapper" else None
 
 
 def open_array(array: Any) -> Any | None:
-    """A local array as a `tensorstore.TensorStore` or `Chunks`; None where it is elsewhere, or coded in a way that they
-    do not know.
+    """A local array as a `tensorstore.TensorStore` or `Chunks`, else one of h5py; None where it is elsewhere, or coded
+    in a way that they do not know.
     """
-    if hasattr(array, "datastore"):
-        return open_chunks(array)
+    if isinstance(array, NetCDF4ArrayWrapper):
+        array = by_h5py(array)
+    if array is None or isinstance(array, Array):
+        return array and (open_chunks(array) or array)
     import tensorstore
     from zarr.storage import LocalStore
 
@@ -49,11 +52,13 @@ def open_array(array: Any) -> Any | None:
     return opened if same else None
 
 
-def read(opened: Any, key: tuple) -> np.ndarray | None:
-    """The selection, as numpy indexes one axis after another; None where only the library of the format can make it.
-
-    Raises ValueError for chunks that cannot be decoded.
-    """
+def read(opened: Any, key: tuple) -> np.ndarray:
+    """The selection, as numpy indexes one axis after another. Raises ValueError for chunks that cannot be decoded."""
     if isinstance(opened, Chunks):
-        return opened.read(key)
+        values = opened.read(key)
+        if values is not None:
+            return values
+        opened = opened.array
+    if isinstance(opened, Array):
+        return np.asarray(opened[indexing.OuterIndexer(key)])
     return opened.oindex[key].read(order="C").result()

@@ -1,5 +1,8 @@
 """Chunks that are decoded beside the netCDF library are what the library reads; damage is told."""
 
+import subprocess
+import sys
+
 import h5py
 import netCDF4
 import numpy as np
@@ -7,8 +10,8 @@ import pytest
 import xarray as xr
 from numpy.testing import assert_array_equal
 
-from physml.data import XarrayDataset, spec_of, tensors
-from physml.data.hdf5_chunks import Chunks
+from physml.data import XarrayDataset, netcdf, spec_of, tensors
+from physml.data.hdf5_chunks import Array, Chunks
 from physml.errors import DataError
 
 SHAPE, CHUNK = (7, 23, 10), (2, 5, 10)
@@ -69,14 +72,88 @@ def test_selections_are_those_of_the_library(path, name):
     assert_array_equal(tensors.read(chunks, chosen), picked.values)
 
 
-def test_what_only_the_library_can_read_is_left_to_it(path):
+def test_what_is_not_in_such_chunks_is_read_by_h5py(path):
     assert tensors.locate(xr.open_dataset(path, chunks=None).big.variable) is None
     for name in ("checked", "whole"):
-        assert tensors.open_array(opened(path, name)[1]) is None
-    array = opened(path, "usual")[1]
-    chunks = tensors.open_array(array)
-    assert tensors.read(chunks, (np.array([3, 1]), slice(None), slice(None))) is None
-    assert tensors.read(chunks, (slice(5, 0, -1), slice(None), slice(None))) is None
+        variable, array = opened(path, name)
+        assert_array_equal(
+            tensors.read(tensors.open_array(array), (3, slice(4, 21, 3), slice(None))), variable[3, 4:21:3]
+        )
+        assert isinstance(tensors.open_array(array), Array)
+    variable, array = opened(path, "usual")
+    for key in ((np.array([3, 1]), slice(None), slice(None)), (slice(5, 0, -1), np.array([2, 0, 9]), 4)):
+        expected = variable.isel(dict(zip(variable.dims, key, strict=True)))
+        assert_array_equal(tensors.read(tensors.open_array(array), key), expected)
+
+
+def test_what_only_the_netcdf_library_knows_is_left_to_it(tmp_path):
+    with netCDF4.Dataset(tmp_path / "a.nc", "w") as file:
+        file.createDimension("time", None)
+        file.createDimension("x", 3)
+        file.createVariable("u", "f4", ("time", "x"))[:5] = 1
+        file.createVariable("short", "f4", ("time", "x"))[:2] = 1  # as the library shows it: 5 long, the rest is filled
+    ds = netcdf.open_netcdf(str(tmp_path / "a.nc"))
+    assert ds.short.shape == (5, 3)
+    assert_array_equal(ds.short[:, 0], [1, 1, *3 * [np.float32(netCDF4.default_fillvals["f4"])]])
+    array = tensors.locate(xr.open_dataset(tmp_path / "a.nc", decode_cf=False).short.variable)[0]
+    assert tensors.open_array(array) is None
+
+
+def test_a_closed_file_can_be_written_again(tmp_path):
+    path = tmp_path / "a.nc"
+    ds = xr.Dataset({name: (("time", "x"), np.zeros((4, 3))) for name in "uvw"})
+    ds.to_netcdf(path)
+    opened = netcdf.open_netcdf(str(path))
+    assert opened.u.sum() + opened.v.sum() == 0
+    opened.close()
+    (ds + 1).to_netcdf(path)
+    assert netcdf.open_netcdf(str(path)).w.min() == 1
+
+
+CRASH = """
+import sys, threading
+import numpy as np
+import xarray as xr
+from physml.data import DataConfig, Loader, XarrayDataset, open_dataset, spec_of
+
+folder = sys.argv[1]
+rng = np.random.default_rng(0)
+coords = {"time": np.arange(400.0), "x": ("x", np.arange(16) / 16, {"periodic": 1})}
+ds = xr.Dataset({"u": (("time", "x"), rng.normal(size=(400, 16)).astype("f4"))}, coords)
+plain, packed = f"{folder}/plain.nc", f"{folder}/packed.nc"
+ds.to_netcdf(plain, encoding={"u": {"_FillValue": None}})
+ds.to_netcdf(packed, encoding={"u": {"dtype": "i2", "scale_factor": 0.001, "_FillValue": -32768, "zlib": True}})
+user = xr.open_dataset(plain, cache=False)
+dask = open_dataset(packed)
+whole = DataConfig(packed, train=(0, 400), valid=(), test=()).open()["train"]
+data = XarrayDataset(user, spec_of(user)), whole, XarrayDataset(dask, spec_of(dask))
+done = threading.Event()
+failed = []
+
+def read(dataset):
+    loader = Loader(dataset, 3, 4, seed=0, memory=64 * 80, threads=0)
+    try:
+        while not done.is_set():
+            next(loader)
+    except Exception as error:
+        failed.append(error)
+
+threads = [threading.Thread(target=read, args=(dataset,)) for dataset in data]
+for thread in threads:
+    thread.start()
+for i in range(300):
+    ds.to_netcdf(f"{folder}/other.nc", encoding={"u": {"zlib": True}})
+    xr.open_dataset(f"{folder}/other.nc").u[3].values
+done.set()
+for thread in threads:
+    thread.join()
+assert not failed, failed
+"""
+
+
+def test_reading_in_threads_beside_the_netcdf_library_neither_crashes_nor_fails(tmp_path):
+    run = subprocess.run([sys.executable, "-c", CRASH, str(tmp_path)], capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr[-2000:]
 
 
 def test_scaled_and_masked_numbers_are_not_taken_raw(tmp_path):

@@ -126,13 +126,13 @@ def test_places_and_splits():
 
 
 def test_opening_reads_no_field(monkeypatch):
-    read = hdf5._Array._read
+    read = hdf5.Array._read
 
     def watched(array, key):
         assert "boundary_conditions" in array.key, "a field was read"
         return read(array, key)
 
-    monkeypatch.setattr(hdf5._Array, "_read", watched)
+    monkeypatch.setattr(hdf5.Array, "_read", watched)
     ds = the_well.open_dataset(Place(SHEAR))
     assert all(not isinstance(ds[name].variable._data, np.ndarray) for name in (*CHANNELS, "mask_field"))
 

@@ -133,6 +133,7 @@ def test_the_command_line_makes_a_leaderboard(finished, tmp_path, capsys):
     assert "Did you mean 'pdearena'" in error
 
 
+@pytest.mark.slow
 def test_an_interrupted_leaderboard_is_finished(suite, tmp_path, monkeypatch):
     """What was finished before stays; a folder without entry.json is done again."""
     out = tmp_path / "board"

@@ -70,7 +70,7 @@ def reference(stepper, window, steps, key=None):
 
 
 @pytest.mark.parametrize("name", every_stepper.names())
-@pytest.mark.parametrize("steps", [1, 3])
+@pytest.mark.parametrize("steps", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_every_stepper_is_exported(tmp_path, name, steps):
     stepper, key = every_stepper.stepper_of(name), jax.random.key(5)
     program = load_exported(export(stepper, tmp_path / "e", steps=steps, platforms=("cpu",)))

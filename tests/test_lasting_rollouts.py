@@ -365,7 +365,7 @@ def test_every_stepper_rolls_out_and_goes_on_from_the_shell(capsys, tmp_path, na
     assert json.loads(out)["steps completed"] == [9, 9]
 
 
-@pytest.mark.parametrize("suffix", SUFFIXES)
+@pytest.mark.parametrize("suffix", [pytest.param(s, marks=[pytest.mark.slow] * (s == ".nc")) for s in SUFFIXES])
 def test_a_killed_process_is_continued(tmp_path, suffix):
     """SIGKILL while frames are written: nothing can be tidied up."""
     saving.save(every_stepper.stepper_of("extrapolation"), tmp_path / "model")

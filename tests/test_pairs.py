@@ -60,7 +60,7 @@ def test_every_ordered_pair_is_there_once():
     assert (np.diff(ordered_pairs(4, zero_lead=False)) > 0).all()
 
 
-@pytest.mark.parametrize("pairs", [0, 1, 5])
+@pytest.mark.parametrize("pairs", [0, pytest.param(1, marks=pytest.mark.slow), 5])
 def test_the_exact_flow_map_has_no_error(pairs):
     """The semigroup property: one map serves all pairs. Float32 exponentials of numbers of order 1."""
     assert value(AllToAll(7, pairs=pairs), decaying(7)) < 1e-12

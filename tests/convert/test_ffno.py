@@ -141,7 +141,7 @@ def mix(mode, modes, w, place, h):
             "factor": 3,
             "n_layers": 9,
         },
-        {"mode": "low-pass", "n_ff_layers": 1, "layer_norm": True},
+        pytest.param({"mode": "low-pass", "n_ff_layers": 1, "layer_norm": True}, marks=pytest.mark.slow),
         {"mode": "no-fourier", "n_ff_layers": 3, "use_position": False, "share_fork": True},
         {
             "should_normalize": False,
@@ -151,7 +151,10 @@ def mix(mode, modes, w, place, h):
             "share_weight": True,
             "ff_weight_norm": True,
         },
-        {"n_input_vector_components": 0, "time_future": 2, "n_output_vector_components": 0, "time_history": 1},
+        pytest.param(
+            {"n_input_vector_components": 0, "time_future": 2, "n_output_vector_components": 0, "time_history": 1},
+            marks=pytest.mark.slow,
+        ),
         {"modes": 5},
     ],
     ids=["shared", "low-pass", "no-fourier", "two-frames", "one-channel", "all-modes"],

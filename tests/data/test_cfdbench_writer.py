@@ -58,7 +58,9 @@ def test_what_is_written_opens_again(tmp_path, problem):
     assert padded.sizes["y"] == {"tube": 66, "dam": 66}.get(problem, 64)
 
 
-@pytest.mark.parametrize("problem", PARAMETERS)
+@pytest.mark.parametrize(
+    "problem", [pytest.param(name, marks=[pytest.mark.slow] * (name in ("cavity", "dam"))) for name in PARAMETERS]
+)
 def test_generated_cases_open_like_the_published_ones(tmp_path, problem):
     """At 32 x 32: parameters of the table, the mask of the reader, the interval of frames, and a flow that moves."""
     seen = []

@@ -17,6 +17,12 @@ TOLERANCE = 1e-5
 # Tests compile without optimization, whose plain sums are less exact. Attention by cosines times 100 shows it: errors
 # of up to 1.8e-5 on some processors, where the program that users run has 6e-6. It is replayed as they run it.
 OPTIMIZED = {"poseidon_scot/unconditioned"}
+SLOW = {"poseidon_scot/unconditioned", "sinenet/sinenet2_cond_adagn", "sinenet/sinenet3_zeros"}  # another case is quick
+
+
+def named(case):
+    name = f"{case.parent.name}/{case.name}"
+    return pytest.param(case, id=name, marks=[pytest.mark.slow] * (name in SLOW))
 
 
 def replay(case: Path) -> dict[str, np.ndarray]:
@@ -32,7 +38,7 @@ def replay_in(environment: dict[str, str], case: Path, folder: Path) -> dict[str
     return load_file(folder / "outputs.safetensors")
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.parent.name}/{case.name}")
+@pytest.mark.parametrize("case", map(named, CASES))
 def test_replay_reproduces_every_recorded_tensor(case, tmp_path, users_environment):
     family, io = FAMILIES[case.parent.name], load_file(case / "io.safetensors")
     optimized = f"{case.parent.name}/{case.name}" in OPTIMIZED

@@ -34,7 +34,10 @@ def given(shape=(6, 5), inputs=3, scalars=2, batch=2, seed=0):
     return [random.standard_normal(size).astype(np.float32) for size in sizes]
 
 
-@each
+@pytest.mark.parametrize(
+    "config",
+    [pytest.param(c, id=name, marks=[pytest.mark.slow] * (name == "classic_unet")) for name, c in SMALL.items()],
+)
 def test_outputs_are_added_to_the_stated_frame_and_masked(config):
     fields, scalars = given()
     fields[..., 2] = np.random.default_rng(1).integers(0, 2, fields.shape[:-1])
@@ -110,7 +113,8 @@ def test_unet_learns_batch_statistics_in_training_and_uses_them_afterwards():
     assert not np.allclose(model(*inputs), plain, atol=1e-4)
 
 
-@pytest.mark.parametrize("upsampling", ["transposed", pytest.param("bilinear", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("upsampling", ["transposed", "bilinear"])
 def test_recomputing_moves_the_batch_statistics_once(upsampling):
     states = []
     for remat in (False, True):

@@ -208,7 +208,7 @@ VARIANTS = {
     ),
 }
 CASES = {**ROWS, **VARIANTS}
-HEAVY = {"modern_unet", "sinenet", "ifactformer", "classic_unet", "cfdbench_resnet"}
+HEAVY = {"modern_unet", "sinenet", "ifactformer", "poseidon_scot", "classic_unet", "cfdbench_resnet"}
 
 
 def over(cases, slow=()):
@@ -243,7 +243,7 @@ def test_every_entry_has_a_row():
     assert all(name == row.model for name, row in ROWS.items())
 
 
-@every_case
+@few_cases
 def test_shapes_and_other_grids(row):
     for shape, options in {row.shape: {}, **row.shapes}.items():
         model = row.build(shape, **options)

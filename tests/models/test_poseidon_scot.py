@@ -149,6 +149,7 @@ def test_other_channels_keep_all_other_weights():
             with_channels(model, wanted, rngs=nnx.Rngs(0), **options)
 
 
+@pytest.mark.slow
 def test_recomputing_blocks_saves_memory():
     """Of all blocks but one only the input is kept for the backward pass."""
 

@@ -82,14 +82,17 @@ def relative(a, b):
 
 
 HEAVY = {"euler", "shallow_water_sphere", "tracer_sphere", "cylinder", "dam", "tube", "quasigeostrophic", "kolmogorov"}
+ALIKE = {"advection", "kuramoto_sivashinsky", "cavity", "chen", "henon_heiles", "lorenz84", "rossler", "thomas", "heat"}
+# Their schemes (spectral, walls, ordinary equations, diffusion) are those of others that stay quick.
 
 
 def each(names):
-    """A test for every name; those that compile for long run with the slow tests."""
-    return pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n in HEAVY)) for n in names])
+    """A test for every name; those that compile for long or are like others run with the slow tests."""
+    slow = HEAVY | ALIKE
+    return pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n in slow)) for n in names])
 
 
-@pytest.mark.parametrize("name", SMALL)
+@each(SMALL)
 def test_a_step_keeps_shape_structure_and_precision(name):
     solver = make_solver(name, **SMALL[name])
     assert coding.from_dict(SOLVERS, coding.to_dict(solver, SOLVERS)) == solver

@@ -170,6 +170,7 @@ def test_stored_cells_hold_the_mass_of_the_solver():
     assert_allclose(energy.mean(), state.energy.mean(), rtol=1e-13)
 
 
+@pytest.mark.slow
 def test_fixed_substeps_have_gradients_and_refuse_too_long_steps():
     solver = Euler(points=8, solver_points=8, initial_state="gauss", substeps=2, time_step=0.005)
     state = solver.initial(jax.random.key(0))

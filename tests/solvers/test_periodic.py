@@ -279,8 +279,11 @@ def test_kolmogorov_flow_balances_energy(float64):
 
 # --- pure functions: mapped, differentiated, in any precision ---
 
+QUICK = ("korteweg_de_vries", "kolmogorov")  # one of each stepping, the others with the slow tests
+few = pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in SMALL])
 
-@pytest.mark.parametrize("name", SMALL)
+
+@few
 def test_parameters_may_be_traced(float64, name):
     """A batch over viscosity, length and time step equals the single runs, and the gradient is the slope."""
     solver = SMALL[name]
@@ -309,7 +312,7 @@ def test_parameters_may_be_traced(float64, name):
     assert_allclose(jax.jit(jax.grad(loss))(nu), slope, rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", SMALL)
+@few
 def test_precision_follows_the_state(name):
     solver = SMALL[name]
     with jax.enable_x64(True):

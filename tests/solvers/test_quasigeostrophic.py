@@ -73,6 +73,7 @@ def test_quasigeostrophic_follows_the_reference(float64):
     assert solver.kinetic_energy(state) == pytest.approx(energy[4], rel=1e-3)
 
 
+@pytest.mark.slow
 def test_potential_vorticity_keeps_its_mean_and_drag_takes_energy(float64):
     solver = Quasigeostrophic(
         points=32, initial_modes=4, shear=0.0, beta=0.0, drag=1e-6, time_step=5 * DAY, substeps=60

@@ -164,6 +164,7 @@ def test_the_stored_mean_weights_by_area():
     assert_allclose(solver.grid.weights()[:, 0], coarse[:, 0] / coarse.mean(), rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_fixed_substeps_have_gradients_and_refuse_too_long_steps():
     solver = TracerSphere(points=8, solver_points=8, substeps=2, time_step=3600.0)
     state = solver.initial(jax.random.key(0))

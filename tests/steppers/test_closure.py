@@ -35,6 +35,7 @@ FLOWS = {
     ),
     "staggered_flow": (make_solver("staggered_flow", points=16, initial_modes=3, forcing_mode=2, substeps=4), 1),
 }
+SLOW = ("kuramoto_sivashinsky", "decaying_navier_stokes")  # `burgers` stands for them
 
 
 class Reaction(nnx.Module):
@@ -44,7 +45,7 @@ class Reaction(nnx.Module):
         return -(1 + fields) * fields
 
 
-@pytest.mark.parametrize("name", FLOWS)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n in SLOW)) for n in FLOWS])
 def test_a_silent_network_leaves_the_solver(hybrid, name):
     solver, turns = FLOWS[name]
     frames, spec = hybrid.frames_of(solver, 2), hybrid.spec_of(solver)

@@ -186,7 +186,12 @@ def test_masked_cells_may_hold_anything():
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"upwind": True, "positive": ("u", "v"), "bounded": ("u",)}, {"channels": "v"}]
+    "options",
+    [
+        {},
+        pytest.param({"upwind": True, "positive": ("u", "v"), "bounded": ("u",)}, marks=pytest.mark.slow),
+        {"channels": "v"},
+    ],
 )
 def test_gradients_reach_every_parameter(options):
     grid = GRIDS["walls"]

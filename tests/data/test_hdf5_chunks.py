@@ -1,4 +1,4 @@
-"""Chunks that are decoded beside the netCDF library are what the library reads; damage is told."""
+"""What is read beside the netCDF library is what the library reads, in any thread; damage is told."""
 
 import subprocess
 import sys

@@ -47,7 +47,10 @@ def open_netcdf(path: str, *, chunks=None, group: str | None = None, decode_time
         target = open_file(path, storage_options)
         return guarded_open(path, lambda: xr.open_dataset(target, engine=engine, group=group, **options))
     if signature == HDF5:
-        return guarded_open(path, lambda: xr.open_dataset(Netcdf4.open(path, group=group), **options))
+        whole = os.path.abspath(path)
+        ds = guarded_open(path, lambda: xr.open_dataset(Netcdf4.open(whole, group=group), **options))
+        ds.encoding["source"] = whole  # as xarray says it of other files
+        return ds
     _check_classic_length(path)
     return guarded_open(path, lambda: xr.open_dataset(path, engine="netcdf4", group=group, **options))
 

@@ -1,5 +1,6 @@
 """What is read beside the netCDF library is what the library reads, in any thread; damage is told."""
 
+import pickle
 import subprocess
 import sys
 
@@ -10,6 +11,7 @@ import pytest
 import xarray as xr
 from numpy.testing import assert_array_equal
 
+import physml
 from physml.data import XarrayDataset, netcdf, spec_of, tensors
 from physml.data.hdf5_chunks import Array, Chunks
 from physml.errors import DataError
@@ -108,6 +110,21 @@ def test_a_closed_file_can_be_written_again(tmp_path):
     opened.close()
     (ds + 1).to_netcdf(path)
     assert netcdf.open_netcdf(str(path)).w.min() == 1
+
+
+def test_a_file_is_read_from_any_folder_and_in_another_process(tmp_path, monkeypatch):
+    folder = tmp_path / "données"
+    folder.mkdir()
+    ds = xr.Dataset({"u": (("time", "x"), np.arange(12.0).reshape(4, 3))})
+    ds.to_netcdf(folder / "ü.nc", encoding={"u": {"dtype": "i2", "scale_factor": 0.5}})
+    monkeypatch.chdir(folder)
+    opened = physml.open_dataset("ü.nc")
+    assert opened.encoding["source"] == str(folder / "ü.nc")
+    monkeypatch.chdir(tmp_path)
+    copy = pickle.loads(pickle.dumps(opened))
+    opened.close()
+    assert_array_equal(copy.u[0], ds.u)
+    assert_array_equal(netcdf.open_netcdf(copy.encoding["source"], chunks={}).u.compute(), ds.u)
 
 
 CRASH = """

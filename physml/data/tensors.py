@@ -34,8 +34,11 @@ def open_array(array: Any) -> Any | None:
     """
     if isinstance(array, NetCDF4ArrayWrapper):
         array = by_h5py(array)
-    if array is None or isinstance(array, Array):
-        return array and (open_chunks(array) or array)
+    if array is None:
+        return None
+    if isinstance(array, Array):
+        chunks = open_chunks(array)
+        return array if chunks is None else chunks
     import tensorstore
     from zarr.storage import LocalStore
 

@@ -167,7 +167,6 @@ def test_every_frame_matters(hybrid):
     assert (abs(predicted[1:] - predicted[:1]).max((1, 2, 3, 4)) > 1e-4).all()
 
 
-@pytest.mark.slow
 def test_gradients_through_the_solver(hybrid):
     """In the weights, over two steps."""
     with jax.enable_x64(True):

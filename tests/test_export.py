@@ -233,6 +233,7 @@ def test_the_loader_refuses_what_is_damaged(spec, tmp_path):
     with pytest.raises(CheckpointError, match="exists.*overwrite=True"):
         export(stepper, folder)
     export(stepper, folder, platforms=("cpu",), overwrite=True)
+    assert os.listdir(tmp_path) == ["e"]
     (tmp_path / "mine").mkdir()
     with pytest.raises(CheckpointError, match="exists"):
         export(stepper, tmp_path / "mine", overwrite=True)
@@ -265,6 +266,25 @@ def test_the_loader_refuses_what_is_damaged(spec, tmp_path):
         load_exported(folder)
     with pytest.raises(CheckpointError, match="is no exported model"):
         load_exported(tmp_path / "absent")
+
+
+def test_an_export_that_cannot_be_finished_leaves_the_old_one(spec, tmp_path, monkeypatch):
+    folder, rename = export(Part(spec, lambda state: 2 * state), tmp_path / "e", platforms=("cpu",)), os.rename
+    window = np.ones((2, 1, 8, 6, 2), np.float32)
+
+    def fail(source, target):
+        if os.fspath(target) == os.fspath(folder):
+            raise OSError("no space")
+        rename(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "rename", fail)
+        with pytest.raises(OSError, match="no space"):
+            export(Part(spec, lambda state: 3 * state), folder, platforms=("cpu",), overwrite=True)
+    assert os.listdir(tmp_path) == ["e"]
+    assert_allclose(load_exported(folder)(frames=window), 2 * window)
+    export(Part(spec, lambda state: 3 * state), folder, platforms=("cpu",), overwrite=True)
+    assert_allclose(load_exported(folder)(frames=window), 3 * window)
 
 
 def test_what_is_bigger_than_a_file_is_refused(tiny, tmp_path, monkeypatch):

@@ -83,7 +83,7 @@ class LayerNorm(nnx.Module):
         variance = jnp.square(wide - mean).mean(-1, keepdims=True)
         scale, shift = self.scale[...], self.shift[...]
         if self.scale_by is not None:
-            each = (len(x), *(1,) * (x.ndim - 2), -1)
+            each = (x.shape[0], *(1,) * (x.ndim - 2), -1)
             scalars = jnp.asarray(scalars, scale.dtype)
             scale = (scale + scalars @ self.scale_by[...]).reshape(each)
             shift = (shift + scalars @ self.shift_by[...]).reshape(each)

@@ -52,4 +52,4 @@ def modulate(
 
 def per_sample(vectors: Float[Array, "batch number"], like: Float[Array, "batch *space channel"]):
     """`vectors` with axes of length one for space, in the dtype of `like`."""
-    return vectors.astype(like.dtype).reshape(len(vectors), *(1,) * (like.ndim - 2), -1)
+    return vectors.astype(like.dtype).reshape(vectors.shape[0], *(1,) * (like.ndim - 2), -1)

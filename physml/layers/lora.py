@@ -133,8 +133,8 @@ def add_lora(module: Any, lora: LoRA, seed: int = 0) -> Any:
     """A copy of a stepper or model whose linear layers that match are adapted, all else frozen but `lora.train`.
 
     Until it is trained its output is that of `module`: exactly, unless a compiler fuses, and so rounds, the additional
-    products otherwise. Raises ConfigError, with paths, where the pattern
-    finds no linear layer or `train` no parameter, and for a module that is adapted already.
+    products otherwise. Raises ConfigError, with paths, where the pattern finds no linear layer or `train` no parameter,
+    and for a module that is adapted already.
     """
     module = nnx.clone(module)
     if adapted(module):

@@ -24,7 +24,7 @@ def sinusoidal(values: Float[Array, "batch"], channels: int) -> Float[Array, "ba
     exponents = np.float32(-np.log(LONGEST)) * np.arange(half, dtype=np.float32) / np.float32(max(half, 1))
     frequencies = np.exp(exponents.astype(np.float64)).astype(np.float32)
     angles = values.astype(jnp.float32)[:, None] * frequencies
-    zero = [jnp.zeros((len(values), 1), jnp.float32)] if channels % 2 else []
+    zero = [jnp.zeros((values.shape[0], 1), jnp.float32)] if channels % 2 else []
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles), *zero], axis=-1)
 
 

@@ -67,15 +67,15 @@ class Windows:
         if any(self.shift):
             x = jnp.roll(x, [-shift for shift in self.shift], (1, 2))
         if rows * columns > 1:
-            x = jnp.swapaxes(x.reshape(len(x), rows, height, columns, width, -1), 2, 3)
-        return x.reshape(len(x), rows * columns, height * width, -1)
+            x = jnp.swapaxes(x.reshape(x.shape[0], rows, height, columns, width, -1), 2, 3)
+        return x.reshape(x.shape[0], rows * columns, height * width, -1)
 
     def join(self, x: Float[Array, "batch windows tokens channel"]) -> Float[Array, "batch rows columns channel"]:
         """Undoes `partition`."""
         (rows, columns), (height, width) = self.count, self.size
         if rows * columns > 1:
-            x = jnp.swapaxes(x.reshape(len(x), rows, columns, height, width, -1), 2, 3)
-        x = x.reshape(len(x), *self.padded, -1)
+            x = jnp.swapaxes(x.reshape(x.shape[0], rows, columns, height, width, -1), 2, 3)
+        x = x.reshape(x.shape[0], *self.padded, -1)
         if any(self.shift):
             x = jnp.roll(x, self.shift, (1, 2))
         return x[:, : self.shape[0], : self.shape[1]]

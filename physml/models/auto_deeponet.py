@@ -108,14 +108,14 @@ class AutoDeepONet(nnx.Module):
         fields = jnp.asarray(fields)
         coefficients, functions = self.coefficients(fields, scalars), self.functions(fields.dtype)
         outputs = coefficients.shape[-1] // self.config.width
-        sums = coefficients.reshape(len(fields), outputs, -1) @ functions.T
+        sums = coefficients.reshape(fields.shape[0], outputs, -1) @ functions.T
         result = jnp.moveaxis(sums, 1, -1).astype(fields.dtype) + self.bias[...].astype(fields.dtype)
         return add_and_mask(result.reshape(*fields.shape[:-1], outputs), fields, self.config.frame, self.config.mask)
 
     def coefficients(self, fields, scalars) -> Float[Array, "batch coefficients"]:
         """What multiplies the functions, output after output."""
         check_grid("auto_deeponet", self.signature.grid.shape, fields)
-        flat, scalars = (self._hidden(x) for x in (jnp.asarray(fields).reshape(len(fields), -1), scalars))
+        flat, scalars = (self._hidden(x) for x in (jnp.asarray(fields).reshape(fields.shape[0], -1), scalars))
         if self.conditions is None:
             return self._run(self.branch, jnp.concatenate([flat, scalars], axis=-1))
         return self._run(self.branch, flat) * self._run(self.conditions, scalars)

@@ -9,7 +9,6 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
@@ -102,14 +101,14 @@ class AutoFFN(nnx.Module):
         check_grid("auto_ffn", shape, fields)
         wide = jnp.promote_types(fields.dtype, jnp.float32)
         dtype = wide if self.config.dtype == "float32" else jnp.bfloat16
-        sample = jnp.concatenate([fields.reshape(len(fields), -1), scalars], axis=-1).astype(dtype)
+        sample = jnp.concatenate([fields.reshape(fields.shape[0], -1), scalars], axis=-1).astype(dtype)
         weight, bias = (parameter[...].astype(dtype) for parameter in (self.entry.weight, self.entry.bias))
         # The first layer is linear: the field is read once per sample, not once per point.
         by_sample = sample @ weight[: sample.shape[-1]] + bias
         by_point = jnp.asarray(indices(shape), dtype) @ weight[sample.shape[-1] :]
         if self.config.mix_batch:
-            batch, points = len(fields), by_point.shape[0]
-            by_sample = by_sample[np.arange(batch * points).reshape(batch, points) % batch]
+            batch, points = fields.shape[0], by_point.shape[0]
+            by_sample = by_sample[jnp.arange(batch * points).reshape(batch, points) % batch]
         else:
             by_sample = by_sample[:, None]
 

@@ -161,7 +161,7 @@ class ClassicUNet(nnx.Module):
             states.append(x)
         if self.conditions is not None:
             shift = self.conditions(jnp.asarray(scalars).astype(x.dtype))
-            states[-1] = x + shift.reshape(len(x), *(1,) * (x.ndim - 2), -1)
+            states[-1] = x + shift.reshape(x.shape[0], *(1,) * (x.ndim - 2), -1)
         return states
 
     def ascend(self, x, finer) -> list[Float[Array, "batch *finer channel"]]:

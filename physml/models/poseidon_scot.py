@@ -416,7 +416,7 @@ class Block(nnx.Module):
         dropped = None
         if key is not None and self.attention_rate:
             count, tokens = math.prod(windows.count), math.prod(windows.size)
-            ones = jnp.ones((len(x), count, self.attention.heads, tokens, tokens), x.dtype)
+            ones = jnp.ones((x.shape[0], count, self.attention.heads, tokens, tokens), x.dtype)
             dropped = drop(ones, keys[0], self.attention_rate)
         y = windows.join(self.attention(windows.partition(x), windows.mask(), dropped))
         x = x + self._kept(self.attention_norm(drop(y, keys[1], self.attention_rate), scalars), keys[2], rate)
@@ -434,7 +434,7 @@ def drop(x, key, rate, *, shared: bool = False):
     """
     if key is None or (isinstance(rate, float) and not rate):
         return x
-    shape = (len(x), *(1,) * (x.ndim - 1)) if shared else x.shape
+    shape = (x.shape[0], *(1,) * (x.ndim - 1)) if shared else x.shape
     return x * (jax.random.bernoulli(key, 1 - rate, shape) / (1 - rate)).astype(x.dtype)
 
 

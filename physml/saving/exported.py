@@ -7,9 +7,6 @@ call it. It belongs to the jax versions that read it (jax promises six months); 
 
 import hashlib
 import json
-import os
-import shutil
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +18,7 @@ from flax import nnx
 
 from physml.errors import CheckpointError, ConfigError
 from physml.fields import Context, Spec
+from physml.saving.folder import whole_folder
 from physml.steppers.describe import provenance
 
 PROGRAM, SIGNATURE, CARD, FORMAT = "step.stablehlo", "signature.json", "README.md", 1
@@ -84,19 +82,10 @@ def export(
     exported = _export(stepper, steps, shapes, platforms, batch)
     content = _serialize(exported, stepper)
     about = _signature(stepper, steps, batch, platforms, shapes, exported, content)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}.", suffix=".partial"))
-    try:
+    with whole_folder(folder) as partial:
         (partial / PROGRAM).write_bytes(content)
         (partial / SIGNATURE).write_text(json.dumps(about, indent=1), encoding="utf-8")
         (partial / CARD).write_text(_card(folder.name, about), encoding="utf-8")
-        partial.chmod(0o755)
-        if folder.exists():
-            shutil.rmtree(folder)
-        os.rename(partial, folder)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
     return folder
 
 

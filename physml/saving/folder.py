@@ -9,7 +9,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +103,30 @@ def write_text(path: str | Path, text: str) -> None:
         raise
 
 
+@contextlib.contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """A folder to write into that becomes `folder` when all is written; an old one is set aside first, removed last."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}.", suffix=".partial"))
+    try:
+        yield partial
+        partial.chmod(0o777 & ~_umask())
+        if not folder.exists():
+            os.rename(partial, folder)
+            return
+        aside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}.", suffix=".old"))
+        os.replace(folder, aside)
+        try:
+            os.rename(partial, folder)
+        except BaseException:
+            os.replace(aside, folder)
+            raise
+        shutil.rmtree(aside, ignore_errors=True)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
 def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
@@ -117,7 +141,6 @@ def _write(folder, module, parts: dict, spec: Spec | None, extra, overwrite: boo
 
     folder = Path(folder)
     _check_target(folder, overwrite)
-    folder.parent.mkdir(parents=True, exist_ok=True)
     weights = serialize(module)
     config = {
         "format": FORMAT,
@@ -134,18 +157,12 @@ def _write(folder, module, parts: dict, spec: Spec | None, extra, overwrite: boo
         raise ConfigError(
             f"`extra` holds something that JSON cannot: {error}. Use numbers, text, lists, tables."
         ) from error
-    partial = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}.", suffix=".partial"))
-    try:
+    with whole_folder(folder) as partial:
         (partial / WEIGHTS).write_bytes(weights)
         (partial / CONFIG).write_text(text, encoding="utf-8")
         if spec is not None:
             (partial / SPEC).write_text(json.dumps(spec.to_dict()), encoding="utf-8")
         (partial / CARD).write_text(_card(folder.name, config, spec), encoding="utf-8")
-        partial.chmod(0o777 & ~_umask())
-        _put(partial, folder)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
     return folder
 
 
@@ -160,21 +177,6 @@ def _check_target(folder: Path, overwrite: bool) -> None:
         raise CheckpointError(
             f"{folder} holds other files and no saved model, so it is not overwritten. Choose another."
         )
-
-
-def _put(partial: Path, folder: Path) -> None:
-    """Renames `partial` to `folder`; an old one is set aside first and removed last."""
-    if not folder.exists():
-        os.rename(partial, folder)
-        return
-    aside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}.", suffix=".old"))
-    os.replace(folder, aside)
-    try:
-        os.rename(partial, folder)
-    except BaseException:
-        os.replace(aside, folder)
-        raise
-    shutil.rmtree(aside, ignore_errors=True)
 
 
 def _card(name: str, config: dict, spec: Spec | None) -> str:

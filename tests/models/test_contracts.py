@@ -327,6 +327,15 @@ def test_saved_and_loaded_is_the_same(row, tmp_path):
 
 
 @every_case
+def test_a_batch_of_any_size_is_exported(row):
+    graph, state = nnx.split(row.build())
+    batch = jax.export.symbolic_shape("batch")[0]
+    inputs = (jax.ShapeDtypeStruct((batch, *array.shape[1:]), array.dtype) for array in row.inputs())
+    program = jax.export.export(jax.jit(lambda *given: nnx.merge(graph, state)(*given)))(*inputs)
+    assert program.out_avals[0].shape == (batch, *row.shape, OUTPUTS)
+
+
+@every_case
 def test_bfloat16_stays_near_float32(row):
     """bfloat16 keeps 8 bits: each of the about ten roundings in a row costs 0.4% at most."""
     model, half, inputs = row.build(), row.build(dtype="bfloat16"), row.inputs()

@@ -124,7 +124,8 @@ def over_batch(function: Callable, axis: int = 0) -> Callable:
         if "data" not in free:  # inside somebody's shard_map over it: the arguments are the local part already
             return function(*arguments)
         split = PartitionSpec(*(None,) * axis, "data")
-        return jax.shard_map(function, in_specs=split, out_specs=split, axis_names=free)(*arguments)
+        # Unchecked: the check refuses loops whose first state is a constant.
+        return jax.shard_map(function, in_specs=split, out_specs=split, axis_names=free, check_vma=False)(*arguments)
 
     return each
 

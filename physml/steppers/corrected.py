@@ -6,6 +6,7 @@ doi:10.1073/pnas.2101784118. Gradients flow through the solver: train with `Unro
 
 import functools
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -190,6 +191,15 @@ def march(solver, frames, context: Context):
 
 @functools.lru_cache(maxsize=32)
 def _usual_step(solver, double: bool):
-    """The step with the solver's own parameters: coefficients of its scheme are computed once, not in every step."""
-    with jax.ensure_compile_time_eval():
-        return solver.stepper()
+    """The step with the solver's own parameters: coefficients of its scheme are computed once, not in every step.
+
+    In a thread of its own, which is in no trace and under no mesh, so that they are plain numbers wherever the first
+    step is taken.
+    """
+
+    def build():
+        with jax.enable_x64(double):
+            return solver.stepper()
+
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(build).result()

@@ -14,6 +14,7 @@ from physml.fields import Channel, Window
 from physml.models import FNOConfig, ResNetConfig
 from physml.normalize import Normalizer
 from physml.objectives import Unrolled
+from physml.parallel.mesh import Layout
 from physml.rollout import rollout
 from physml.solvers import make_solver
 from physml.steppers import CorrectedConfig
@@ -62,6 +63,25 @@ def test_a_silent_network_leaves_the_solver(hybrid):
     spec = hybrid.spec_of(BURGERS)
     stepper = hybrid.silent(small(CorrectedConfig(BURGERS), spec))
     assert_allclose(hybrid.roll(stepper, Window.of(frames[:, :1], spec), 5), frames[:, 1:], atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[pytest.mark.slow] * (name not in ("euler", "kolmogorov")))
+        for name in STARTING
+        if name != "lorenz63"
+    ],
+)
+def test_a_solver_may_meet_several_devices_first(hybrid, name):
+    """No step was taken with this solver before, so that its coefficients are formed where the batch is split."""
+    solver = dataclasses.replace(make_solver(name, **STARTING[name]), time_step=0.0101)
+    frames, spec = hybrid.frames_of(solver, 2, batch=4), hybrid.spec_of(solver)
+    stepper = hybrid.silent(small(CorrectedConfig(solver), spec))
+    layout = Layout(data=4)
+    with layout.use():
+        found = hybrid.roll(stepper, layout.place(Window.of(frames[:, :1], spec)), 2)
+    assert_allclose(found, frames[:, 1:], atol=1e-4 * abs(frames).max())
 
 
 def test_a_velocity_is_solved_as_vorticity(hybrid):

@@ -35,7 +35,7 @@ from physml.parallel.mesh import Layout
 from physml.progress import Silent
 from physml.report import report
 from physml.saving import LoadReport, build_stepper
-from physml.steppers import STEPPERS
+from physml.steppers import STEPPERS, Members
 from physml.steppers.describe import parameter_count
 from physml.training import fit, fit_members, spread_members
 
@@ -127,7 +127,7 @@ def train(
     experiment = complete(experiment, source)
     splits = open_data(experiment, progress) if splits is None else splits
     with layout.use():
-        stepper, loaded = first_stepper(_of_seed(experiment, 0), splits["train"], source)
+        stepper, loaded = first_stepper(_of_seed(experiment, 0), splits["train"], _member(source, 0))
         validate = _validation(experiment, stepper, splits, layout)
         if seeds and not parameter_count(stepper):
             raise ConfigError("seeds asks for an ensemble, but the stepper has no network: all would be the same.")
@@ -138,9 +138,11 @@ def train(
             arguments = (splits, experiment.objective, experiment.training, layout, path)
             options = {"validate": validate, "progress": progress, "tracker": tracker, "resume": resume}
             if seeds:
-                others = [_of_seed(experiment, i) for i in range(1, len(seeds))]
-                own = [first_stepper(one, splits["train"], source, stepper.normalizer)[0] for one in others]
-                stepper = fit_members([stepper, *own], *arguments, seeds=seeds, **options).stepper
+                others = [
+                    first_stepper(_of_seed(experiment, i), splits["train"], _member(source, i), stepper.normalizer)[0]
+                    for i in range(1, len(seeds))
+                ]
+                stepper = fit_members([stepper, *others], *arguments, seeds=seeds, **options).stepper
             else:
                 stepper = fit(stepper, *arguments, seed=experiment.seed, **options).stepper
         run = Run(path)
@@ -168,13 +170,28 @@ def open_data(experiment: Experiment, progress: Any = None) -> dict[str, XarrayD
 def initial_stepper(experiment: Experiment, train_split: XarrayDataset) -> Any:
     """The stepper before training: fitted normalizer, fresh or given weights; without a network a fitted floor."""
     source = open_source(experiment)
-    return first_stepper(complete(experiment, source), train_split, source)[0]
+    return first_stepper(complete(experiment, source), train_split, _member(source, 0))[0]
 
 
 def open_source(experiment: Experiment) -> Any:
-    """The stepper or bare model that `start_from` names; None where it names none."""
+    """The stepper or bare model that `start_from` names; None where it names none.
+
+    Raises ConfigError for an ensemble where the experiment does not train as many seeds.
+    """
     start = experiment.start_from
-    return None if start is None else load(start.path, weights=start.weights or None)
+    source = None if start is None else load(start.path, weights=start.weights or None)
+    if isinstance(source, Members) and source.count != len(experiment.seeds):
+        raise ConfigError(
+            f"start_from={start.path!r} is an ensemble of {source.count}, and the experiment trains "
+            f"{len(experiment.seeds) or 1}. Give `seeds` as many numbers, and each member starts from its own; or "
+            f"start from one of them: physml.save(physml.load({start.path!r}).member(0), FOLDER)."
+        )
+    return source
+
+
+def _member(source: Any, number: int) -> Any:
+    """What the member of an ensemble starts from: its own one of an ensemble, or what all start from."""
+    return source.member(number) if isinstance(source, Members) else source
 
 
 def complete(experiment: Experiment, source: Any) -> Experiment:

@@ -141,9 +141,13 @@ def _read(path: Path) -> Experiment:
             f"There is no experiment file {str(path)!r}. Give a .py file that defines `config`, or a .yaml file."
         )
     if path.suffix == ".py":
-        config = runpy.run_path(str(path), run_name="physml_experiment").get("config")
+        names = runpy.run_path(str(path), run_name="physml_experiment")
+        config = names.get("config")
         if not isinstance(config, Experiment):
-            raise ConfigError(f"{path} does not define `config = Experiment(...)`, it defines {type(config).__name__}.")
+            others = [name for name, value in names.items() if isinstance(value, Experiment)]
+            found = f"`config` is of type {type(config).__name__}" if "config" in names else "there is no `config`"
+            hint = f" Rename `{others[0]}` to `config`." if others else ""
+            raise ConfigError(f"{path} does not define `config = Experiment(...)`: {found}.{hint}")
         return config
     if path.suffix not in (".yaml", ".yml"):
         raise ConfigError(f"{path}: an experiment file ends in .py or .yaml.")

@@ -44,6 +44,17 @@ def test_yaml_is_never_executed(tmp_path):
         load_experiment(path)
 
 
+def test_a_file_without_a_config_says_what_it_has(tmp_path):
+    for text, message in (
+        ("x = 1", r"there is no `config`\.$"),
+        ("from physml import Experiment\nmine = Experiment()", r"there is no `config`\. Rename `mine` to `config`\."),
+        ("config = 3", "`config` is of type int"),
+    ):
+        (tmp_path / "e.py").write_text(text)
+        with pytest.raises(ConfigError, match=message):
+            load_experiment(tmp_path / "e.py")
+
+
 def test_names_stay_inside_the_runs_folder():
     for name in ("", "../x", "a/b"):
         with pytest.raises(ConfigError, match="name"):

@@ -10,6 +10,7 @@ import pytest
 from flax import nnx
 from numpy.testing import assert_allclose, assert_array_equal
 
+import physml
 from physml import Experiment, SyntheticConfig, TrainingConfig, api
 from physml.errors import CheckpointError, ConfigError, DataError
 from physml.evaluate import RolloutScores, RolloutValidation, evaluate_stepper
@@ -218,6 +219,24 @@ def test_a_run_starts_from_another_and_says_so(first, tmp_path):
     assert first.loaded is None
     start = api.initial_stepper(finer, api.open_data(finer)["train"])
     for path, value in numbers(first.stepper).items():
+        assert_array_equal(numbers(start)[path], value)
+
+
+def test_members_start_from_their_own(first, tmp_path):
+    both = dataclasses.replace(TINY, name="both", seeds=(3, 1))
+    source = api.train(both, folder=tmp_path, scored=False)
+    still = dataclasses.replace(TINY.training, optimizer=OptimizerConfig("sgd", 1e-30))
+    again = dataclasses.replace(both, name="again", start_from=str(source.folder), seeds=(8, 9), training=still)
+    run = api.train(again, folder=tmp_path, scored=False)
+    for path, value in numbers(source.stepper).items():
+        assert_array_equal(numbers(run.stepper)[path], value)
+    for seeds in ((), (1, 2, 3)):
+        with pytest.raises(ConfigError, match=r"ensemble of 2.*trains [13]\. Give `seeds`.*\.member\(0\)"):
+            api.open_source(dataclasses.replace(again, seeds=seeds))
+    physml.save(source.stepper.member(1), tmp_path / "one")
+    alone = dataclasses.replace(again, seeds=(), start_from=str(tmp_path / "one"))
+    start = api.initial_stepper(alone, api.open_data(alone)["train"])
+    for path, value in numbers(source.stepper.member(1)).items():
         assert_array_equal(numbers(start)[path], value)
 
 

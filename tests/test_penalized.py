@@ -13,17 +13,21 @@ from physml.errors import ConfigError, SpecError
 from physml.fields import Axis, Channel, Grid, Spec, Window
 from physml.normalize import Normalizer
 from physml.objectives import (
+    AllToAll,
     ConstraintPenalty,
     Curriculum,
+    Denoising,
     NoisyInputs,
     OneStep,
     Penalized,
     Pushforward,
+    RandomInterval,
     SpectralPower,
     Unrolled,
+    ordered_pairs,
 )
 from physml.objectives.scoring import Prediction
-from physml.steppers import DirectConfig
+from physml.steppers import DirectConfig, IntervalConfig
 
 POINTS = 16
 SPEC = Spec(Grid((Axis.uniform("x", POINTS),)), (Channel("u"),), time_step=0.5)
@@ -162,6 +166,38 @@ def test_spectral_power_in_an_objective_pulls_up_what_was_damped():
     assert_allclose(value, aux["part"]["data"] + 0.1 * expected, rtol=1e-3)
 
 
+def test_penalties_see_the_pairs_and_intervals_that_were_drawn():
+    """The mean of a step of lead l falls by 2 (1 - A), whatever l; the clock is that of the later frame."""
+    pairs = AllToAll(4, pairs=0, zero_lead=False)
+    told = DirectConfig(lead=True, longest_lead=3).build(SPEC, Scale(A), Normalizer.identity(SPEC))
+    data = window(7)  # longer than the pairs
+    base, plain = call(pairs, told, data, jax.random.key(0))
+    value, aux = call(Penalized(pairs, (ConstraintPenalty(Growth(), weight=3.0),)), told, data, jax.random.key(0))
+    assert_allclose(aux["part"]["constraint"], (2 * (1 - A)) ** 2, rtol=1e-5)
+    assert_allclose(value, base + 3 * aux["part"]["constraint"], rtol=1e-5)
+    assert_allclose(aux["channel"], plain["channel"], rtol=1e-6)
+    same = DirectConfig(lead=True, longest_lead=3).build(SPEC, Scale(1.0), Normalizer.identity(SPEC))
+    _, aux = call(Penalized(pairs, (ConstraintPenalty(Growth(clock=True)),)), same, data, jax.random.key(0))
+    later = ordered_pairs(4, zero_lead=False)[:, 1] * SPEC.time_step
+    assert_allclose(aux["part"]["constraint"], np.mean(later**2) / 2, rtol=1e-5)
+
+    scales = {1: [1.0], 2: [2.0]}
+    normalizer = Normalizer(SPEC, [0.0], [1.0], [1.0], intervals=scales)
+    stepped = IntervalConfig(intervals=(1, 2)).build(SPEC, Scale(0.1), normalizer)
+    drawn, key = RandomInterval((1, 2), steps=2), jax.random.key(1)
+    penalized = Penalized(drawn, (ConstraintPenalty(Growth()), SpectralPower()))
+    frames = np.broadcast_to(2 + np.sin(X)[None, None, :, None], (64, 6, POINTS, 1)).astype("f4")
+    data = Window.of(frames, SPEC)
+    value, aux = call(penalized, stepped, data, key)
+    found, given = drawn.draw(stepped, data, key)
+    frames, previous = (np.asarray(part) for part in drawn.predict(stepped, found, given))
+    assert_allclose(aux["part"]["constraint"], np.mean((frames - previous).mean((2, 3)) ** 2), rtol=1e-5)
+    assert {2, 4} == {round(float(time) / SPEC.time_step) for time in found.times[:, -1]}
+    assert_allclose(aux["part"]["data"], call(drawn, stepped, data, key)[0], rtol=1e-6)
+    parts = aux["part"]
+    assert_allclose(value, parts["data"] + parts["constraint"] + 0.1 * parts["spectral_power"], rtol=1e-5)
+
+
 def test_penalties_add_up_and_nest_with_noise():
     penalties = (ConstraintPenalty(Growth()), SpectralPower())
     noisy = NoisyInputs(Penalized(OneStep(), penalties), std=0.5)
@@ -192,6 +228,7 @@ def test_what_cannot_work_is_refused():
     for wrong, message in (
         ({"penalties": ()}, "at least one penalty"), ({"objective": Curriculum()}, "Put the Penalized into"),
         ({"objective": NoFrames()}, "NoFrames does not offer"),
+        ({"objective": NoisyInputs(Denoising())}, "Denoising does not offer"),
     ):  # fmt: skip
         with pytest.raises(ConfigError, match=message):
             Penalized(**{"penalties": (SpectralPower(),), **wrong})

@@ -1,23 +1,24 @@
 """Rollouts whose step is one of several intervals, drawn anew for every sample."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Float
 
 from physml.coding import tagged
 from physml.errors import ConfigError, SpecError
-from physml.fields import ArrayLike, Window
+from physml.fields import Window
 from physml.metrics.losses import LOSSES, MSE, Loss
 from physml.normalize import check_intervals
 from physml.objectives.pairs import check_length, pick
-from physml.objectives.scoring import Space, score, settle, unroll
+from physml.objectives.scoring import Prediction, Space, predict, score, settle
+from physml.objectives.unrolled import Rollout, Scored
 from physml.steppers.intervals import averaged
 
 
 @dataclass(frozen=True)
-class RandomInterval:
+class RandomInterval(Rollout):
     """The error of a rollout with one interval per sample, the same at all of its steps: randomized dynamics.
 
     Nguyen et al. 2023, arXiv:2312.03876 (Stormer), section 3. The interval of a sample is drawn uniformly at every
@@ -49,8 +50,8 @@ class RandomInterval:
     def frames(self, history: int) -> int:
         return history + self.steps * max(self.intervals)
 
-    def __call__(self, stepper, window: Window, key) -> tuple[Float[ArrayLike, ""], dict[str, jax.Array]]:
-        """The loss, and {"channel": (channels,), "lead": (steps,)} errors.
+    def draw(self, stepper, window: Window, key) -> tuple[Window, Any]:
+        """Of every sample the frames that lie its interval apart.
 
         Raises SpecError for another stepper than `Interval`, for intervals that it does not have, and for a short
         window; ConfigError without a key.
@@ -62,12 +63,16 @@ class RandomInterval:
         draw, noise = jax.random.split(key)
         chosen = jax.random.randint(draw, (window.frames.shape[0],), 0, len(self.intervals))
         steps = jnp.asarray(self.intervals)[chosen][:, None] * jnp.arange(self.steps + 1)
-        picked = pick(window, steps[:, None])
-        scale = stepper.scale(picked.context(0, 1).lead)
-        scale = scale.reshape(scale.shape[0], *[1] * (picked.frames.ndim - 2), scale.shape[1])
-        predicted = unroll(stepper, picked, noise, self.steps, remat=self.remat)
+        return pick(window, steps[:, None]), noise
+
+    def predict(self, stepper, window: Window, key) -> Prediction:
+        return predict(self._single(stepper), window, key, self.steps, remat=self.remat)
+
+    def score(self, stepper, window: Window, prediction: Prediction) -> Scored:
+        scale = self._single(stepper).scale(window.context(0, 1).lead)
+        scale = scale.reshape(scale.shape[0], *[1] * (window.frames.ndim - 2), scale.shape[1])
         leads, units = jnp.ones(self.steps), lambda increment: increment / scale
-        return score(self, stepper, picked, predicted, leads, normalize_increment=units)
+        return score(self, stepper, window, prediction.frames, leads, normalize_increment=units)
 
     def _single(self, stepper):
         intervals = getattr(getattr(stepper, "config", None), "intervals", None)

@@ -2,17 +2,19 @@
 
 import dataclasses
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Int
 
 from physml.coding import tagged
 from physml.errors import ConfigError, SpecError
 from physml.fields import ArrayLike, Window
 from physml.metrics.losses import LOSSES, MSE, Loss
-from physml.objectives.scoring import Space, score, settle, unroll
+from physml.objectives.scoring import Prediction, Space, predict, score, settle
+from physml.objectives.unrolled import Rollout, Scored
 
 
 def ordered_pairs(snapshots: int, zero_lead: bool = True) -> np.ndarray:
@@ -24,7 +26,7 @@ def ordered_pairs(snapshots: int, zero_lead: bool = True) -> np.ndarray:
 
 
 @dataclass(frozen=True)
-class AllToAll:
+class AllToAll(Rollout):
     """The error of single steps between any two frames of a window, from the earlier to the later one.
 
     By the semigroup property of autonomous dynamics every pair is a sample of the flow map at its lead, which the
@@ -73,8 +75,8 @@ class AllToAll:
     def frames(self, history: int) -> int:
         return max(history, 1) + self.longest_lead
 
-    def __call__(self, stepper, window: Window, key) -> tuple[Float[ArrayLike, ""], dict[str, jax.Array]]:
-        """The loss and {"channel": (channels,) errors}.
+    def draw(self, stepper, window: Window, key) -> tuple[Window, Any]:
+        """Every pair as a window of its own.
 
         Raises SpecError for a stepper that is not told the lead or not meant for the longest one, and for a short
         window; ConfigError where pairs are to be drawn without a key.
@@ -82,8 +84,13 @@ class AllToAll:
         self._check(stepper)
         check_length(self, stepper, window)
         picked = pick(window, self._frames(stepper.history, window.frames.shape[0], key))
-        predicted = unroll(stepper, picked, None if key is None else jax.random.fold_in(key, 1), steps=1)
-        value, aux = score(self, stepper, picked, predicted, leads=jnp.ones(1))
+        return picked, None if key is None else jax.random.fold_in(key, 1)
+
+    def predict(self, stepper, window: Window, key) -> Prediction:
+        return predict(stepper, window, key, steps=1)
+
+    def score(self, stepper, window: Window, prediction: Prediction) -> Scored:
+        value, aux = score(self, stepper, window, prediction.frames, leads=jnp.ones(1))
         return value, {"channel": aux["channel"]}
 
     def _check(self, stepper) -> None:

@@ -13,7 +13,7 @@ from physml.errors import ConfigError, SpecError
 from physml.fields import Window
 from physml.metrics.spectra import energy_spectrum, shells
 from physml.objectives.scoring import Prediction, check_inner, inner_objectives
-from physml.objectives.unrolled import Around, OneStep, Scored
+from physml.objectives.unrolled import Around, OneStep, Rollout, Scored
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ class Penalized(Around):
     Validation is the error alone.
 
     Attributes:
-        objective: the error. It must offer its frames (`predict` and `score`), as rollouts do.
+        objective: the error of a `Rollout`, or noise on one.
         penalties: of `PENALTIES`, or callables of one's own with the same signature and a `weight`.
     """
 
@@ -113,10 +113,10 @@ class Penalized(Around):
 
     def __post_init__(self):
         check_inner(self.objective, type(self).__name__)
-        if not hasattr(self.objective, "predict"):
+        if not isinstance(self.innermost, Rollout):
             raise ConfigError(
-                f"Penalized needs the frames of a rollout, which {type(self.objective).__name__} does not offer. "
-                "Use one_step, unrolled, pushforward, or noisy_inputs of these."
+                f"Penalized needs the frames of a rollout, which {type(self.innermost).__name__} does not offer. Use "
+                "one_step, unrolled, pushforward, all_to_all, random_interval, likelihood, or noisy_inputs of these."
             )
         if not self.penalties:
             raise ConfigError(f"Penalized needs at least one penalty. Use one of {sorted(PENALTIES)}.")
@@ -126,7 +126,7 @@ class Penalized(Around):
         value, aux = self.objective.score(stepper, window, prediction)
         parts = {**aux.get("part", {"data": value})}
         for penalty in self.penalties:
-            amount = penalty(window, prediction, self.frames(stepper.history))
+            amount = penalty(window, prediction, window.length)
             value = value + penalty.weight * amount
             name = _name(penalty)
             parts[name] = parts.get(name, 0) + amount

@@ -49,11 +49,6 @@ def settle(objective) -> None:
         raise ConfigError(f"space is {objective.space!r}, but it must be one of {get_args(Space)}.")
 
 
-def unroll(stepper, window: Window, key, steps: int, skip: int = 0, remat: bool = False, **options):
-    """Frames `(batch, steps - skip, *space, channel)` after the first `skip` steps, which carry no gradient."""
-    return predict(stepper, window, key, steps, skip, remat, **options).frames
-
-
 def predict(
     stepper,
     window: Window,
@@ -65,7 +60,7 @@ def predict(
     truncate: int | None = None,
     start=0,
 ) -> Prediction:
-    """What `unroll` gives, and where each frame came from.
+    """Frames of a rollout after the first `skip` steps, which carry no gradient, and where each came from.
 
     Args:
         truncate: gradients do not flow from one group of so many scored steps into the group before; None: one group.

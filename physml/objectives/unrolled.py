@@ -1,6 +1,7 @@
 """The error of one step or of a rollout, from true frames."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,11 +18,16 @@ Scored = tuple[Float[ArrayLike, ""], dict[str, jax.Array]]
 
 
 class Rollout:
-    """An objective in two halves, for those that put something between or beside them: `predict`, then `score`."""
+    """An objective in parts, for those that put something between or beside them: `draw`, `predict`, then `score`."""
 
     def __call__(self, stepper, window: Window, key) -> Scored:
         """The loss, and {"channel": (channels,), "lead": (scored leads,)} errors. Raises SpecError: short window."""
+        window, key = self.draw(stepper, window, key)
         return self.score(stepper, window, self.predict(stepper, window, key))
+
+    def draw(self, stepper, window: Window, key) -> tuple[Window, Any]:
+        """The frames that are rolled out, to the last one that is scored, and the random numbers of the steps."""
+        return window.slice(0, self.frames(stepper.history)), key
 
 
 class Around(Rollout):
@@ -29,6 +35,10 @@ class Around(Rollout):
 
     Validation is that of the inner one alone.
     """
+
+    @property
+    def innermost(self):
+        return getattr(self.objective, "innermost", self.objective)
 
     @property
     def loss(self):
@@ -40,6 +50,9 @@ class Around(Rollout):
 
     def frames(self, history: int) -> int:
         return self.objective.frames(history)
+
+    def draw(self, stepper, window: Window, key) -> tuple[Window, Any]:
+        return self.objective.draw(stepper, window, key)
 
     def predict(self, stepper, window: Window, key) -> Prediction:
         return self.objective.predict(stepper, window, key)

@@ -4,6 +4,7 @@ runs/NAME/{config.yaml, spec.json, start_from.json, environment.json, log.txt, m
            scores.nc, scores.json, sample.nc, report.html}
 """
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -27,6 +28,7 @@ import physml
 from physml import saving
 from physml.convert.named import load
 from physml.data import MixtureConfig, SyntheticConfig, XarrayDataset, fit_normalizer
+from physml.data.store import exclusive
 from physml.errors import CheckpointError, ConfigError
 from physml.evaluate import RolloutScores, evaluate_stepper, save_scores
 from physml.experiment import Experiment, load_experiment, to_dict, to_yaml
@@ -110,8 +112,9 @@ def train(
         splits: the experiment's data, where they are open already.
         scored: whether to score and report; False leaves that to the caller.
 
-    Raises ConfigError, DataError or SpecError for input that does not fit, DivergedError when the loss is not finite,
-    Interrupted after SIGTERM or SIGINT (the state is saved; resume with `resume="auto"`).
+    Raises ConfigError, DataError or SpecError for input that does not fit, DataError while another process trains into
+    the same folder, DivergedError when the loss is not finite, Interrupted after SIGTERM or SIGINT (the state is saved;
+    resume with `resume="auto"`).
     """
     experiment = load_experiment(source, overrides)
     if name:
@@ -126,7 +129,8 @@ def train(
     source = open_source(experiment)
     experiment = complete(experiment, source)
     splits = open_data(experiment, progress) if splits is None else splits
-    with layout.use():
+    alone = exclusive(path, wait=False) if jax.process_index() == 0 else contextlib.nullcontext()
+    with layout.use(), alone:
         stepper, loaded = first_stepper(_of_seed(experiment, 0), splits["train"], _member(source, 0))
         validate = _validation(experiment, stepper, splits, layout)
         if seeds and not parameter_count(stepper):

@@ -13,6 +13,7 @@ import pytest
 import xarray as xr
 
 from physml import cli, open_dataset
+from physml.data.store import exclusive
 
 ALL = {**cli.VERBS, **{f"data {name}": verb for name, verb in cli.DATA_VERBS.items()}}
 TINY = """
@@ -115,6 +116,11 @@ def test_an_existing_run_is_kept(capsys, trained):
     )
     assert code == 2
     assert "seed" in err
+    with exclusive(trained / "runs/tiny"):  # as a process that trains into it has it
+        for words in (["--resume", "auto"], ["--overwrite"]):
+            code, _, err = call(capsys, "train", trained / "tiny.py", "--out", trained / "runs", *words)
+            assert code == 2
+            assert "Another process is writing" in err
     assert (trained / "runs/tiny/model/model.safetensors").read_bytes() == before
 
 

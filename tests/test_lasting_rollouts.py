@@ -125,6 +125,22 @@ def test_a_finished_rollout_is_found_finished(data, tmp_path, suffix):
         forecast(stepper, data, 6, out=path)
 
 
+def test_two_processes_do_not_write_one_output(data, tmp_path):
+    """The second one is refused while the first is at work, and finds it finished afterwards."""
+    stepper, path = Odd(spec_of(data)), tmp_path / "f.zarr"
+
+    def meet(done, total):
+        for resume in ("never", "auto"):
+            with pytest.raises(DataError, match=r"Another process is writing .*f\.zarr"):
+                forecast(stepper, data, 6, out=path, resume=resume, overwrite=resume == "never")
+
+    with forecast(stepper, data, 6, out=path, chunk=2, progress=meet) as first:
+        whole = first.load()
+    assert os.listdir(tmp_path) == ["f.zarr"]
+    with forecast(stepper, data, 6, out=path, chunk=2, resume="auto") as second:
+        xr.testing.assert_identical(second.load(), whole)
+
+
 def test_it_may_be_stopped_many_times(data, tmp_path):
     stepper, path, options = Odd(spec_of(data)), tmp_path / "f.zarr", {"chunk": 3, "spectrum_every": 1}
     whole = forecast(stepper, data, 30, out=tmp_path / "whole.zarr", **options).load()

@@ -1,6 +1,7 @@
 """Files of generated trajectories, written chunk by chunk in a fixed order, so that equal numbers give equal bytes."""
 
 import contextlib
+import errno
 import os
 import shutil
 import warnings
@@ -137,10 +138,10 @@ def replace(finished: Path, out: Path) -> None:
 
 
 @contextlib.contextmanager
-def exclusive(out: Path) -> Iterator[None]:
+def exclusive(out: Path, *, wait: bool = True) -> Iterator[None]:
     """Lets one process at a time work on `out`; the others wait. The lock ends with the process, however it ends.
 
-    Raises DataError when the folder of `out` cannot be written.
+    Raises DataError when the folder of `out` cannot be written, and without `wait` when another process has the lock.
     """
     try:
         import fcntl
@@ -152,7 +153,17 @@ def exclusive(out: Path) -> Iterator[None]:
         out.parent.mkdir(parents=True, exist_ok=True)
         while True:
             file = lock.open("a")
-            fcntl.flock(file, fcntl.LOCK_EX)
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            except BlockingIOError as error:
+                file.close()
+                raise DataError(
+                    f"Another process is writing {out}. Wait until it has ended, or choose another name."
+                ) from error
+            except OSError as error:
+                if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+                    raise
+                break  # a file system without locks
             # Whoever had it before may have removed the file: only a lock on the file that others will open counts.
             with contextlib.suppress(FileNotFoundError):
                 if os.fstat(file.fileno()).st_ino == lock.stat().st_ino:

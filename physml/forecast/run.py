@@ -89,7 +89,8 @@ def forecast(
         progress: called with (steps done, steps).
 
     Raises SpecError and DataError for data that does not fit the stepper, before anything is computed; CheckpointError
-    for an unfinished rollout that was begun with anything else; Interrupted after SIGTERM or SIGINT (with `out`).
+    for an unfinished rollout that was begun with anything else; DataError while another process writes `out`;
+    Interrupted after SIGTERM or SIGINT (with `out`).
     """
     own = stepper.count if isinstance(stepper, Members) else None
     members = own if members is None else members
@@ -111,22 +112,25 @@ def forecast(
     if resume == "auto" and not overwrite and (done := resuming.finished(out, owner)) is not None:
         return done
     store = open_store(out, _labels(start, stepper.spec, members), coords, overwrite, resume)
-    saved = resuming.load(store.folder, owner) if resume == "auto" else None
-    run = _Run(store, stepper.spec, stepper, names, members, owner, saved, on_divergence, limit, steps, spectrum_every)
-    try:
-        store.begin(saved.names if saved else [])
-        pieces = rollout_chunks(
-            stepper, window, steps, chunk, key, forcing=read, spectrum_every=spectrum_every,
-            resume=saved and (saved.step, saved.arrays),
-        )  # fmt: skip
-        leads = run(pieces, progress)
-        sizes = {LEAD: leads, **({SPECTRUM_STEP: leads // spectrum_every + 1} if spectrum_every else {})}
-        attrs = {**model, **_divergences(run.watch), "steps_asked": str(steps), "stopped_early": int(leads < steps)}
-        attrs |= {resuming.MARK: resuming.mark(owner)} if owner else {}
-        return store.finish(sizes, run.labels.completed(run.watch.good), attrs)
-    except BaseException as error:
-        store.abort(keep=run.saved and not isinstance(error, DivergedError))
-        raise
+    with store.alone():
+        saved = resuming.load(store.folder, owner) if resume == "auto" else None
+        run = _Run(
+            store, stepper.spec, stepper, names, members, owner, saved, on_divergence, limit, steps, spectrum_every
+        )
+        try:
+            store.begin(saved.names if saved else [])
+            pieces = rollout_chunks(
+                stepper, window, steps, chunk, key, forcing=read, spectrum_every=spectrum_every,
+                resume=saved and (saved.step, saved.arrays),
+            )  # fmt: skip
+            leads = run(pieces, progress)
+            sizes = {LEAD: leads, **({SPECTRUM_STEP: leads // spectrum_every + 1} if spectrum_every else {})}
+            attrs = {**model, **_divergences(run.watch), "steps_asked": str(steps), "stopped_early": int(leads < steps)}
+            attrs |= {resuming.MARK: resuming.mark(owner)} if owner else {}
+            return store.finish(sizes, run.labels.completed(run.watch.good), attrs)
+        except BaseException as error:
+            store.abort(keep=run.saved and not isinstance(error, DivergedError))
+            raise
 
 
 def _check_options(steps, chunk, key, members, own, perturb, on_divergence, out, resume) -> None:

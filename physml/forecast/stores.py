@@ -1,5 +1,6 @@
 """Where the frames of a forecast go as they come: memory, zarr or netCDF. A file appears complete or not at all."""
 
+import contextlib
 import functools
 import os
 import shutil
@@ -10,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import xarray as xr
 
+from physml.data.store import exclusive
 from physml.errors import CheckpointError, ConfigError
 
 LEAD = "lead"
@@ -60,6 +62,9 @@ class Memory:
     def __init__(self, label: Label, coords: dict[str, xr.Variable]):
         self.label, self.coords, self.frames, self.pieces = label, coords, [], {}
 
+    def alone(self) -> contextlib.AbstractContextManager:
+        return contextlib.nullcontext()
+
     def begin(self, names: list[str]) -> None:
         pass
 
@@ -94,6 +99,10 @@ class _File:
         self.folder = partial_of(path)
         self.partial = self.folder / f"data{path.suffix}"
         self.names: list[str] = []
+
+    def alone(self) -> contextlib.AbstractContextManager:
+        """While no other process writes this output. Raises DataError while one does."""
+        return exclusive(self.path, wait=False)
 
     def begin(self, names: list[str]) -> None:
         """Opens the unfinished output with the variables `names`, or starts anew when there are none."""

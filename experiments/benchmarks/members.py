@@ -3,8 +3,8 @@
 python experiments/benchmarks/members.py [--seeds 8 --points 160 --batch 20 --rounds 15 --calls 4 --networks conv fno]
 
 Compiled updates (forward, gradient, Adam) on batches that stay on the device, four to a call: one seed on one device,
-and all seeds by `vmap`, spread over all devices as training does, in turn in one process. The ratio of the time of all
-to that of one should be at most 0.7 times the number of seeds. Medians over rounds, the least times, and processor
+and all seeds in one program, spread over all devices as training does, in turn in one process. The ratio of the time of
+all to that of one should be at most 0.7 times the number of seeds. Medians over rounds, the least times, and processor
 time, which tells of other jobs on the machine, and how many cores one seed keeps busy. A minute.
 XLA_FLAGS=--xla_force_host_platform_device_count=2 makes two devices of a CPU.
 """

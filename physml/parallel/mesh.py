@@ -86,9 +86,10 @@ def over_members(function: Callable, in_axes: tuple) -> Callable:
     """`jax.vmap(function, in_axes)` whose results all have a leading member axis; in_axes are 0 or None.
 
     Where the mesh spreads members, every device maps over its own and nothing is sent. Left to the compiler, what the
-    rules of `vmap` make of some operations, convolutions above all, would gather all members on each device.
+    rules of `vmap` make of some operations, convolutions above all, would gather all members on each device. A CPU
+    takes one member after the other: its caches hold one, and one is compiled in half the time.
     """
-    mapped = jax.vmap(function, in_axes)
+    mapped = (_in_turn if jax.default_backend() == "cpu" else jax.vmap)(function, in_axes)
 
     def each(*arguments):
         if jax.sharding.get_abstract_mesh().shape.get("member", 1) == 1:
@@ -102,6 +103,24 @@ def over_members(function: Callable, in_axes: tuple) -> Callable:
         return jax.shard_map(
             mapped, in_specs=places, out_specs=PartitionSpec("member"), axis_names={"member"}, check_vma=False
         )(*arguments)
+
+    return each
+
+
+def _in_turn(function: Callable, in_axes: tuple) -> Callable:
+    """`jax.vmap(function, in_axes)`, as a loop."""
+
+    def each(*arguments):
+        leaves, structure = jax.tree.flatten(arguments)
+        mapped = jax.tree.map(lambda axis: axis is not None, in_axes, is_leaf=lambda axis: axis is None)
+        mapped = jax.tree.leaves(jax.tree.broadcast(mapped, arguments))
+
+        def one(own):
+            own = iter(own)
+            mine = [next(own) if moves else leaf for leaf, moves in zip(leaves, mapped, strict=True)]
+            return function(*jax.tree.unflatten(structure, mine))
+
+        return jax.lax.map(one, [leaf for leaf, moves in zip(leaves, mapped, strict=True) if moves])
 
     return each
 

@@ -1,5 +1,5 @@
-"""Several seeds of one experiment trained at once: one compiled update for all of them, by `vmap`, on each device for
-the members that it holds.
+"""Several seeds of one experiment trained at once: one compiled update for all of them, on each device for the
+members that it holds, by `vmap` (on CPUs one after the other).
 
 A member is what the run with its seed would be: its own first weights, random numbers and order of the data. Nothing is
 shared but the compilation, and one that diverges or stops improving stands still while the others go on.

@@ -7,6 +7,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from physml.errors import ConfigError
+from physml.parallel import mesh
 from physml.parallel.mesh import Layout, over_members
 
 
@@ -96,9 +97,12 @@ def test_training_moves_gradients_not_activations(tiny):
         assert "collective-permute" not in program
 
 
+@pytest.mark.parametrize("by", ["one after the other", "vmap, as on accelerators"])
 @pytest.mark.parametrize("layout", [Layout(member=4, data=1), Layout(member=2, data=2)], ids=str)
-def test_members_on_devices_of_their_own_send_nothing_to_each_other(layout):
+def test_members_on_devices_of_their_own_send_nothing_to_each_other(layout, by, monkeypatch):
     """Gradients of a convolution and a transform, whose rules of `vmap` and partitioning would gather members."""
+    if "vmap" in by:
+        monkeypatch.setattr(mesh, "_in_turn", jax.vmap)
     from physml.layers.convolution import convolve
     from physml.parallel.fft import rfftn
 

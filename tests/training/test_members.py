@@ -19,6 +19,7 @@ from physml.data import SyntheticConfig
 from physml.errors import CheckpointError, ConfigError, DivergedError, Interrupted
 from physml.experiment import Evaluation, Experiment, load_experiment
 from physml.models.fno import FNOConfig
+from physml.parallel import mesh
 from physml.parallel.mesh import Layout
 from physml.steppers import STEPPERS
 from physml.training import TrainingConfig, fit, fit_members
@@ -63,10 +64,14 @@ def numbers(stepper):
             {"updates_per_call": 3, "accumulate": 2, "steps": 20}, id="scanned and accumulated", marks=pytest.mark.slow
         ),
         pytest.param({"average": 0.0, "select": "last"}, id="last weights", marks=pytest.mark.slow),
+        pytest.param({"by": jax.vmap}, id="by vmap, as on accelerators"),
     ],
 )
-def test_a_member_is_the_run_with_its_seed(tmp_path, fields):
+def test_a_member_is_the_run_with_its_seed(tmp_path, fields, monkeypatch):
     """Losses step by step, validations, the best step and the weights; to rounding of float32 sums."""
+    if by := fields.get("by"):
+        monkeypatch.setattr(mesh, "_in_turn", by)
+    fields = {name: value for name, value in fields.items() if name != "by"}
     together = train(tmp_path / "members", fields)
     assert together.seeds == SEEDS
     for i, seed in enumerate(SEEDS):

@@ -228,5 +228,6 @@ def check(solver: Any) -> None:
     if solver.initial_modes >= solver.solver_points // 3:
         raise ConfigError(
             f"initial_modes is {solver.initial_modes}, but the 2/3 rule keeps only modes below "
-            f"{solver.solver_points // 3} of {solver.solver_points} solver_points. Raise solver_points."
+            f"{solver.solver_points // 3} of {solver.solver_points} solver_points. Raise solver_points or lower "
+            "initial_modes."
         )

@@ -269,16 +269,16 @@ def test_the_loader_refuses_what_is_damaged(spec, tmp_path):
 
 
 def test_an_export_that_cannot_be_finished_leaves_the_old_one(spec, tmp_path, monkeypatch):
-    folder, rename = export(Part(spec, lambda state: 2 * state), tmp_path / "e", platforms=("cpu",)), os.rename
+    folder, rename = export(Part(spec, lambda state: 2 * state), tmp_path / "e", platforms=("cpu",)), os.replace
     window = np.ones((2, 1, 8, 6, 2), np.float32)
 
     def fail(source, target):
-        if os.fspath(target) == os.fspath(folder):
+        if os.fspath(target) == os.fspath(folder) and os.fspath(source).endswith(".partial"):
             raise OSError("no space")
         rename(source, target)
 
     with monkeypatch.context() as patch:
-        patch.setattr(os, "rename", fail)
+        patch.setattr(os, "replace", fail)
         with pytest.raises(OSError, match="no space"):
             export(Part(spec, lambda state: 3 * state), folder, platforms=("cpu",), overwrite=True)
     assert os.listdir(tmp_path) == ["e"]

@@ -126,15 +126,19 @@ def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
 
 
 def replace(finished: Path, out: Path) -> None:
-    """Moves a finished file or folder to `out`, in the place of what was there."""
-    if out.is_dir() and not out.is_symlink():
-        old = out.with_name(f".{out.name}.old")
-        shutil.rmtree(old, ignore_errors=True)
-        os.replace(out, old)
+    """Moves a finished file or folder to `out`. A folder there is set aside, put back on failure, and removed last."""
+    if not out.is_dir() or out.is_symlink():
         os.replace(finished, out)
-        shutil.rmtree(old)
-    else:
+        return
+    old = out.with_name(f".{out.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    os.replace(out, old)
+    try:
         os.replace(finished, out)
+    except BaseException:
+        os.replace(old, out)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
 
 
 @contextlib.contextmanager

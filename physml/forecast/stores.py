@@ -2,16 +2,14 @@
 
 import contextlib
 import functools
-import os
 import shutil
-import uuid
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import xarray as xr
 
-from physml.data.store import exclusive
+from physml.data.store import exclusive, replace
 from physml.errors import CheckpointError, ConfigError
 
 LEAD = "lead"
@@ -126,14 +124,9 @@ class _File:
         self._write(dim, at, piece)
 
     def _put(self) -> None:
-        """The partial name becomes the final one; what was there is set aside first and removed last."""
-        aside = self.path.with_name(f".{self.path.stem}.{uuid.uuid4().hex[:8]}.old")
-        if self.path.is_dir():
-            os.replace(self.path, aside)
-        os.replace(self.partial, self.path)
+        """The partial name becomes the final one."""
+        replace(self.partial, self.path)
         shutil.rmtree(self.folder, ignore_errors=True)
-        if aside.exists():
-            shutil.rmtree(aside, ignore_errors=True)
 
     def abort(self, keep: bool) -> None:
         """Stops writing; what was written stays for a later continuation, or goes."""

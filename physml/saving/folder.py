@@ -18,6 +18,7 @@ from flax import nnx
 
 from physml.coding import from_dict, to_dict
 from physml.constraints import CONSTRAINTS
+from physml.data.store import replace
 from physml.errors import CheckpointError, ConfigError, PhysmlError, SpecError
 from physml.fields import Axis, Grid, Signature, Spec
 from physml.layers.lora import describe_lora, restore_lora
@@ -105,23 +106,13 @@ def write_text(path: str | Path, text: str) -> None:
 
 @contextlib.contextmanager
 def whole_folder(folder: Path) -> Iterator[Path]:
-    """A folder to write into that becomes `folder` when all is written; an old one is set aside first, removed last."""
+    """A folder to write into that becomes `folder`, in the place of an old one, when all is written."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}.", suffix=".partial"))
     try:
         yield partial
         partial.chmod(0o777 & ~_umask())
-        if not folder.exists():
-            os.rename(partial, folder)
-            return
-        aside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}.", suffix=".old"))
-        os.replace(folder, aside)
-        try:
-            os.rename(partial, folder)
-        except BaseException:
-            os.replace(aside, folder)
-            raise
-        shutil.rmtree(aside, ignore_errors=True)
+        replace(partial, folder)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise

@@ -1,5 +1,6 @@
 """Generated files: the same recipe gives the same bytes, whatever happens on the way."""
 
+import errno
 import json
 import shlex
 import signal
@@ -13,6 +14,7 @@ import xarray as xr
 from physml.data import generate as generating
 from physml.data.generate import Recipe, generate, resolve
 from physml.data.labelled import spec_of
+from physml.data.store import exclusive
 from physml.errors import ConfigError, DataError, DivergedError
 from physml.solvers import Kolmogorov, KuramotoSivashinsky
 
@@ -166,6 +168,26 @@ def test_an_existing_output_is_replaced_only_on_demand(tmp_path, name):
     generate(KS, out, 2, steps=2, overwrite=True)
     assert xr.open_dataset(out).sizes["trajectory"] == 2
     assert leftovers(tmp_path) == [name]
+
+
+def test_one_at_a_time_where_there_are_locks(tmp_path, monkeypatch):
+    out = tmp_path / "f.nc"
+    with (
+        exclusive(out),
+        pytest.raises(DataError, match=r"Another process is writing .*f\.nc"),
+        exclusive(out, wait=False),
+    ):
+        pass
+    assert not list(tmp_path.iterdir())
+
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, "no locks here")
+
+    fcntl = pytest.importorskip("fcntl")
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with exclusive(out, wait=False), exclusive(out, wait=False):
+        out.write_text("both")
+    assert list(tmp_path.iterdir()) == [out]
 
 
 def test_divergence_leaves_nothing_behind(tmp_path):

@@ -33,7 +33,7 @@ from physml.errors import CheckpointError, ConfigError
 from physml.evaluate import RolloutScores, evaluate_stepper, save_scores
 from physml.experiment import Experiment, load_experiment, to_dict, to_yaml
 from physml.layers.lora import adapted, add_lora, parameters, trained_share
-from physml.parallel.mesh import Layout
+from physml.parallel.mesh import Layout, on_first_process
 from physml.progress import Silent
 from physml.report import report
 from physml.saving import LoadReport, build_stepper
@@ -129,14 +129,18 @@ def train(
     source = open_source(experiment)
     experiment = complete(experiment, source)
     splits = open_data(experiment, progress) if splits is None else splits
-    alone = exclusive(path, wait=False) if jax.process_index() == 0 else contextlib.nullcontext()
-    with layout.use(), alone:
+    with layout.use(), contextlib.ExitStack() as held:
         stepper, loaded = first_stepper(_of_seed(experiment, 0), splits["train"], _member(source, 0))
         validate = _validation(experiment, stepper, splits, layout)
         if seeds and not parameter_count(stepper):
             raise ConfigError("seeds asks for an ensemble, but the stepper has no network: all would be the same.")
-        _claim(path, experiment, resume, overwrite)
-        _describe(path, experiment, stepper, loaded)
+
+        def claim():
+            held.enter_context(exclusive(path, wait=False))
+            _claim(path, experiment, resume, overwrite)
+            _describe(path, experiment, stepper, loaded)
+
+        on_first_process(claim)
         if parameter_count(stepper):
             progress.stage("training")
             arguments = (splits, experiment.objective, experiment.training, layout, path)
@@ -340,14 +344,12 @@ def _git_state() -> dict[str, Any] | None:
 
 def _claim(path: Path, experiment: Experiment, resume: str, overwrite: bool) -> None:
     """Makes the run folder, or refuses one that holds something else."""
-    if jax.process_index() != 0:
-        return
     config = path / "config.yaml"
     if path.exists() and overwrite and resume != "auto":
         if any(path.iterdir()) and not config.is_file():
             raise ConfigError(f"{path} is not a run folder, so it is not overwritten. Choose another --name.")
         shutil.rmtree(path)
-    if config.is_file():
+    if config.is_file() and _begun(path):
         if resume != "auto":
             raise ConfigError(
                 f"{path} already holds a run. Continue it with --resume auto, replace it with --overwrite, "
@@ -361,15 +363,21 @@ def _claim(path: Path, experiment: Experiment, resume: str, overwrite: bool) -> 
                 f"{path} was started with other settings of {sorted(set(changed) - allowed)}: it cannot be continued "
                 "with these. Use the same settings, or choose another --name."
             )
-    elif path.exists() and any(path.iterdir()):
+    elif path.exists() and any(path.iterdir()) and not config.is_file():
         raise ConfigError(f"{path} exists and is not a run folder. Choose another --name.")
     path.mkdir(parents=True, exist_ok=True)
 
 
+def _begun(path: Path) -> bool:
+    """Whether a run folder has anything to lose; one whose training was refused at its start has not."""
+    records = path / "metrics.jsonl"
+    recorded = records.is_file() and records.stat().st_size > 0
+    return recorded or (path / "model").exists() or any((path / "checkpoints").glob("*"))
+
+
 def _describe(path: Path, experiment: Experiment, stepper: Any, loaded: LoadReport | None) -> None:
-    if jax.process_index() != 0:
-        return
     saving.write_text(path / "config.yaml", to_yaml(experiment))
+    (path / START).unlink(missing_ok=True)
     if loaded is not None:
         saving.write_text(path / START, json.dumps(loaded.to_dict(), indent=1))
     saving.write_text(path / "spec.json", json.dumps(stepper.spec.to_dict()))

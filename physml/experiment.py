@@ -6,6 +6,7 @@ that name the nearest valid one. The resolved tree is written into the run folde
 
 import dataclasses
 import runpy
+import traceback
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ import yaml
 from physml import coding
 from physml.constraints import CONSTRAINTS
 from physml.data import DataConfig, MixtureConfig, SyntheticConfig
-from physml.errors import ConfigError
+from physml.errors import ConfigError, PhysmlError
 from physml.evaluate.validation import PREFIX, RolloutValidation
 from physml.layers.lora import LoRA
 from physml.metrics import METRICS
@@ -141,7 +142,7 @@ def _read(path: Path) -> Experiment:
             f"There is no experiment file {str(path)!r}. Give a .py file that defines `config`, or a .yaml file."
         )
     if path.suffix == ".py":
-        names = runpy.run_path(str(path), run_name="physml_experiment")
+        names = _run(path)
         config = names.get("config")
         if not isinstance(config, Experiment):
             others = [name for name, value in names.items() if isinstance(value, Experiment)]
@@ -156,6 +157,21 @@ def _read(path: Path) -> Experiment:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not readable as YAML: {error}") from error
     return coding.from_dict(Experiment, data or {}, str(path))
+
+
+def _run(path: Path) -> dict[str, Any]:
+    """The names that a Python file defines."""
+    try:
+        return runpy.run_path(str(path), run_name="physml_experiment")
+    except PhysmlError:
+        raise
+    except Exception as error:
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
+        line = lines[-1] if lines else getattr(error, "lineno", None)
+        where = f"{path}, line {line}" if line else str(path)
+        raise ConfigError(
+            f"{where}: {type(error).__name__}: {error}. Correct the file, or run it with python."
+        ) from error
 
 
 def to_dict(experiment: Experiment) -> dict[str, Any]:

@@ -124,6 +124,35 @@ def test_an_existing_run_is_kept(capsys, trained):
     assert (trained / "runs/tiny/model/model.safetensors").read_bytes() == before
 
 
+def test_a_run_that_was_refused_at_its_start_is_begun_anew(capsys, trained, tmp_path):
+    words = ["train", trained / "tiny.py", "--out", tmp_path, "--quiet"]
+    pairs = "objective={name: all_to_all, snapshots: 4}"
+    code, _, err = call(capsys, *words, "--set", pairs, "--set", "stepper={name: direct, lead: true}")
+    assert code == 2
+    assert "longest_lead=3" in err
+    assert (tmp_path / "tiny/config.yaml").is_file()
+    code, _, err = call(capsys, *words)  # with other settings, as the message asks
+    assert code == 0, err
+    assert call(capsys, *words)[0] == 2  # now there is something to lose
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("from physml import Experiment\nconfig = Experiment(nam=1)\n", "line 2: TypeError"),
+        ("config = (\n", "line 1: SyntaxError"),
+        ("import physml.nothing\n", "line 1: ModuleNotFoundError"),
+        ("from physml import Experiment\nconfig = Experiment(name='a/b')\n", "folder name without slashes"),
+    ],
+)
+def test_an_experiment_file_that_cannot_run_is_the_users(capsys, tmp_path, text, said):
+    (tmp_path / "broken.py").write_text(text)
+    code, _, err = call(capsys, "train", tmp_path / "broken.py")
+    assert code == 2
+    assert said in err
+    assert "defect" not in err
+
+
 def test_a_constraint_goes_on_and_off_in_one_word(capsys, trained, tmp_path):
     """And is saved with the weights of a run whose experiment has it."""
     run = trained / "runs/tiny"

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from physml import errors
 from physml.errors import ConfigError
 from physml.fields import Window
 
@@ -187,6 +188,30 @@ def start_distributed() -> None:
             ) from error
     elif os.environ.get("PHYSML_DISTRIBUTED") == "auto":
         jax.distributed.initialize()
+
+
+def on_first_process(function: Callable[[], None]) -> None:
+    """Calls `function` on process 0; every process must call this, and waits for it.
+
+    Raises what `function` raised, on every process: the others would wait for a process 0 that has given up.
+    """
+    failure = None
+    if jax.process_index() == 0:
+        try:
+            function()
+        except Exception as error:
+            failure = error
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+
+        text = f"{type(failure).__name__}\n{failure}".encode()[:4096] if failure else b""
+        told = np.frombuffer(text.ljust(4096, b"\0"), np.uint8)  # of one size on every process
+        told = np.asarray(multihost_utils.broadcast_one_to_all(told)).tobytes().rstrip(b"\0")
+        if told and failure is None:
+            name, message = told.decode(errors="replace").split("\n", 1)
+            failure = getattr(errors, name, errors.PhysmlError)(message)
+    if failure:
+        raise failure
 
 
 def _whole(name: str, default: str | None = None) -> int:

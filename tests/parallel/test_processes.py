@@ -29,12 +29,16 @@ def free_port():
 
 
 def run_two(folder, fields, name="SIGTERM", step=10**6):
-    """Exit codes and outputs of two processes with one device each."""
+    """Exit codes and outputs of two processes that train with one device each."""
+    return both([sys.executable, str(TRAINING / "worker.py"), str(folder), name, str(step), json.dumps(fields)])
+
+
+def both(command):
+    """Exit codes and outputs of a command in two processes with one device each."""
     common = {
         **os.environ, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu", "PHYSML_COORDINATOR": f"127.0.0.1:{free_port()}",
         "PHYSML_PROCESSES": "2", "PHYSML_TIMEOUT": "120",
     }  # fmt: skip
-    command = [sys.executable, str(TRAINING / "worker.py"), str(folder), name, str(step), json.dumps(fields)]
     workers = [
         subprocess.Popen(
             command, env={**common, "PHYSML_PROCESS": str(number)}, text=True,
@@ -88,6 +92,41 @@ def test_two_processes_train_save_and_stop_together(tmp_path):
     np.testing.assert_allclose(
         numbers(again.history, "train", "loss"), numbers(records, "train", "loss")[8:], rtol=1e-5
     )
+
+
+EXPERIMENT = """
+from physml import Evaluation, Experiment, SyntheticConfig, TrainingConfig
+from physml.evaluate.validation import RolloutValidation
+from physml.models import FNOConfig
+config = Experiment(
+    name="both",
+    data=SyntheticConfig("burgers", points=16, trajectories={"train": 4, "valid": 2, "test": 2}, steps=6),
+    model=FNOConfig(width=4, modes=(4,), depth=1),
+    training=TrainingConfig(steps=4, batch=4, validate_every=2, checkpoint_every=2),
+    validation=RolloutValidation(steps=2),
+    evaluation=Evaluation(steps=2, starts=1),
+)
+"""
+
+
+TWICE = """
+import sys
+from physml.api import train
+from physml.parallel.mesh import start_distributed
+start_distributed()
+print(train(sys.argv[1], folder=sys.argv[2]).folder, "is trained")
+train(sys.argv[1], folder=sys.argv[2])
+"""
+
+
+def test_two_processes_train_a_run_and_refuse_it_together(tmp_path):
+    (tmp_path / "both.py").write_text(EXPERIMENT)
+    codes, outputs = both([sys.executable, "-c", TWICE, str(tmp_path / "both.py"), str(tmp_path / "runs")])
+    assert codes == [1, 1], outputs
+    assert all("runs/both is trained" in output for output in outputs), outputs
+    assert (tmp_path / "runs/both/report.html").is_file()
+    # Process 0 alone looks at the folder; the other one would wait for it.
+    assert all("ConfigError" in output and "already holds a run" in output for output in outputs), outputs
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from physml.errors import ConfigError
+from physml.errors import ConfigError, SpecError
 from physml.fields import Spec, Window
 from physml.metrics.spectra import energy_spectrum, shells
 from physml.rollout.ledger import Ledger, measure

@@ -90,7 +90,8 @@ class Objective(Protocol):
     frame is the last of the window, and `score(stepper, window, prediction)` what the call itself gives.
 
     The second part of the result may hold "channel" (channels,), "lead" (leads,) and "part" {name: number}; training
-    records "channel" and "part".
+    records "channel" and "part". With a mask it may also hold "present" (channels,): the share of samples that have the
+    channel, over which "channel" is the mean.
     """
 
     def frames(self, history: int) -> int:

@@ -124,6 +124,17 @@ def test_masked_cells_do_not_train():
     assert_allclose(value(refiner(bias=(0.5, 2.0)), masked)[0], 4.25, rtol=1e-3)
 
 
+def test_channels_count_where_they_are():
+    mask = np.ones((2, 4, 2), np.float32)
+    mask[1, :, 1] = 0
+    window = rising()
+    masked = dataclasses.replace(window, frames=window.frames * mask[:, None], mask=mask)
+    loss, aux = value(refiner(bias=(0.5, 2.0)), masked)
+    assert_allclose(aux["channel"], [0.25, 4.0], rtol=1e-3)
+    assert_allclose(aux["present"], [1, 0.5])
+    assert_allclose(loss, 0.25 + 4.0 / 2, rtol=1e-3)  # every sample counts with what it has
+
+
 def test_running_statistics_move():
     class Normed(nnx.Module):
         def __init__(self):

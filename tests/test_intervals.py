@@ -228,6 +228,14 @@ def test_training_does_not_see_the_averaging():
     assert Curriculum(objective, steps=(1, 3)).frames(1) == 13
 
 
+@pytest.mark.parametrize("wrap", [NoisyInputs, lambda objective: NoisyInputs(NoisyInputs(objective))])
+def test_noise_reaches_the_single_steps_of_an_averaging_stepper(wrap):
+    noisy, window, key = wrap(RandomInterval(steps=2)), frames_of(9), jax.random.key(0)
+    expected, clean = noisy(stepper(), window, key)[0], RandomInterval(steps=2)(stepper(), window, key)[0]
+    assert_allclose(noisy(averaged(stepper()), window, key)[0], expected)
+    assert abs(expected - clean) > 1e-3 * clean
+
+
 def experiment(**fields):
     config = {"stepper": IntervalConfig(), "objective": RandomInterval(), **fields}
     return Experiment(model=ResNetConfig(width=4, depth=1), **config)

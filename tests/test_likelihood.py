@@ -125,6 +125,16 @@ def test_area_and_mask_count():
     )
 
 
+def test_channels_count_where_they_are():
+    mask = np.ones((4, 16, 2), np.float32)
+    mask[1:, :, 1] = 0
+    stepper = gaussian(shift=(0.3, -0.2))
+    own = Likelihood()(stepper, walk(1), KEY)[1]["channel"][1]  # of the sample that has v
+    _, aux = Likelihood()(stepper, walk(mask=mask), KEY)
+    assert_allclose(aux["channel"][1], own, rtol=1e-5)
+    assert_allclose(aux["present"], [1, 0.25])
+
+
 def test_gradients_reach_every_parameter_through_conditioning():
     config, model = GaussianConfig(), FNOConfig(modes=(4,), width=4, depth=1)
     stepper = build_stepper(config, model, SPEC, NORMALIZER, (physml.MassFixer(("u", "v")),))

@@ -10,7 +10,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 from physml.errors import ConfigError
 from physml.fields import Axis, Channel, Grid, Spec, Window
 from physml.normalize import Normalizer
-from physml.objectives import Curriculum, NoisyInputs, OneStep, Pushforward, Unrolled
+from physml.objectives import Curriculum, Denoising, NoisyInputs, OneStep, Pushforward, Unrolled
 from physml.steppers import DirectConfig, ResidualConfig
 
 SPEC = Spec(Grid((Axis.uniform("x", 64),)), (Channel("u"), Channel("v")))
@@ -121,6 +121,8 @@ def test_what_cannot_work_is_refused():
     for wrong in ({"std": 0.0}, {"std": -1.0}, {"unit": "kelvin"}, {"objective": Curriculum()}, {"objective": 3}):
         with pytest.raises(ConfigError):
             NoisyInputs(**wrong)
+    with pytest.raises(ConfigError, match="cannot hold Denoising, which learns from noise of its own"):
+        NoisyInputs(Denoising())
     with pytest.raises(ConfigError, match="needs a key"):
         NoisyInputs()(stepper(), still(), None)
 

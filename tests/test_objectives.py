@@ -258,6 +258,27 @@ def test_masked_cells_do_not_train():
     assert_allclose(value(OneStep(), masked)[0], LEADS[0], rtol=1e-6)
 
 
+def test_the_error_of_a_channel_is_that_of_the_samples_which_have_it():
+    """As in a mixture: the first sample has both channels, the other three only u."""
+    spec = Spec(SPEC.grid, (Channel("u"), Channel("v"), Channel("w")))
+    frames = np.random.default_rng(0).normal(size=(4, 3, 4, 3)).astype("f4")
+    mask = np.ones((4, 4, 3), "f4")
+    mask[1:, :, 1] = mask[..., 2] = 0
+    built = DirectConfig().build(spec, Scale(A), Normalizer.identity(spec))
+    mixed = Window.of(frames * mask[:, None], spec, mask=mask)
+    alone = Window.of(frames[:1], spec)
+    for objective in (OneStep(), Unrolled(2), OneStep("relative")):
+        total, aux = objective(built, mixed, None)
+        _, own = objective(built, alone, None)
+        assert_allclose(aux["channel"][1], own["channel"][1], rtol=1e-6)
+        assert aux["channel"][2] == 0
+        assert_allclose(aux["present"], [1, 0.25, 0])
+        assert_allclose((aux["channel"] * aux["present"]).sum() / aux["present"].sum(), total, rtol=1e-6)
+        if "lead" in aux:
+            assert_allclose(aux["lead"].mean(), total, rtol=1e-6)
+        assert "present" not in own
+
+
 def test_bad_arguments_are_named():
     with pytest.raises(SpecError, match="1 \\(history\\) \\+ 9 \\(steps\\)"):
         value(Unrolled(9))

@@ -159,12 +159,15 @@ class XarrayDataset:
                 self.reader.keep_static()
         return self._arrays is not None
 
-    def prepare(self, samples: Samples, memory: int = MEMORY_LIMIT, count: int | None = None) -> Blocks | None:
+    def prepare(
+        self, samples: Samples, memory: int = MEMORY_LIMIT, count: int | None = None, readers: int = 1
+    ) -> Blocks | None:
         """Gets ready to read windows of `samples`: all of them, or `count` that are evenly spread.
 
         A split of at most `memory` bytes is kept in memory. A larger one in a chunked file is read through a cache of
-        blocks of chunks, half of `memory`; the result are those blocks. Each window is read for itself where nothing
-        says how the file is stored, or where windows are fewer than blocks.
+        blocks of chunks, half of `memory`; the result are those blocks, small enough for so many `readers` of one
+        cache. Each window is read for itself where nothing says how the file is stored, or where windows are fewer than
+        blocks.
         """
         if self.preload(memory):
             return None
@@ -174,22 +177,23 @@ class XarrayDataset:
             return None
         overhang = (samples.frames - 1) * max(samples.strides)
         frame_bytes = self.nbytes // max(sum(self.lengths), 1)
-        blocks = cut(*chunks, self.runs, overhang, frame_bytes, memory // STREAM_SHARE)
+        blocks = cut(*chunks, self.runs, overhang, frame_bytes, memory // (STREAM_SHARE * readers))
         if count is not None and count < len(blocks):
             return None
         self._stream = blocks, Cache(memory // STREAM_SHARE)
         return blocks
 
-    def shuffled(self, samples: Samples, seed: int, memory: int = MEMORY_LIMIT) -> Shuffled:
+    def shuffled(self, samples: Samples, seed: int, memory: int = MEMORY_LIMIT, readers: int = 1) -> Shuffled:
         """An endless random order of windows, after `prepare`: where they are read through blocks, it draws from those
-        that are open together.
+        that are open together. Each of `readers` has an equal part of the cache for these, so that its order depends on
+        how many there are.
         """
-        blocks = self.prepare(samples, memory)
+        blocks = self.prepare(samples, memory, readers=readers)
         if blocks is None:
             return Shuffled(len(samples), seed)
         trajectories, starts, _ = samples.locate(np.arange(len(samples)))
         of = blocks.of(*self._place(trajectories, starts))
-        return Shuffled(len(samples), seed, of, blocks.sizes, POOL * memory // STREAM_SHARE)
+        return Shuffled(len(samples), seed, of, blocks.sizes, POOL * memory // (STREAM_SHARE * readers))
 
     def _whole(self) -> tuple[np.ndarray, np.ndarray]:
         """All frames and forcing `(trajectory, time, *space, channel)`, read in blocks of equally long trajectories.

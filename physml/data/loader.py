@@ -2,7 +2,8 @@
 
 The order is a function of (seed, epoch) alone. Every process computes the same global batches and reads its own
 contiguous share, so a run continues on another number of processes with the same samples in the same order. Data larger
-than memory are streamed in an order that reads every stored chunk about once per epoch (`physml.data.windows`).
+than memory are streamed in an order that reads every stored chunk about once per epoch (`physml.data.windows`); it
+depends on the size of the cache, too, and on how many loaders share it.
 """
 
 import dataclasses
@@ -40,6 +41,8 @@ class Loader:
         threads: batches read in parallel (local zarr and netCDF-4 files already decode the chunks of one batch in
             parallel: more threads pay for remote files). prefetch: batches kept ready.
         strides: distances of frames inside a window. every: distance of the starts of windows.
+        readers: loaders that go through these data at the same time and share that cache, as for an ensemble: the order
+            of streamed data then needs only its part of the cache.
 
     Raises ConfigError when the batch cannot be shared, DataError when no window fits into any trajectory.
     """
@@ -60,6 +63,7 @@ class Loader:
         strides: Sequence[int] = (1,),
         every: int = 1,
         memory: int = MEMORY_LIMIT,
+        readers: int = 1,
     ):
         self.dataset, self.frames, self.batch, self.seed = dataset, frames, batch, seed
         self.process_index, self.process_count, self.shuffle, self.pad = process_index, process_count, shuffle, pad
@@ -68,7 +72,7 @@ class Loader:
         self._check()
         self.order: Order = Shuffled(len(self.samples), seed)
         if shuffle and hasattr(dataset, "shuffled"):
-            self.order = dataset.shuffled(self.samples, seed, memory)
+            self.order = dataset.shuffled(self.samples, seed, memory, readers)
         elif hasattr(dataset, "prepare"):
             dataset.prepare(self.samples, memory)
         self.step = 0

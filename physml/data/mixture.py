@@ -141,9 +141,9 @@ class Mixture:
         """Bytes for each part: all where they fit together."""
         return memory if self.preload(memory) else memory // len(self.parts)
 
-    def shuffled(self, samples: Samples, seed: int, memory: int = MEMORY_LIMIT) -> Mixed:
+    def shuffled(self, samples: Samples, seed: int, memory: int = MEMORY_LIMIT, readers: int = 1) -> Mixed:
         """An endless random order in which the parts take part by their weights, and each goes through all of its
-        windows. Parts that do not fit in memory together share it equally.
+        windows. Parts that do not fit in memory together share it equally; `readers` as `XarrayDataset.shuffled`.
         """
         room = self._room(memory)
         orders, numbers, weights = [], [], []
@@ -154,7 +154,7 @@ class Mixture:
                     f"Part {name!r} has no window of {samples.frames} frames: its longest trajectory has "
                     f"{max(part.lengths, default=0)}. Leave it out, or use longer trajectories."
                 )
-            orders.append(part.shuffled(own, _seed(seed, owner), room))
+            orders.append(part.shuffled(own, _seed(seed, owner), room, readers))
             trajectories, starts, strides = own.locate(np.arange(len(own)))
             numbers.append(samples.number(trajectories + self._first[owner], starts, strides))
             weights.append(len(own) if not self.weights else self.weights[name])

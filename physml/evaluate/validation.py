@@ -67,6 +67,11 @@ class RolloutValidation:
                 f"training.monitor is {monitor!r}, but validation.metrics are {list(self.metrics)}: add {metric!r}."
                 + suggest(metric, self.metrics)
             )
+        if metric == "bias":
+            raise ConfigError(
+                f"training.monitor is {monitor!r}, but a bias has a sign: the smallest one is not the best. Watch "
+                "rollout/rmse or rollout/mae."
+            )
         better = "max" if metric == CORRELATION_TIME or METRICS[metric].ideal > 0 else "min"
         if mode != better:
             raise ConfigError(
@@ -98,6 +103,9 @@ class RolloutScores:
             **({"correlation": METRICS["correlation"]} if CORRELATION_TIME in config.metrics else {}),
         } if names else {"correlation": METRICS["correlation"]}  # fmt: skip
         self.key = layout.replicate(jax.random.key(seed))
+        channels = dataset.spec.names if len(dataset.spec.names) > 1 else ()
+        each = ["", *(f"/{channel}" for channel in channels)]
+        self.names = [PREFIX + metric + channel for metric in config.metrics for channel in each]
         self._scored = None
 
     def __call__(self, stepper: Stepper) -> dict[str, float]:

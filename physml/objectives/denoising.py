@@ -9,6 +9,7 @@ from jaxtyping import Float
 from physml.errors import ConfigError, SpecError
 from physml.fields import ArrayLike, Window
 from physml.metrics.losses import MSE
+from physml.objectives.scoring import averages
 from physml.steppers.refiner import Refiner
 
 
@@ -53,5 +54,5 @@ class Denoising:
         noise = jax.random.normal(of_noise, frame.shape, jnp.promote_types(frame.dtype, jnp.float32))
         problem = stepper.problem(state, frame, context, step, noise)
         errors = MSE().errors(problem.prediction[:, None], problem.target[:, None], window.spec, window.mask)
-        channel = errors.mean((0, 1))
-        return channel.sum(), {"channel": jax.lax.stop_gradient(channel)}
+        parts = averages(errors, window.mask)
+        return errors.mean((0, 1)).sum(), {name: part for name, part in parts.items() if name != "lead"}

@@ -11,6 +11,7 @@ from physml.errors import ConfigError, SpecError
 from physml.fields import Window
 from physml.metrics.losses import LOSSES, MSE, Loss
 from physml.normalize import check_intervals
+from physml.objectives.noise import Noisy
 from physml.objectives.pairs import check_length, pick
 from physml.objectives.scoring import Prediction, Space, predict, score, settle
 from physml.objectives.unrolled import Rollout, Scored
@@ -86,4 +87,8 @@ class RandomInterval(Rollout):
                 f"RandomInterval draws the intervals {missing}, but the stepper has {intervals}. "
                 f"Use IntervalConfig(intervals={self.intervals}), or draw from those only."
             )
-        return averaged(stepper, False) if stepper.config.average else stepper
+        if not stepper.config.average:
+            return stepper
+        if isinstance(stepper, Noisy):
+            return stepper.around(self._single(stepper.stepper))
+        return averaged(stepper, False)

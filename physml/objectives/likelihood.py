@@ -87,12 +87,12 @@ class Likelihood(Rollout):
 
         def average(values):
             errors = mean.errors(values, zero, spec, mask)
-            return mean.reduce(errors, spec, mask), jax.lax.stop_gradient(errors)
+            return mean.reduce(errors, spec, mask), errors
 
         loss, errors = average(values)
         parts = {"log_likelihood": -surprise, "square_error": error**2, "variance": variance}
         parts = {name: jax.lax.stop_gradient(average(part)[0]) for name, part in parts.items()}
-        return loss, {"channel": errors.mean((0, 1)), "lead": errors.mean((0, 2)), "part": parts}
+        return loss, {**scoring.averages(errors, mask), "part": parts}
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from flax import nnx
 from physml.coding import check_choices, tagged
 from physml.errors import ConfigError
 from physml.fields import Context, Window
+from physml.objectives.denoising import Denoising
 from physml.objectives.scoring import Prediction, check_inner, inner_objectives
 from physml.objectives.unrolled import Around, OneStep, Scored
 
@@ -40,6 +41,11 @@ class NoisyInputs(Around):
     def __post_init__(self):
         check_choices(self)
         check_inner(self.objective, type(self).__name__)
+        if isinstance(self.objective, Denoising):
+            raise ConfigError(
+                "NoisyInputs cannot hold Denoising, which learns from noise of its own on the frame to be predicted. "
+                "Use Denoising alone, or OneStep in its place."
+            )
         if not 0 < self.std < float("inf"):
             raise ConfigError(f"std is {self.std}, but noise has a standard deviation above 0.")
 
@@ -55,7 +61,7 @@ class NoisyInputs(Around):
             raise ConfigError("NoisyInputs draws noise, so it needs a key: give jax.random.key(seed).")
         if stepper.history == 0:
             raise ConfigError("NoisyInputs puts noise on the frames that go in, but this stepper has history 0.")
-        noisy = _Noisy(self, stepper)
+        noisy = Noisy(self, stepper)
         result = function(noisy, window, key)
         if not noisy.reached:
             raise ConfigError(
@@ -65,12 +71,18 @@ class NoisyInputs(Around):
         return result
 
 
-class _Noisy(nnx.Module):
+class Noisy(nnx.Module):
     """A stepper that starts from frames with noise and is otherwise the one inside."""
 
-    def __init__(self, noise: NoisyInputs, stepper):
+    def __init__(self, noise: "NoisyInputs | Noisy", stepper):
         self.stepper, self.reached = stepper, _Flag()
         self.std, self.unit, self.walk = noise.std, noise.unit, noise.walk
+
+    def around(self, stepper) -> "Noisy":
+        """The same noise on what another stepper starts from."""
+        other = Noisy(self, stepper)
+        other.reached = self.reached
+        return other
 
     def __getattr__(self, name: str):
         if name.startswith("_") or name == "stepper":

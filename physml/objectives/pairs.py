@@ -91,7 +91,7 @@ class AllToAll(Rollout):
 
     def score(self, stepper, window: Window, prediction: Prediction) -> Scored:
         value, aux = score(self, stepper, window, prediction.frames, leads=jnp.ones(1))
-        return value, {"channel": aux["channel"]}
+        return value, {name: part for name, part in aux.items() if name != "lead"}
 
     def _check(self, stepper) -> None:
         config = getattr(stepper, "config", None)

@@ -132,7 +132,7 @@ def _check_bundle(bundle: int, scored: int, skip: int, truncate: int | None) -> 
 
 
 def score(objective, stepper, window: Window, predicted, leads, stop: int | None = None, normalize_increment=None):
-    """The loss of `predicted (batch, lead, *space, channel)`, and its parts {"channel": (channels,), "lead": (leads,)}.
+    """The loss of `predicted (batch, lead, *space, channel)`, and its parts, see `averages`.
 
     The last lead is frame `stop - 1` of the window; None: the one after the history, or after `objective.steps` steps.
     `normalize_increment` stands in for the normalizer's own, where a step is not of one frame.
@@ -153,5 +153,27 @@ def score(objective, stepper, window: Window, predicted, leads, stop: int | None
     loss, spec = objective.loss, window.spec
     errors = loss.errors(predicted, truth, spec, window.mask)
     value = loss.reduce(errors, spec, window.mask, leads)
+    # The slices of a joint loss are no channels, or ratios over the whole batch already.
+    return value, averages(errors, None if getattr(loss, "joint", False) else window.mask)
+
+
+def averages(errors: Float[Array, "batch lead channel"], mask=None) -> dict[str, Array]:
+    """{"channel": (channels,), "lead": (leads,)}: mean errors, without gradient.
+
+    With a mask `(batch, *space, channel)` the mean is over samples that have the channel (0 where none has), and
+    "present" (channels,) is their share: where a dataset of a mixture lacks a channel, its error is not 0, but unknown.
+    """
     errors = jax.lax.stop_gradient(errors)
-    return value, {"channel": errors.mean((0, 1)), "lead": errors.mean((0, 2))}
+    if mask is None:
+        return {"channel": errors.mean((0, 1)), "lead": errors.mean((0, 2))}
+    exists = (jnp.asarray(mask) > 0).any(tuple(range(1, mask.ndim - 1))).astype(errors.dtype)
+    errors, present = errors * exists[:, None], exists.mean(0)
+
+    def over(mean, share):
+        return mean / jnp.where(share > 0, share, 1)
+
+    return {
+        "channel": over(errors.mean((0, 1)), present),
+        "lead": over(errors.mean((0, 2)), present.mean()),
+        "present": present,
+    }

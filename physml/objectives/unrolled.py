@@ -21,7 +21,9 @@ class Rollout:
     """An objective in parts, for those that put something between or beside them: `draw`, `predict`, then `score`."""
 
     def __call__(self, stepper, window: Window, key) -> Scored:
-        """The loss, and {"channel": (channels,), "lead": (scored leads,)} errors. Raises SpecError: short window."""
+        """The loss, and {"channel": (channels,), "lead": (scored leads,)} errors; with a mask also "present", see
+        `physml.objectives.scoring.averages`. Raises SpecError for a short window.
+        """
         window, key = self.draw(stepper, window, key)
         return self.score(stepper, window, self.predict(stepper, window, key))
 
@@ -85,7 +87,7 @@ class OneStep(Rollout):
 
     def score(self, stepper, window: Window, prediction: Prediction) -> Scored:
         value, aux = score(self, stepper, window, prediction.frames, leads=jnp.ones(1))
-        return value, {"channel": aux["channel"]}
+        return value, {name: part for name, part in aux.items() if name != "lead"}
 
 
 @dataclass(frozen=True)

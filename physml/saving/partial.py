@@ -4,6 +4,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -25,7 +26,8 @@ class StartFrom:
         weights: for such a name: the downloaded folder, see `physml.load`.
         strict: every number of the model must be in the checkpoint, and the other way round.
         normalizer: "saved" keeps the normalization that the weights were trained with where the data has the same
-            channels and time step, and fits one to the new data elsewhere; "data" always fits one.
+            channels and time step and the stepper the same intervals, and fits one to the new data elsewhere; "data"
+            always fits one.
     """
 
     path: str
@@ -104,7 +106,7 @@ def load_into(
 
     Parameters, running statistics and numbers that were drawn once are copied; what depends on the grid stays. LoRA
     layers of `source` are folded in first. The normalizer is that of `source` where `normalizer` is "saved" and both
-    have the same channels, units and time step.
+    have the same channels, units, time step and intervals; data with gaps in either of them stay allowed.
 
     Args:
         source: a stepper, or a bare model, which then goes into `stepper.model`.
@@ -140,8 +142,8 @@ def load_into(
         )
     for path in loaded:
         here[path][...] = jnp.asarray(saved[path][...]).astype(here[path].dtype)
-    for mine, theirs in statistics:
-        mine[...] = theirs[...]
+    for mine, value in statistics:
+        mine[...] = value
     return report
 
 
@@ -151,15 +153,21 @@ def _variables(module: Any) -> dict[str, nnx.Variable]:
     return {path: leaf for path, leaf in flat.items() if not isinstance(leaf, Statistic | nnx.RngState)}
 
 
-def _statistics(stepper: Any, source: Any) -> list[tuple[Statistic, Statistic]]:
-    """The numbers of both normalizers in pairs; none where they do not have the same ones."""
+def _statistics(stepper: Any, source: Any) -> list[tuple[Statistic, jax.Array]]:
+    """The numbers of the normalizer, each with what it becomes; none where both do not have the same ones.
+
+    `masked` is set where one of them has it: the weights may come from data without gaps, and meet them now.
+    """
     here, saved = (
         {path: leaf for path, leaf in nnx.to_flat_state(nnx.state(module, Statistic)) if path[0] == "normalizer"}
         for module in (stepper, source)
     )
     if {path: leaf.shape for path, leaf in here.items()} != {path: leaf.shape for path, leaf in saved.items()}:
         return []
-    return [(leaf, saved[path]) for path, leaf in here.items()]
+    return [
+        (leaf, jnp.maximum(leaf[...], saved[path][...]) if path[-1] == "masked" else saved[path][...])
+        for path, leaf in here.items()
+    ]
 
 
 def _differences(stepper: Any, source: Any) -> tuple[tuple[str, ...], bool]:
@@ -169,6 +177,10 @@ def _differences(stepper: Any, source: Any) -> tuple[tuple[str, ...], bool]:
         source.spec.on(stepper.spec.grid).check_same(stepper.spec, mine="the checkpoint", theirs="the data")
     except SpecError as error:
         notes.append(str(error).split(". ")[0])
+        same = False
+    there, here = (getattr(getattr(module, "normalizer", None), "intervals", ()) for module in (source, stepper))
+    if there != here:
+        notes.append(f"intervals: {there or 'none'} there, {here or 'none'} here")
         same = False
     if source.spec.grid.shape != stepper.spec.grid.shape:
         notes.append(f"grid: {source.spec.grid.shape} points there, {stepper.spec.grid.shape} here")

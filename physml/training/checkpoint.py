@@ -4,6 +4,7 @@ A checkpoint is FOLDER/STEP. It holds arrays (parameters, average, optimizer, ev
 plain data (loader position, seed, best score). Arrays may be restored onto any layout.
 """
 
+import copy
 import logging
 from pathlib import Path
 from typing import Any
@@ -23,10 +24,11 @@ logger = logging.getLogger("physml.training")
 class Checkpoints:
     """The checkpoints of one run. Use it as a context manager: leaving it waits for what is being written.
 
-    `keep` newest ones stay, and the one with the best `score` (`mode` "min" or "max").
+    `keep` newest ones stay, and the one with the best `score` (`mode` "min" or "max"). `own` is False for a folder that
+    another process may be writing to.
     """
 
-    def __init__(self, folder: str | Path, keep: int = 2, mode: str = "min"):
+    def __init__(self, folder: str | Path, keep: int = 2, mode: str = "min", own: bool = True):
         self.folder = Path(folder).absolute()
         policies = ocp.training.preservation_policies
         best = policies.BestN(
@@ -37,7 +39,7 @@ class Checkpoints:
             self.folder,
             preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(keep), best]),
             # Left over by a killed process; its name never counts as a checkpoint, but it takes room.
-            cleanup_tmp_directories=True,
+            cleanup_tmp_directories=own,
         )
 
     def __enter__(self) -> "Checkpoints":
@@ -55,7 +57,8 @@ class Checkpoints:
         """Starts to write a checkpoint and returns as soon as the arrays may be overwritten. All processes call it."""
         self._orbax.wait()
         arrays = _filled(arrays)
-        data = {"format": FORMAT, "step": step, "fingerprints": fingerprints(arrays), **data}
+        # Copied: it is written later, while the caller goes on changing its lists.
+        data = copy.deepcopy({"format": FORMAT, "step": step, "fingerprints": fingerprints(arrays), **data})
         self._orbax.save_checkpointables_async(
             step,
             {"state": arrays},

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 
 from physml.errors import ConfigError, DataError, Interrupted
+from physml.fields import stack
 from physml.interrupt import Signals
 from physml.objectives.curriculum import Stage, stages_of
 from physml.parallel.mesh import Layout
@@ -94,6 +95,7 @@ def run_stages(run: Run, stages, datasets, objective, history: int, validate, tr
     """All of the training that is left: (last step, records, selected weights, what goes with them)."""
     config, dataset = run.config, datasets["train"]
     score = _scorer(run, datasets, objective, history, validate)
+    _check_stages(run, stages, dataset, history)
     with Checkpoints(run.folder / "checkpoints", config.keep, config.monitor_mode) as run.checkpoints:
         step = run.resume(resume)
         first = jax.process_index() == 0  # it alone writes logs
@@ -139,7 +141,7 @@ def _loop(run: Run, step: int, stop: int, update, loader, score, journal: Journa
             new_best = validating and run.judge(step, score(run.weights, run.rest), journal)
             if saving or stopping or new_best:
                 journal.sync()
-                run.save(step, scored=validating)
+                run.save(step, scored=new_best)
         if stopping and step < run.total:
             run.checkpoints.wait()
             raise Interrupted(
@@ -180,13 +182,33 @@ def check_options(objective, config: TrainingConfig, layout: Layout) -> None:
         )
 
 
+def _check_stages(run: Run, stages, dataset, history: int) -> None:
+    """Traces the loss of each later stage: what cannot work is refused before the first update, not hours after it."""
+    for stage, _ in stages[1:]:
+        frames = stage.objective.frames(history)
+        count_windows(dataset, frames, "training")
+        window = stack([dataset.read(int(np.argmax(dataset.lengths)), range(frames))] * stage.batch)
+        jax.eval_shape(run.build_loss(stage.objective), run.weights, run.rest, window, run.key)
+
+
 def _scorer(run: Run, datasets, objective, history: int, validate):
     """`score(weights, rest)`: loss over the validation split, and the caller's own scores."""
-    config = run.config
+    config, split = run.config, datasets.get("valid")
     validation, objective = None, getattr(objective, "validation", objective)
-    if "valid" in datasets and datasets["valid"] is not None:
+    channels = split.spec.names if split is not None and len(split.spec.names) > 1 else ()
+    names = [] if split is None else ["valid/loss", *(f"valid/loss/{name}" for name in channels)]
+    if validate is None or hasattr(validate, "names"):  # what others give is known once they have given it
+        names += getattr(validate, "names", [])
+        if names:
+            run.check_monitor(names)
+        elif config.patience:
+            raise ConfigError(
+                f"training.patience is {config.patience}, but there is nothing to validate. Give the data a split "
+                "'valid', or set patience=0."
+            )
+    if split is not None:
         validation = Validation(
-            datasets["valid"], objective.frames(history), config.batch, config.validate_windows,
+            split, objective.frames(history), config.batch, config.validate_windows,
             run.build_loss(objective), run.layout, run.first_key(),
         )  # fmt: skip
 

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
+from physml.data.loader import Loader
 from physml.errors import ConfigError, DataError, DivergedError
 from physml.fields import stack
 from physml.parallel.mesh import Layout
@@ -25,7 +26,7 @@ from physml.training.journal import Journal
 from physml.training.loop import check_options, plan_stages, run_stages
 from physml.training.optimizers import TrainingConfig
 from physml.training.report import Report
-from physml.training.run import Run, copied, load, local
+from physml.training.run import Run, copied, local
 from physml.training.update import Parts, build_loss, build_update, initial_state, split
 from physml.training.validation import channel_values, count_windows
 
@@ -75,8 +76,8 @@ def fit_members(
     still). Beside the state of all members checkpoints hold the best weights of each.
 
     A member whose loss or gradient is not finite stands still from there and is left out of the result, as is one whose
-    validation is not finite; with `config.patience` one that does not improve keeps its best weights. Members are
-    spread over the devices: `layout.member` of them, or by default as many as divide both members and devices.
+    loss in validation is not finite; with `config.patience` one that does not improve keeps its best weights. Members
+    are spread over the devices: `layout.member` of them, or by default as many as divide both members and devices.
 
     The other arguments are those of `fit`. Raises what `fit` raises, DivergedError only when no member is left, and
     ConfigError for seeds that are no S different numbers, several processes, or devices that do not divide the members.
@@ -153,10 +154,6 @@ class _MembersRun(Run):
         transform = self.config.optimizer.build(self.total)
         state = jax.vmap(lambda p, s: initial_state(p, transform, self.config, s))(params, self.parts.statistics(rest))
         self.state, self.fixed = self._shard(state, "member"), self._shard(copied(rest), "member")
-        self._reset_best()
-
-    def _reset_best(self) -> None:
-        self.best, self.unimproved = [None] * self.size, [0] * self.size
         self.kept = copied((self.weights, self.rest)) if self.config.select == "best" else None
 
     def build_update(self, objective, config: TrainingConfig) -> Callable:
@@ -168,9 +165,15 @@ class _MembersRun(Run):
         return build_loss(objective, self.parts, self.config, members=True)
 
     def load(self, dataset, frames: int, config: TrainingConfig, step: int) -> Iterator:
-        # Every loader has threads of its own.
-        config = replace(config, threads=-(-config.threads // self.size))
-        loaders = [load(dataset, frames, config, seed, step) for seed in self.seed]
+        """As `Run.load`. The threads and the cache of data larger than memory are shared by as many loaders as there
+        are seeds: the order of such data depends on their number, too.
+        """
+        loaders = [
+            Loader(
+                dataset, frames, config.batch, seed=seed, threads=-(-config.threads // self.size), readers=self.size
+            ).at(step)
+            for seed in self.seed
+        ]
         return map(stack, zip(*loaders, strict=True))
 
     def place(self, window):
@@ -180,8 +183,10 @@ class _MembersRun(Run):
         return self._shard(jnp.stack([jax.random.key(seed) for seed in self.seed]), "member")
 
     def own_scores(self, validate: Callable, weights: dict, rest: dict) -> dict[str, np.ndarray]:
+        numbers = local(weights), local(rest)
+
         def member(i):
-            return self.parts.merge(*jax.tree.map(lambda leaf: leaf[i], (local(weights), local(rest))))
+            return self.parts.merge(*jax.tree.map(lambda leaf: leaf[i], numbers))
 
         scores = [validate(member(i)) for i in range(self.size)]
         return {name: np.array([score[name] for score in scores]) for name in scores[0]}
@@ -198,11 +203,12 @@ class _MembersRun(Run):
             return False
         journal.add("valid", step, self.summary(values))
         value = np.asarray(self.monitored(values), np.float64)
-        for i in np.flatnonzero(self.live & ~np.isfinite(value)):
-            self.fail(i, step, f"{self.config.monitor} is {value[i]} after step {step}")
+        if not self.may_blow_up:
+            for i in np.flatnonzero(self.live & ~np.isfinite(value)):
+                self.fail(i, step, f"{self.config.monitor} is {value[i]} after step {step}")
         sign = 1 if self.config.monitor_mode == "min" else -1
         before = np.array([np.inf if best is None else sign * best["value"] for best in self.best])
-        better = self.live & (sign * value < before)
+        better = self.live & np.isfinite(value) & (sign * value < before)
         for i in np.flatnonzero(self.live):
             self.unimproved[i] = 0 if better[i] else self.unimproved[i] + 1
             self.best[i] = {"step": step, "value": float(value[i])} if better[i] else self.best[i]
@@ -248,13 +254,14 @@ class _MembersRun(Run):
     def _data(self, step: int) -> dict[str, Any]:
         return {**super()._data(step), "live": self.live.tolist(), "diverged": self.diverged}
 
+    def leave_best(self, data: dict[str, Any]) -> None:
+        """Nothing stays behind: the best weights of each member are in the checkpoint."""
+
     def take(self, arrays: dict[str, Any], data: dict[str, Any]) -> None:
         alive, self.kept = arrays.pop("alive"), arrays.pop("best")
         self.live, self.diverged = np.array(data["live"]), list(data["diverged"])
         super().take(arrays, data)
         self.state["alive"] = alive
-        if self.best is None:  # another folder has the best ones
-            self._reset_best()
 
     def selected(self):
         self.checkpoints.wait()

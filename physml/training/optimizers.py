@@ -250,7 +250,9 @@ class TrainingConfig:
         steps: updates in all; `epochs`, where it is not 0, is used instead.
         epochs: passes over the training windows; rounded up to whole updates.
         batch: windows per update, over all devices and processes.
-        accumulate: parts in which each batch is computed one after the other, to save memory.
+        accumulate: parts in which each batch is computed one after the other, to save memory. Parts count alike: where
+            samples lack channels (a mixture), loss and gradient are the mean over the parts of what each has, not
+            exactly those of the whole batch; the recorded errors of channels are.
         updates_per_call: updates in one compiled call; the host is needed between calls only. (XLA runs some gradients
             of convolutions slowly inside loops on CPUs: with layers that are not of this package, try 1 there.)
         optimizer: see `OptimizerConfig`.
@@ -264,7 +266,7 @@ class TrainingConfig:
         validate_windows: windows of the validation split to use, evenly spread; 0: all.
         checkpoint_every: updates between checkpoints; 0: only at the end.
         keep: newest checkpoints to keep, besides the best one.
-        monitor: logged number that says which checkpoint is best.
+        monitor: score of the validation that says which checkpoint is best.
         monitor_mode: whether small ("min") or large ("max") is good.
         select: whether the best or the last weights are returned.
         patience: validations without a new best after which training stops; 0: never.

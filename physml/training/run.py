@@ -1,7 +1,7 @@
 """A training between updates: its numbers, its place on the devices, its checkpoints and its best score."""
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +64,11 @@ class Run:
         return Report(self, *arguments)
 
     @property
+    def may_blow_up(self) -> bool:
+        """Whether the monitored score is one of rollouts, which early in training may blow up: bad, but not the end."""
+        return self.config.monitor.startswith("rollout/")
+
+    @property
     def weights(self):
         """The moving average where there is one, else the parameters."""
         return self.state["params"] if self.state["average"] is None else self.state["average"]
@@ -84,7 +89,7 @@ class Run:
         }  # fmt: skip
 
     def save(self, step: int, scored: bool) -> None:
-        """`scored`: this very state was validated, so it may be kept as the best one."""
+        """`scored`: this very state has the best score so far."""
         value = self.last_value if scored else None
         self.checkpoints.save(step, self._arrays(), self._data(step), value)
 
@@ -96,7 +101,7 @@ class Run:
         journal.add("valid", step, values)
         value = float(self.monitored(values))
         if not np.isfinite(value):
-            if self.config.monitor.startswith("rollout/"):  # may blow up early in training: a bad score, not the end
+            if self.may_blow_up:
                 self.unimproved += 1
                 return False
             raise DivergedError(
@@ -111,13 +116,17 @@ class Run:
             self.best = {"step": step, "value": value}
         return better
 
-    def monitored(self, values: dict[str, Any]) -> Any:
-        """The value that says which weights are best. Raises ConfigError where there is none."""
-        if self.config.monitor not in values:
+    def check_monitor(self, names: Iterable[str]) -> None:
+        """Raises ConfigError where the value that says which weights are best is not among the `names`."""
+        if self.config.monitor not in names:
             raise ConfigError(
-                f"training.monitor is {self.config.monitor!r}, but the validation gives {sorted(values)}. "
+                f"training.monitor is {self.config.monitor!r}, but the validation gives {sorted(names)}. "
                 "Set it to one of them."
             )
+
+    def monitored(self, values: dict[str, Any]) -> Any:
+        """The value that says which weights are best. Raises ConfigError where there is none."""
+        self.check_monitor(values)
         return values[self.config.monitor]
 
     def exhausted(self) -> bool:
@@ -174,13 +183,16 @@ class Run:
                 f"{self.folder} already holds a run up to step {existing[-1]}, so it cannot continue {path} as well. "
                 "Choose another folder."
             )
-        with Checkpoints(folder, self.config.keep) as other:
+        with Checkpoints(folder, self.config.keep, own=False) as other:
             found = other.restore(self._arrays(), step)
         if found is None:
             raise CheckpointError(f"{folder} holds no complete checkpoint.")
-        # The best checkpoint stays in the other folder: the search for the best begins anew.
-        found[1].update(best=None, unimproved=0)
+        self.leave_best(found[1])
         return found
+
+    def leave_best(self, data: dict[str, Any]) -> None:
+        """Of what is continued in another folder: its best checkpoint stays there, the search for the best is new."""
+        data.update(best=None, unimproved=0)
 
     def last_good(self) -> str:
         self.checkpoints.wait()

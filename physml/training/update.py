@@ -133,7 +133,7 @@ def build_update(
         stepper = parts.merge(params, rest, compute)
         stepper.train()  # dropout on, batch normalization by the batch at hand
         value, aux = objective(stepper, window, key)
-        return value, (aux, parts.moved_statistics(stepper))
+        return value, (_summable(aux), parts.moved_statistics(stepper))
 
     gradient = functools.partial(_gradient, jax.value_and_grad(loss, has_aux=True), config.accumulate)
 
@@ -156,7 +156,7 @@ def build_update(
         new["alive"] = state["alive"] & (good | ~used) if config.nonfinite == "stop" else state["alive"]
         metrics = {"loss": value, "gradient": norm, "good": good, "skipped": new["skipped"]}
         metrics["learning_rate"] = jnp.asarray(rate(state["step"] - state["skipped"]), jnp.float32)
-        return new, {**metrics, **aux}
+        return new, {**metrics, **_per_sample(aux)}
 
     each = over_members(one, (0, (0, None), 0, 0)) if members else one
 
@@ -176,12 +176,15 @@ def build_update(
 def build_loss(objective, parts: Parts, config: TrainingConfig, *, members: bool = False) -> Callable:
     """`loss(params, rest, window, key) -> (loss, aux)`, jitted, in the precision of training.
 
-    With `members` everything but the window has a leading member axis.
+    A loss that sums over samples is scaled to those of a batch of training, however many the window holds. With
+    `members` everything but the window has a leading member axis.
     """
     compute = jnp.bfloat16 if config.precision == "bfloat16" else None
+    summed = getattr(getattr(objective, "loss", None), "reduction", "mean") == "sum"
 
     def loss(params, rest, window, key):
-        return objective(parts.merge(params, rest, compute), window, key)
+        value, aux = objective(parts.merge(params, rest, compute), window, key)
+        return value * config.batch / window.frames.shape[0] if summed else value, aux
 
     return jax.jit(over_members(loss, (0, 0, None, 0)) if members else loss)
 
@@ -217,6 +220,16 @@ def _gradient(value_and_grad, parts: int, params, rest, window: Window, key):
     zero = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shape)
     total, _ = jax.lax.scan(body, zero, (jnp.arange(parts), shares))
     return jax.tree.map(lambda leaf: leaf / parts, total)
+
+
+def _summable(aux: dict) -> dict:
+    """Channel errors as sums over the samples that have the channel: those of parts of a batch may be averaged."""
+    return {**aux, "channel": aux["channel"] * aux["present"]} if "present" in aux else aux
+
+
+def _per_sample(aux: dict) -> dict:
+    """The inverse of `_summable`; NaN for a channel that no sample of the batch has."""
+    return {**aux, "channel": aux["channel"] / aux["present"]} if "present" in aux else aux
 
 
 def _averaged(average, params, step, decay: float):

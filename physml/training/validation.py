@@ -29,7 +29,8 @@ def count_windows(dataset: Any, frames: int, what: str) -> int:
 class Validation:
     """Mean loss over evenly spread windows of a split (`limit` of them, 0: all), batch by batch.
 
-    Every window counts once, also where they do not fill the last batch. All processes call it together.
+    Every window counts once, also where they do not fill the last batch; for the error of a channel those that have it.
+    All processes call it together.
     """
 
     def __init__(self, dataset: Any, frames: int, batch: int, limit: int, loss: Callable, layout: Layout, key: Any):
@@ -52,8 +53,12 @@ class Validation:
         values = {"valid/loss": np.average(losses, axis=0, weights=sizes)}
         if "channel" not in extras[0]:
             return values
-        channels = np.average([extra["channel"] for extra in extras], axis=0, weights=sizes)
-        return {**values, **channel_values("valid/loss", channels, self.dataset.spec)}
+        channels = np.array([extra["channel"] for extra in extras])
+        present = np.array([extra.get("present", np.ones_like(extra["channel"])) for extra in extras])
+        weights = present * np.reshape(sizes, (-1, *[1] * (present.ndim - 1)))
+        total = weights.sum(0)
+        mean = (channels * weights).sum(0) / np.where(total > 0, total, np.nan)
+        return {**values, **channel_values("valid/loss", mean, self.dataset.spec)}
 
     def _read(self, numbers: list[int]):
         """This process's share of a batch, repeated where it does not divide over the devices."""

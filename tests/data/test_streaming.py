@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 from collections import Counter
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -17,6 +18,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 from physml.data import (
     DataConfig,
     Loader,
+    Mixture,
     Samples,
     XarrayDataset,
     fit_normalizer,
@@ -26,9 +28,12 @@ from physml.data import (
     tensors,
 )  # fmt: skip
 from physml.data.blocks import DaskBlocks, edges
+from physml.data.sampling import Shuffled
 from physml.data.windows import POOL, Cache, cut, pooled_order
 from physml.errors import DataError
 from physml.normalize import Normalizer
+from physml.training import TrainingConfig
+from physml.training.members import _MembersRun
 
 
 def waves(frames=400, trajectories=1, points=16, seed=0):
@@ -117,6 +122,47 @@ def test_a_position_is_one_integer_also_when_streaming(tmp_path):
     resumed = Loader(XarrayDataset(data.ds, data.spec), 3, 26, seed=5, memory=MEMORY).at(47)
     for expected, window in zip(windows[47:], resumed, strict=False):
         equal(expected, window)
+
+
+def test_loaders_of_several_seeds_share_a_cache_and_each_reads_every_frame_about_once(tmp_path):
+    data, memory = stored(tmp_path, frames=1600)
+    options = {"memory": 2 * MEMORY, "readers": 4, "threads": 0}
+    loaders = [Loader(data, 3, 2, seed=seed, **options) for seed in range(4)]
+    seen, count = count_frames(data), len(loaders[0].samples)
+    kept = []
+    for step, windows in zip(range(count // 2), zip(*loaders, strict=True), strict=False):
+        kept.append(windows[3])
+        for loader, window in zip(loaders, windows, strict=True):
+            equal(window, memory.read_batch(*loader.samples.locate(loader.numbers(step)), 3))
+    assert sum(seen.values()) < 1.4 * 4 * 1600
+    assert data._stream[1].nbytes <= MEMORY
+    for loader in loaders:
+        assert sorted(epoch(loader)) == list(range(count))
+    again = Loader(XarrayDataset(data.ds, data.spec), 3, 2, seed=3, **options)  # alone, with another cache
+    assert_array_equal(epoch(again), epoch(loaders[3]))
+    for expected, window in zip(kept[700:], again.at(700), strict=False):
+        equal(expected, window)
+    one = Loader(data, 3, 2, seed=3, memory=2 * MEMORY)
+    assert not np.array_equal(epoch(one), epoch(again))
+    inside = [Loader(memory, 3, 2, seed=3, readers=readers) for readers in (1, 4)]
+    assert_array_equal(*map(epoch, inside))  # what is in memory has no cache to share
+
+
+def test_parts_of_a_mixture_share_their_cache_among_readers(tmp_path):
+    data, _ = stored(tmp_path, frames=1600)
+    samples = Samples(data.lengths, 3)
+    one, four = (Mixture({"a": data}).shuffled(samples, 0, 2 * MEMORY, readers).orders[0] for readers in (1, 4))
+    assert four.pool == pytest.approx(one.pool / 4, abs=1)
+
+
+def test_members_are_as_many_readers(tmp_path):
+    data, seen = stored(tmp_path)[1], []
+    data.shuffled = lambda samples, seed, memory, readers: seen.append((seed, readers)) or Shuffled(len(samples), seed)
+    run = SimpleNamespace(seed=[3, 1], size=2)
+    window = next(_MembersRun.load(run, data, 2, TrainingConfig(batch=4), 5))
+    assert seen == [(3, 2), (1, 2)]
+    expected = [next(Loader(data, 2, 4, seed=seed).at(5)) for seed in run.seed]
+    assert_array_equal(window.frames, np.stack([own.frames for own in expected]))
 
 
 @pytest.mark.parametrize("processes", [1, 2, 4])

@@ -4,6 +4,7 @@ import dataclasses
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import problem
 import pytest
@@ -21,7 +22,7 @@ from physml.models import MODELS
 from physml.normalize import Normalizer
 from physml.parallel.mesh import Layout
 from physml.saving import LoadReport, StartFrom, build_stepper, load_into
-from physml.steppers import STEPPERS, DirectConfig, ResidualConfig
+from physml.steppers import STEPPERS, DirectConfig, IntervalConfig, ResidualConfig
 from physml.steppers.describe import parameter_count
 from physml.training import OptimizerConfig, fit
 from physml.training.optimizers import ParameterGroup
@@ -154,6 +155,33 @@ def test_normalizers_are_kept_on_wish_and_where_they_hold():
     slower = make(spec_of(time_step=2.0))  # increments over another time have another scale
     assert load_into(slower, source, "there").normalizer == "data"
     assert_allclose(slower.normalizer.frames.scale[...], 2.0)
+
+
+def test_scales_of_other_intervals_are_not_taken_over():
+    """Both hold three numbers, but of steps of another length."""
+
+    def stepped(intervals, scale):
+        spec, increments = spec_of(channels="u"), {steps: [scale * steps] for steps in intervals}
+        normalizer = Normalizer(spec, [0.0], [scale], [scale], intervals=increments)
+        return build_stepper(IntervalConfig(intervals), FNO, spec, normalizer, seed=0)
+
+    source, other, same = stepped((1, 2, 4), 0.5), stepped((1, 3, 6), 1.0), stepped((1, 2, 4), 1.0)
+    report = load_into(other, source, "there")
+    assert report.complete
+    assert report.normalizer == "data"
+    assert "intervals: (1, 2, 4) there, (1, 3, 6) here" in report.notes
+    assert_array_equal(other.normalizer.interval_increments[...], [[1.0], [3.0], [6.0]])
+    assert load_into(same, source, "there").normalizer == "saved"
+    assert_array_equal(same.normalizer.interval_increments[...], [[0.5], [1.0], [2.0]])
+
+
+@pytest.mark.parametrize(("there", "here"), [(False, True), (True, False), (False, False)])
+def test_gaps_in_either_data_stay_allowed(there, here):
+    source, stepper = make(spec_of(), seed=1, scale=5.0), make(spec_of())
+    source.normalizer.masked[...], stepper.normalizer.masked[...] = jnp.float32(there), jnp.float32(here)
+    assert load_into(stepper, source, "there").normalizer == "saved"
+    assert_allclose(stepper.normalizer.frames.scale[...], 5.0)
+    assert bool(stepper.normalizer.masked[...]) == (there or here)
 
 
 def test_a_bare_model_goes_into_the_stepper():
@@ -340,6 +368,16 @@ def test_training_stops_by_a_rollout_metric_and_keeps_the_best(tmp_path):
     assert_allclose(float(check["score"].sel(metric="rmse").mean()), finite[best], rtol=1e-4)
 
 
+@pytest.mark.parametrize("monitor", ["rollout/rmse/w", "rollout/rmse/u", "valid/loss/u"])
+def test_a_monitor_that_is_not_recorded_is_refused_before_the_first_update(tmp_path, monitor):
+    """Burgers has one channel, whose score is the whole one."""
+    training = dataclasses.replace(TINY.training, monitor=monitor)
+    experiment = dataclasses.replace(TINY, validation=RolloutValidation(steps=2, metrics=("rmse",)), training=training)
+    with pytest.raises(ConfigError, match="validation gives.*rollout/rmse.*valid/loss"):
+        api.train(experiment, folder=tmp_path, scored=False)
+    assert not list(tmp_path.glob("*/checkpoints/*"))
+
+
 def test_a_rollout_that_blows_up_is_a_bad_score(tmp_path):
     scores = iter([np.inf, 2.0, np.nan])
     config = problem.config(steps=6, validate_every=2, monitor="rollout/rmse")
@@ -357,6 +395,8 @@ def test_validations_that_cannot_work():
     with pytest.raises(ConfigError, match="monitor_mode to 'max'"):
         Experiment(training=TrainingConfig(monitor="rollout/correlation"),
                    validation=RolloutValidation(metrics=("correlation",)))  # fmt: skip
+    with pytest.raises(ConfigError, match="a bias has a sign.*rollout/mae"):
+        Experiment(training=TrainingConfig(monitor="rollout/bias"), validation=RolloutValidation(metrics=("bias",)))
     for bad in ({"steps": 0}, {"threshold": 1.5}, {"metrics": ()}, {"metrics": ("rsme",)}, {"metrics": ("acc",)}):
         with pytest.raises(ConfigError, match="validation"):
             RolloutValidation(**bad)

@@ -13,7 +13,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 from physml.errors import ConfigError, DataError, DivergedError
 from physml.metrics.losses import MSE
 from physml.normalize import Normalizer
-from physml.objectives import OneStep, Unrolled
+from physml.objectives import Curriculum, OneStep, Unrolled
 from physml.parallel.mesh import Layout
 from physml.steppers import DirectConfig
 from physml.training import FitResult, OptimizerConfig, TrainingConfig, fit
@@ -149,6 +149,47 @@ def test_the_best_weights_come_back_and_their_checkpoint_stays(tmp_path):
     last = train(tmp_path, options={"validate": validate}, select="last", **fields)
     for a, b in zip(*map(jax.tree.leaves, (seen[3], nnx.state(last.stepper, nnx.Param))), strict=True):
         assert_array_equal(a, b)
+
+
+class Refusing(MSE):
+    """A loss that cannot score three steps."""
+
+    def errors(self, prediction, truth, spec, mask=None):
+        if prediction.shape[1] == 3:
+            raise ConfigError("three steps")
+        return super().errors(prediction, truth, spec, mask)
+
+
+@pytest.mark.parametrize("mode", ["min", "max"])
+def test_the_first_of_equal_scores_stays_the_best(tmp_path, mode):
+    """Times of correlation are counted in steps: equal ones are usual."""
+    scores = iter([2.0, 1.0, 1.0, 3.0] if mode == "min" else [1.0, 2.0, 2.0, 0.0])
+    fields = {
+        "steps": 8, "validate_every": 2, "checkpoint_every": 2, "keep": 1, "monitor": "mine", "monitor_mode": mode,
+        "average": 0.0,
+    }  # fmt: skip
+    seen = []
+
+    def validate(stepper):
+        seen.append(jax.tree.map(np.array, nnx.state(stepper, nnx.Param)))
+        return {"mine": next(scores)}
+
+    result = train(tmp_path, options={"validate": validate}, **fields)
+    assert result.best["step"] == 4
+    for a, b in zip(*map(jax.tree.leaves, (seen[1], nnx.state(result.stepper, nnx.Param))), strict=True):
+        assert_array_equal(a, b)
+
+
+def test_patience_needs_something_to_validate(tmp_path):
+    with pytest.raises(ConfigError, match="nothing to validate.*split 'valid'"):
+        train(tmp_path, datasets={"train": problem.Waves()}, patience=2)
+
+
+def test_a_stage_that_cannot_work_is_refused_before_the_first(tmp_path):
+    stages = Curriculum(Unrolled(2, loss=Refusing()), steps=(1, 3))
+    with pytest.raises(ConfigError, match="three steps"):
+        train(tmp_path, objective=stages, steps=8, validate_every=0, datasets={"train": problem.Waves()})
+    assert (tmp_path / "metrics.jsonl").is_file() is False
 
 
 def test_large_scores_can_be_the_good_ones(tmp_path):

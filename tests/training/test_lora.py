@@ -219,7 +219,7 @@ def test_groups_give_changes_rates_of_their_own(tmp_path):
 
 def test_lora_in_files_needs_something_to_start_from(tmp_path):
     with pytest.raises(ConfigError, match="Set start_from"):
-        Experiment(lora=LoRA())
+        api.train(dataclasses.replace(TINY, lora=LoRA()), folder=tmp_path)
     experiment = load_experiment(Experiment(start_from="runs/a"), ["lora.rank=4", "lora.train=recovery"])
     assert experiment.lora == LoRA(rank=4, train="recovery")
     (tmp_path / "e.yaml").write_text(to_yaml(experiment))

@@ -161,6 +161,37 @@ def test_a_member_without_progress_stands_still(tmp_path):
     assert [value is None for value in column(result.history, "seed0/loss")] == [False] * 6 + [True] * 2
 
 
+def test_a_rollout_that_blows_up_is_a_bad_score_of_its_member(tmp_path):
+    values = iter(np.array([[np.inf, 1, np.nan], [2, 2, 3], [3, 0, np.inf]], float).ravel())
+    fields = {"steps": 6, "validate_every": 2, "monitor": "rollout/rmse"}
+    result = train(tmp_path, fields, validate=lambda stepper: {"rollout/rmse": next(values)})
+    assert result.diverged == {}
+    assert result.best == {3: {"step": 4, "value": 2.0}, 0: {"step": 6, "value": 0.0}, 7: {"step": 4, "value": 3.0}}
+
+
+def test_every_checkpoint_holds_the_scores_of_its_step(tmp_path):
+    """Seeds 3 and 0; the second stops after step 8 of 12 and is best at step 4. Both go on from every checkpoint."""
+    scores = np.array([[5, 5], [4, 3], [3, 4], [2, 6], [1, 0], [9, 9]], float)
+    fields = {"steps": 12, "validate_every": 2, "checkpoint_every": 2, "keep": 20, "monitor": "mine", "patience": 2}
+
+    def run(folder, first, **options):
+        values = iter(scores[first:].ravel())
+        return train(folder, fields, (3, 0), validate=lambda stepper: {"mine": next(values)}, **options)
+
+    whole = run(tmp_path / "whole", 0)
+    assert whole.best == {3: {"step": 10, "value": 1.0}, 0: {"step": 4, "value": 3.0}}
+    for number in range(1, 6):
+        step = 2 * number
+        checkpoint = tmp_path / "whole/checkpoints" / str(step)
+        with ocp.training.Checkpointer(checkpoint.parent) as saved:
+            data = saved.checkpointables_metadata(step).custom_metadata
+        assert [best["step"] for best in data["best"]] == [step, min(step, 4)]
+        again = run(tmp_path / str(step), number, resume=str(checkpoint))
+        assert again.best == whole.best
+        for a, b in zip(numbers(again.stepper), numbers(whole.stepper), strict=True):
+            assert_array_equal(a, b)
+
+
 def test_members_are_spread_over_devices(tmp_path):
     one = train(tmp_path / "one", seeds=(0, 1, 2, 3), layout=Layout(member=1, data=1))
     four = train(tmp_path / "four", seeds=(0, 1, 2, 3))

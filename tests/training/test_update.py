@@ -115,6 +115,28 @@ def test_accumulation_is_the_whole_batch(parts):
         assert_allclose(a, b, rtol=1e-4, atol=1e-6)
 
 
+def lacking():
+    """A batch of which every other sample has no channel v, and none of them w."""
+    whole = batch()
+    frames, mask = np.concatenate([whole.frames, whole.frames[..., :1]], -1), np.ones((8, 8, 3), "f4")
+    mask[::2, :, 1] = mask[..., 2] = 0
+    spec = Spec(problem.SPEC.grid, (*problem.SPEC.channels, Channel("w")))
+    return Window.of(frames * mask[:, None], spec, mask=mask)
+
+
+@pytest.mark.parametrize("parts", [2, 4])
+def test_channel_errors_of_parts_count_by_the_samples_that_have_the_channel(parts):
+    window, found = lacking(), []
+    three = ResidualConfig().build(window.spec, problem.build_model(3, 3), Normalizer.identity(window.spec))
+    for accumulate in (1, parts):
+        _, rest, state, update = start(three, accumulate=accumulate)
+        found.append(update(state, rest, jax.random.key(0), (window,), 1)[1]["channel"][0])
+    assert_allclose(found[1], found[0], rtol=1e-5)
+    having = jax.tree.map(lambda leaf: leaf[1::2], window)
+    assert_allclose(found[0][1], problem.OBJECTIVE(three, having, None)[1]["channel"][1], rtol=1e-5)
+    assert np.isnan(found[0][2])
+
+
 def spoiled():
     window = batch(1)
     window.frames[3, 1] = np.nan

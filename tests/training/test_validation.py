@@ -1,0 +1,60 @@
+"""The loss over a split: what every window and every channel counts, whatever the batches."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import problem
+import pytest
+from numpy.testing import assert_allclose
+
+from physml.fields import stack
+from physml.metrics.losses import MSE
+from physml.objectives import OneStep
+from physml.parallel.mesh import Layout
+from physml.training.update import build_loss, split
+from physml.training.validation import Validation
+
+
+class Lacking(problem.Waves):
+    """Waves of which only one trajectory has the channel v."""
+
+    own = 0
+
+    def read(self, trajectory, frames):
+        window = super().read(trajectory, frames)
+        mask = np.ones(window.frames.shape[1:], "f4")
+        mask[:, 1] = trajectory == self.own
+        return dataclasses.replace(window, frames=window.frames * mask, mask=mask)
+
+
+def validate(objective, data, batch, layout):
+    parts, params, rest = split(problem.build_stepper())
+    loss = build_loss(objective, parts, problem.config(batch=8))
+    with layout.use():
+        validation = Validation(data, 2, batch, 0, loss, layout, layout.replicate(jax.random.key(0)))
+        return validation(*layout.replicate((params, rest)))
+
+
+@pytest.mark.parametrize("devices", [1, 4])
+def test_a_loss_that_sums_does_not_depend_on_the_batches(devices):
+    """11 windows: batches of 8 and 3, or 4, 4 and 3. On four devices the last three are read four times each."""
+    data, summed = problem.Waves((12,)), OneStep(MSE(reduction="sum"))
+    for batch in (8, 4):
+        found = validate(summed, data, batch, Layout(data=devices))
+        mean = validate(OneStep(), data, batch, Layout(data=devices))
+        assert_allclose(found["valid/loss"], 2 * 8 * mean["valid/loss"], rtol=1e-5)  # channels, samples of a batch
+        assert_allclose(found["valid/loss/v"], mean["valid/loss/v"], rtol=1e-5)
+
+
+@pytest.mark.parametrize("devices", [1, 4])
+def test_channels_count_by_the_windows_that_have_them(devices):
+    """Of ten windows five have v: four in the first batch, one in the second, none in the third."""
+    data = Lacking((6, 6))
+    found = validate(OneStep(), data, 4, Layout(data=devices))
+    whole = stack([data.read(0, range(i, i + 2)) for i in range(5)])
+    errors = OneStep()(problem.build_stepper(), whole, None)[1]["channel"]
+    assert_allclose(found["valid/loss/v"], errors[1], rtol=1e-5)
+    assert np.isfinite(found["valid/loss/u"])
+    data.own = None
+    assert np.isnan(validate(OneStep(), data, 4, Layout(data=devices))["valid/loss/v"])  # nothing to measure

@@ -33,6 +33,7 @@ from physml.errors import CheckpointError, ConfigError
 from physml.evaluate import RolloutScores, evaluate_stepper, save_scores
 from physml.experiment import Experiment, load_experiment, to_dict, to_yaml
 from physml.layers.lora import adapted, add_lora, parameters, trained_share
+from physml.metrics.table import file_of
 from physml.parallel.mesh import Layout, on_first_process
 from physml.progress import Silent
 from physml.report import report
@@ -119,16 +120,11 @@ def train(
     experiment = load_experiment(source, overrides)
     if name:
         experiment = dataclasses.replace(experiment, name=name)
-    if experiment.data is None:
-        raise ConfigError("The experiment has no data: set `data` to a DataConfig or a SyntheticConfig.")
-    path = Path(folder) / experiment.name
-    layout, seeds = experiment.layout, experiment.seeds
-    layout = spread_members(layout, len(seeds)) if seeds else layout
-    layout.check_batch(experiment.training.batch)
-    progress = progress or Silent()
-    source = open_source(experiment)
-    experiment = complete(experiment, source)
+    path, progress = Path(folder) / experiment.name, progress or Silent()
+    experiment, source, layout = prepare(experiment)
+    seeds = experiment.seeds
     splits = open_data(experiment, progress) if splits is None else splits
+    check_splits(splits)
     with layout.use(), contextlib.ExitStack() as held:
         stepper, loaded = first_stepper(_of_seed(experiment, 0), splits["train"], _member(source, 0))
         validate = _validation(experiment, stepper, splits, layout)
@@ -161,6 +157,26 @@ def train(
                 score(run, splits, stepper)
                 report([path], path / "report.html")
     return run
+
+
+def prepare(experiment: Experiment) -> tuple[Experiment, Any, Layout]:
+    """What is known before any data are opened: the complete experiment, what it starts from, its devices.
+
+    Raises ConfigError for parts that do not fit each other.
+    """
+    if experiment.data is None:
+        raise ConfigError("The experiment has no data: set `data` to a DataConfig or a SyntheticConfig.")
+    layout, seeds = experiment.layout, experiment.seeds
+    layout = spread_members(layout, len(seeds)) if seeds else layout
+    layout.check_batch(experiment.training.batch)
+    source = open_source(experiment)
+    return complete(experiment, source), source, layout
+
+
+def check_splits(splits: dict[str, Any]) -> None:
+    """Raises ConfigError where there is nothing to train on."""
+    if "train" not in splits:
+        raise ConfigError(f"The data have no split 'train', only {', '.join(splits) or 'none'}. Give `data` one.")
 
 
 def _of_seed(experiment: Experiment, number: int) -> Experiment:
@@ -205,8 +221,11 @@ def _member(source: Any, number: int) -> Any:
 def complete(experiment: Experiment, source: Any) -> Experiment:
     """The experiment with model and stepper of `source` where it names no model itself.
 
-    Raises ConfigError where a stepper is named that is not the one of the source: one of both would be ignored.
+    Raises ConfigError where a stepper is named that is not the one of the source, since one of both would be ignored,
+    and for `lora` without a source.
     """
+    if experiment.lora and source is None:
+        raise ConfigError("lora changes trained weights a little, but start_from names none. Set start_from.")
     if source is None or experiment.model is not None:
         return experiment
     model = source if not hasattr(source, "spec") else getattr(source, "model", None)
@@ -290,8 +309,18 @@ def fit_floor(config: Any, train_split: XarrayDataset) -> Any:
 
 
 def score(run: Run, splits: dict[str, XarrayDataset], stepper: Any = None, split: str = "test") -> xr.Dataset:
-    """Scores a run and its floors on one split; writes scores.nc, scores.json and sample.nc into the run folder."""
+    """Scores a run and its floors on one split; writes scores.nc, scores.json and sample.nc into the run folder, for
+    another split than test scores-SPLIT.nc, scores-SPLIT.json and sample-SPLIT.nc.
+
+    Raises ConfigError for a split that the data lack.
+    """
     settings = run.experiment.evaluation
+    for needed in (split, *(["train"] if settings.floors else [])):
+        if needed not in splits:
+            raise ConfigError(
+                f"Scoring {run.folder} on its split {split!r} needs the split {needed!r}, but its data have "
+                f"{', '.join(splits) or 'none'}. Choose one of these, or give `data` that split."
+            )
     floors = {name: fit_floor(STEPPERS[name](), splits["train"]) for name in settings.floors}
     scores = evaluate_stepper(
         stepper if stepper is not None else run.stepper,
@@ -303,9 +332,10 @@ def score(run: Run, splits: dict[str, XarrayDataset], stepper: Any = None, split
         metrics=settings.metrics or None,
         spectrum_leads=settings.spectrum_leads or None,
         key=jax.random.key(run.experiment.seed),
-        sample=run.folder / "sample.nc",
+        sample=run.folder / file_of("sample.nc", split),
         name=run.experiment.name,
     )
+    scores.attrs["split"] = split
     save_scores(scores, run.folder)
     return scores
 
@@ -342,29 +372,36 @@ def _git_state() -> dict[str, Any] | None:
         return None
 
 
-def _claim(path: Path, experiment: Experiment, resume: str, overwrite: bool) -> None:
-    """Makes the run folder, or refuses one that holds something else."""
+def check_folder(path: Path, experiment: Experiment, resume: str, overwrite: bool) -> None:
+    """Raises ConfigError for a run folder that holds something else."""
     config = path / "config.yaml"
+    if not path.exists() or not any(path.iterdir()):
+        return
+    if not config.is_file():
+        what = "so it is not overwritten" if overwrite else "so no run is begun there"
+        raise ConfigError(f"{path} is not a run folder, {what}. Choose another --name.")
+    if (overwrite and resume != "auto") or not _begun(path):
+        return
+    if resume != "auto":
+        raise ConfigError(
+            f"{path} already holds a run. Continue it with --resume auto, replace it with --overwrite, "
+            "or choose another --name."
+        )
+    before = to_dict(load_experiment(config))
+    changed = [key for key, value in to_dict(experiment).items() if before.get(key) != value]
+    allowed = {"layout", "evaluation"}  # a run continues on other devices, and may be scored otherwise
+    if set(changed) - allowed:
+        raise ConfigError(
+            f"{path} was started with other settings of {sorted(set(changed) - allowed)}: it cannot be continued "
+            "with these. Use the same settings, or choose another --name."
+        )
+
+
+def _claim(path: Path, experiment: Experiment, resume: str, overwrite: bool) -> None:
+    """Makes the run folder, in the place of an older one where that is asked for."""
+    check_folder(path, experiment, resume, overwrite)
     if path.exists() and overwrite and resume != "auto":
-        if any(path.iterdir()) and not config.is_file():
-            raise ConfigError(f"{path} is not a run folder, so it is not overwritten. Choose another --name.")
         shutil.rmtree(path)
-    if config.is_file() and _begun(path):
-        if resume != "auto":
-            raise ConfigError(
-                f"{path} already holds a run. Continue it with --resume auto, replace it with --overwrite, "
-                "or choose another --name."
-            )
-        before = to_dict(load_experiment(config))
-        changed = [key for key, value in to_dict(experiment).items() if before.get(key) != value]
-        allowed = {"layout", "evaluation"}  # a run continues on other devices, and may be scored otherwise
-        if set(changed) - allowed:
-            raise ConfigError(
-                f"{path} was started with other settings of {sorted(set(changed) - allowed)}: it cannot be continued "
-                "with these. Use the same settings, or choose another --name."
-            )
-    elif path.exists() and any(path.iterdir()) and not config.is_file():
-        raise ConfigError(f"{path} exists and is not a run folder. Choose another --name.")
     path.mkdir(parents=True, exist_ok=True)
 
 

@@ -16,7 +16,7 @@ from typing import Any, Literal
 import tyro
 
 from physml.verbs.benchmark import Benchmark
-from physml.verbs.common import Assignments, Common, Words, first_line, headline
+from physml.verbs.common import Assignments, Common, Words, first_line, frames_until, headline
 from physml.verbs.data import VERBS as DATA_VERBS
 from physml.verbs.export import Export
 from physml.verbs.finetune import Finetune
@@ -31,6 +31,7 @@ class Evaluate(Common):
     """Score a run on its own test split, or a stored forecast against the truth.
 
     Example: physml evaluate runs/demo
+    Example: physml evaluate runs/demo --split train
     Example: physml evaluate forecast.zarr --truth truth.nc --out scores.nc
     Example: physml evaluate forecast.zarr --truth truth.nc --climatology climatology.nc --floor climatology
     """
@@ -41,10 +42,14 @@ class Evaluate(Common):
     """Dataset with the true fields; needed for a forecast file."""
     out: Path | None = None
     """Scores of a forecast file are written here; those of a run go into its folder."""
+    overwrite: bool = False
+    """Replace the file --out."""
     set: Assignments = ()
-    """For a run: override a field of its evaluation, e.g. --set evaluation.steps=50."""
+    """For a run: override a field of its evaluation or data, e.g. --set evaluation.steps=50."""
     split: Literal["test", "valid", "train"] = "test"
-    """For a run: the split to score on."""
+    """For a run: the split to score on; others than test leave scores-SPLIT.nc and report-SPLIT.html."""
+    trajectory: int | None = None
+    """For a forecast file: the trajectory of the truth, from 0, that a forecast of one trajectory started from."""
     climatology: str | None = None
     """For a forecast file: dataset of the mean state, e.g. by dayofyear and hour, for ACC and skill."""
     floor: Assignments = ()
@@ -61,13 +66,22 @@ class Evaluate(Common):
             return self._run_folder()
         if self.truth is None:
             raise ConfigError(f"{self.subject} is no run folder, so it is read as a forecast: give --truth FILE.")
+        if self.set or self.split != "test":
+            given = "--set" if self.set else "--split"
+            raise ConfigError(f"{given} is for a run, but {self.subject} is a forecast, scored against --truth.")
         if self.out is not None and self.out.suffix != ".nc":
             raise ConfigError(f"--out is {self.out}, but scores are netCDF: end it in .nc.")
+        if self.out is not None and self.out.exists():
+            if not self.overwrite:
+                raise ConfigError(f"{self.out} exists. Choose another --out, or pass --overwrite.")
+            read = [Path(name).resolve() for name in (self.subject, self.truth, self.climatology) if name]
+            if self.out.resolve() in read:
+                raise ConfigError(f"--out is {self.out}, which is read for these scores. Choose another --out.")
         from physml.data import open_dataset
         from physml.evaluate import evaluate
         from physml.metrics.table import write_netcdf
 
-        prediction, truth = open_dataset(self.subject), open_dataset(self.truth)
+        prediction, truth = open_dataset(self.subject), frames_until(open_dataset(self.truth), None, self.trajectory)
         climatology = None if self.climatology is None else open_dataset(self.climatology)
         if self.dry_run:
             return {"would score": self.subject, "against": self.truth}
@@ -83,13 +97,20 @@ class Evaluate(Common):
         from physml import api
         from physml.errors import ConfigError
         from physml.experiment import load_experiment
+        from physml.metrics.table import file_of
         from physml.report import report
 
-        for name in ("truth", "out", "climatology", "floor", "metric", "scheduler"):
-            if getattr(self, name):
+        for name in ("truth", "out", "climatology", "floor", "metric", "scheduler", "trajectory"):
+            if getattr(self, name) not in (None, ()):
                 raise ConfigError(
                     f"--{name} is for a forecast file, but {self.subject} is a run, which is scored as its "
                     "configuration says. Change that with --set, e.g. --set 'evaluation.metrics=[rmse]'."
+                )
+        for assignment in self.set:
+            if assignment.partition("=")[0].strip().split(".")[0] not in ("evaluation", "data"):
+                raise ConfigError(
+                    f"--set {assignment} cannot be: {self.subject} is trained already. When it is scored, only fields "
+                    "of `evaluation` and `data` can be set."
                 )
         run = api.open_run(self.subject)
         experiment = load_experiment(run.experiment, self.set)
@@ -97,8 +118,8 @@ class Evaluate(Common):
             return {"would score": self.subject, "split": self.split, "steps": experiment.evaluation.steps}
         run.__dict__["experiment"] = experiment
         scores = api.score(run, experiment.data.open(), split=self.split)
-        report([run.folder], run.folder / "report.html")
-        return {"scores": headline(scores), "report": str(run.folder / "report.html")}
+        page = report([run.folder], run.folder / file_of("report.html", self.split), split=self.split)
+        return {"scores": headline(scores), "split": self.split, "report": str(page)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,7 +132,7 @@ class Report(Common):
     runs: Words
     """Run folders."""
     out: Path = Path("report.html")
-    """The page."""
+    """The page, which ends in .html, or a folder for report.html; an older page there is replaced."""
 
     def run(self) -> dict[str, Any]:
         from physml import api
@@ -119,6 +140,8 @@ class Report(Common):
 
         if not self.runs:
             raise ConfigError("Name at least one run folder.")
+        if self.out.suffix not in ("", ".html"):
+            raise ConfigError(f"--out is {self.out}, but a page ends in .html.")
         folders = [api.open_run(run).folder for run in self.runs]
         if self.dry_run:
             return {"would write": str(self.out), "runs": list(map(str, folders))}
@@ -283,8 +306,9 @@ def _fail(verb: Common, message: str, code: int) -> int:
 
 
 def _show(verb: Common, result: dict[str, Any]) -> None:
-    if verb.json:
-        print(json.dumps(result, default=str))
+    written = json.dumps(result, default=str)
+    if verb.json:  # which knows no NaN and no infinity
+        print(json.dumps(json.loads(written, parse_constant=lambda name: None if name == "NaN" else name)))
         return
     import yaml
 
@@ -295,8 +319,7 @@ def _show(verb: Common, result: dict[str, Any]) -> None:
         return dumper.represent_scalar("tag:yaml.org,2002:str", value, style="|" if "\n" in value else None)
 
     Dumper.add_representer(str, text)
-    plain = json.loads(json.dumps(result, default=str))
-    print(yaml.dump(plain, Dumper=Dumper, sort_keys=False, width=120, allow_unicode=True), end="")
+    print(yaml.dump(json.loads(written), Dumper=Dumper, sort_keys=False, width=120, allow_unicode=True), end="")
 
 
 def _compile_cache() -> None:

@@ -110,10 +110,10 @@ class Experiment:
             raise ConfigError(f"normalization is {self.normalization!r}, but it must be one of {', '.join(KINDS)}.")
         if not self.name or Path(self.name).name != self.name:
             raise ConfigError(f"name is {self.name!r}, but it must be a folder name without slashes.")
+        if min((self.seed, *self.seeds)) < 0:
+            raise ConfigError(f"seed is {self.seed} and seeds are {self.seeds}, but seeds are whole numbers from 0 on.")
         if isinstance(self.start_from, str):
             object.__setattr__(self, "start_from", StartFrom(self.start_from) if self.start_from else None)
-        if self.lora and not self.start_from:
-            raise ConfigError("lora changes trained weights a little, but start_from names none. Set start_from.")
         if self.training.monitor.startswith(PREFIX):
             if self.validation is None:
                 raise ConfigError(
@@ -130,10 +130,8 @@ def load_experiment(source: "Experiment | str | Path", overrides: Iterable[str] 
     Raises ConfigError for a missing file, a file without `config`, unknown fields and wrong types.
     """
     experiment = source if isinstance(source, Experiment) else _read(Path(source))
-    overrides = list(overrides)
-    if not overrides:
-        return experiment
-    return coding.from_dict(Experiment, coding.override(to_dict(experiment), overrides), "experiment")
+    # Read back also without overrides: Python checks no types, and what cannot be read back cannot be saved.
+    return coding.from_dict(Experiment, coding.override(to_dict(experiment), list(overrides)), "experiment")
 
 
 def _read(path: Path) -> Experiment:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import xarray as xr
 
 from physml import cli, open_dataset
 from physml.data.store import exclusive
+from physml.report.page import number
 
 ALL = {**cli.VERBS, **{f"data {name}": verb for name, verb in cli.DATA_VERBS.items()}}
 TINY = """
@@ -257,7 +259,7 @@ def test_rollout_evaluate_report_follow(capsys, trained, tmp_path):
     normal = tmp_path / "normal.nc"
     open_dataset(data).mean(("trajectory", "time")).to_netcdf(normal)
     words = ["evaluate", out_path, "--truth", data, "--metric", "acc", "--climatology", normal]
-    code, out, err = call(capsys, *words, "--floor", "climatology", "--out", scores, "--json")
+    code, out, err = call(capsys, *words, "--floor", "climatology", "--out", scores, "--overwrite", "--json")
     assert code == 0, err
     assert set(json.loads(out)["scores"]) == {"model", "climatology"}
     assert "acc" in json.loads(out)["scores"]["model"]["u"]
@@ -343,3 +345,130 @@ def test_doctor_and_listings(capsys):
         code, out, err = call(capsys, *words, "--json")
         assert code == 0, err
         assert json.loads(out)
+
+
+SCORES = "scores.nc scores.json sample.nc metrics.csv metrics.json report.html"
+
+
+def test_scores_of_another_split_stand_beside_those_of_the_test_split(capsys, trained, tmp_path):
+    run = shutil.copytree(trained / "runs/tiny", tmp_path / "tiny")
+    before = {path.name: path.read_bytes() for path in run.iterdir() if path.is_file()}
+    code, out, err = call(capsys, "evaluate", run, "--split", "train", "--json")
+    assert code == 0, err
+    result = json.loads(out)
+    assert result["split"] == "train"
+    assert result["report"] == str(run / "report-train.html")
+    for name, content in before.items():
+        assert (run / name).read_bytes() == content, name
+    new = {f"{stem}-train.{kind}" for stem, kind in (name.split(".") for name in SCORES.split())}
+    assert {path.name for path in run.iterdir() if path.is_file()} == {*before, *new}
+    for split, mark in (("test", ""), ("train", "-train")):
+        scores = json.loads((run / f"scores{mark}.json").read_text())
+        assert scores["attributes"]["split"] == split
+        page = (run / f"report{mark}.html").read_text()
+        assert f"Score on the {split} split" in page
+        assert f"metrics{mark}.csv and metrics{mark}.json beside" in page
+    shown = scores["models"]["tiny"]["metrics"]["rmse"]["u"]["score"][0]
+    assert number(shown) in page  # of the training split
+    code, _, err = call(capsys, "evaluate", run, "--split", "valid", "--set", "data.trajectories.valid=0")
+    assert code == 2
+    assert "needs the split 'valid', but its data have train, test." in err
+
+
+@pytest.mark.parametrize(
+    ("subject", "words", "said"),
+    [
+        ("f.nc", ["--set", "evaluation.steps=2"], "--set is for a run"),
+        ("f.nc", ["--split", "train"], "--split is for a run"),
+        ("runs/tiny", ["--set", "model.width=999"], "model.width=999 cannot be"),
+        ("runs/tiny", ["--set", "evaluation.steps=4", "--set", "seed=3"], "seed=3 cannot be"),
+        ("runs/tiny", ["--trajectory", "0"], "--trajectory is for a forecast"),
+    ],
+)
+def test_evaluate_ignores_no_option(capsys, trained, monkeypatch, subject, words, said):
+    monkeypatch.chdir(trained)
+    code, _, err = call(capsys, "evaluate", subject, *(["--truth", "t.nc"] if subject == "f.nc" else []), *words)
+    assert code == 2
+    assert said in err
+
+
+def test_a_forecast_of_one_trajectory_is_scored_against_its_own(capsys, tmp_path):
+    u = np.random.default_rng(0).standard_normal((2, 8, 16)).astype(np.float32)
+    dims, x = ("trajectory", "time", "x"), np.arange(16) / 16
+    xr.Dataset({"u": (dims, u)}, {"time": np.arange(8.0), "x": x}).to_netcdf(tmp_path / "truth.nc")
+    ahead = u[1:, 3:6].copy()
+    ahead[0, 2] = np.nan
+    times = {"lead": [1.0, 2.0, 3.0], "time": ("lead", [3.0, 4.0, 5.0])}
+    forecast = xr.Dataset({"u": (("trajectory", "lead", "x"), ahead)}, {**times, "x": x})
+    forecast.to_netcdf(tmp_path / "forecast.nc")
+    words = ["evaluate", tmp_path / "forecast.nc", "--truth", tmp_path / "truth.nc", "--metric", "rmse", "--json"]
+    code, out, err = call(capsys, *words, "--trajectory", "1")
+    assert code == 0, err
+    result = json.loads(out, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+    assert result["scores"]["model"]["u"]["rmse"] == {"step 1": 0.0, "step 2": 0.0, "step 3": None}
+    _, out, _ = call(capsys, *words, "--trajectory", "0")
+    assert json.loads(out)["scores"]["model"]["u"]["rmse"]["step 1"] > 1
+    for more, said in (([], "--trajectory"), (["--trajectory", "2"], "0 to 1")):
+        code, _, err = call(capsys, *words, *more)
+        assert code == 2
+        assert said in err
+    # What is there already is replaced when it is asked for, and never what the scores are of.
+    out, words = tmp_path / "scores.nc", [*words, "--trajectory", "1", "--out"]
+    assert [call(capsys, *words, out, *more)[0] for more in ([], [], ["--overwrite"])] == [0, 2, 0]
+    before = (tmp_path / "truth.nc").read_bytes()
+    code, _, err = call(capsys, *words, tmp_path / "truth.nc", "--overwrite")
+    assert code == 2
+    assert "read for these scores" in err
+    assert (tmp_path / "truth.nc").read_bytes() == before
+
+
+SEA = """
+from physml import DataConfig, Evaluation, Experiment, TrainingConfig
+from physml.models import MODELS
+config = Experiment(
+    name="sea",
+    data=DataConfig(
+        "PATH", variables=("sst",), forcing=("sun",), train=("2001-01-01", "2001-01-20"),
+        valid=("2001-01-21", "2001-01-24"), test=("2001-01-25", "2001-01-30"),
+    ),
+    model=MODELS["resnet"](width=4, depth=1),
+    training=TrainingConfig(steps=2, batch=4),
+    evaluation=Evaluation(steps=2, starts=1, floors=()),
+)
+"""
+
+
+def test_fields_with_land_and_forcing_roll_out_from_any_time(capsys, tmp_path):
+    random = np.random.default_rng(0)
+    dims = ("time", "latitude", "longitude")
+    days = np.datetime64("2001-01-01", "ns") + np.arange(30) * np.timedelta64(1, "D")
+    sst, sun = random.standard_normal((2, 30, 8, 16)).astype(np.float32)
+    sst[:, :2, :5] = np.nan
+    space = {"latitude": np.linspace(-70, 70, 8), "longitude": np.arange(16) * 22.5}
+    path = tmp_path / "sea.nc"
+    xr.Dataset({"sst": (dims, sst), "sun": (dims, sun)}, {"time": days, **space}).to_netcdf(path)
+    (tmp_path / "sea.py").write_text(SEA.replace("PATH", str(path)))
+    code, _, err = call(capsys, "train", tmp_path / "sea.py", "--out", tmp_path, "--quiet")
+    assert code == 0, err
+    words = ["rollout", tmp_path / "sea", "--initial", path, "--at", "2001-01-05", "--out", tmp_path / "ahead.nc"]
+    code, _, err = call(capsys, *words, "--steps", 6, "--quiet")
+    assert code == 0, err
+    with xr.open_dataset(tmp_path / "ahead.nc", decode_timedelta=True) as ahead:
+        assert ahead.time.values[0] == np.datetime64("2001-01-06")
+        assert (np.isnan(ahead.sst) == np.isnan(sst[0])).all()
+    code, _, err = call(capsys, *words, "--steps", 26, "--overwrite")
+    assert code == 2
+    assert "take at most 25 steps" in err
+
+
+def test_a_page_is_html(capsys, trained):
+    code, _, err = call(capsys, "report", trained / "runs/tiny", "--out", trained / "runs/tiny/scores.nc")
+    assert code == 2
+    assert "ends in .html" in err
+
+
+def test_a_page_that_cannot_be_written_is_the_users(capsys, trained):
+    out = trained / "tiny.py" / "report.html"
+    code, _, err = call(capsys, "report", trained / "runs/tiny", "--out", out)
+    assert code == 2
+    assert "cannot be written" in err

@@ -22,7 +22,8 @@ from physml.evaluate.statistics import blocks_of_starts
 from physml.fields import Window
 from physml.forecast import forecast
 from physml.metrics import METRICS, Measure
-from physml.steppers import stack_members
+from physml.normalize import Normalizer
+from physml.steppers import GaussianConfig, stack_members
 from physml.steppers.floors import ClimatologyConfig, ExtrapolationConfig, PersistenceConfig
 
 
@@ -185,6 +186,25 @@ def test_diverged_rollouts_are_counted_and_not_forgiven(dataset):
     assert not scores["correlation_time_capped"].sel(model="model", channel="u", threshold=0.8)
 
 
+@pytest.mark.parametrize(("lengths", "leads", "lasts"), [((13, 13), 12, 12), ((13, 13), 20, 12), ((21, 8), 20, 20)])
+def test_correlation_lasts_as_long_as_the_data(spec, tiny, lengths, leads, lasts):
+    """Perfect forecasts are capped by the last lead that has truth, also in draws of the short trajectory alone."""
+    still = Trajectories(spec, tiny, lengths, still=True)
+    persistence = PersistenceConfig().fit(still)
+    scores = evaluate_stepper(persistence, still, leads, batch=64, metrics=("rmse",), draws=40)
+    for key in ("", "_low", "_high"):
+        assert_allclose(scores[f"correlation_time{key}"], lasts)
+    assert scores["correlation_time_capped"].all()
+
+
+def test_a_blow_up_ends_the_correlation_where_leads_outrun_the_data(spec, tiny):
+    still = Trajectories(spec, tiny, (9, 6), still=True)
+    scores = evaluate_stepper(Blowup(spec, rate=0.0, until=3), still, 12, batch=64, metrics=("rmse",), draws=40)
+    for key in ("", "_low", "_high"):
+        assert_allclose(scores[f"correlation_time{key}"], 4)
+    assert not scores["correlation_time_capped"].any()
+
+
 def test_climatology_floor_gives_skill_and_acc(dataset):
     climatology = ClimatologyConfig().fit(dataset)
     floors = {"persistence": PersistenceConfig().fit(dataset), "climatology": climatology}
@@ -335,6 +355,34 @@ def test_realizations_of_a_stochastic_stepper_are_an_ensemble(dataset):
     assert_allclose(scores["score"].sel(model="model", metric="spread"), expected, rtol=0.03)
 
 
+def test_members_that_repeat_each_other_are_refused(dataset):
+    spec = dataset.spec
+    for stepper in (Blowup(spec), stack_members([Blowup(spec, rate=1.0), Blowup(spec, rate=2.0)])):
+        with pytest.raises(ConfigError, match=r"draws no random numbers.*perturb"):
+            evaluate_stepper(stepper, dataset, 2, members=4, starts=1, metrics=("rmse",))
+
+
+def test_an_ensemble_of_gaussian_steppers_is_drawn_from(dataset):
+    class Says(nnx.Module):
+        def __init__(self, shift):
+            self.output = nnx.Param(jnp.full((*dataset.spec.grid.shape, 4), shift))
+
+        def __call__(self, fields, scalars):
+            return jnp.broadcast_to(self.output[...], (fields.shape[0], *self.output.shape))
+
+    unit = Normalizer(dataset.spec, [0.0, 0.0], [1.0, 1.0], [1.0, 1.0])
+    members = stack_members([GaussianConfig().build(dataset.spec, Says(0.0), unit) for _ in range(2)])
+    scores = evaluate_stepper(members, dataset, 2, members=20, starts=3, metrics=("spread",))
+    drawn = np.log(2) * np.sqrt([1, 2])  # the softplus of 0 is the deviation of a step
+    assert_allclose(scores["score"].sel(model="model", metric="spread"), np.broadcast_to(drawn, (2, 2)), rtol=0.03)
+
+
+def test_an_ensemble_as_a_floor_is_its_mean(dataset):
+    floor = stack_members([Blowup(dataset.spec, rate=rate) for rate in (1.0, 2.0)])
+    scores = evaluate_stepper(Blowup(dataset.spec, rate=1.5), dataset, 2, floors={"both": floor}, metrics=("mae",))
+    assert_allclose(scores["score"].sel(model="both"), scores["score"].sel(model="model"), rtol=1e-5)
+
+
 # --- labelled forecasts --------------------------------------------------------------------------------------------
 
 
@@ -382,6 +430,63 @@ def test_a_forecast_can_be_scored_as_it_comes(labelled):
     twins = evaluate(prediction.expand_dims(member=2), labelled, metrics=("rmse", "crps", "spread"))
     assert_allclose(twins["score"].sel(metric="rmse"), scores["score"].sel(metric="rmse"), rtol=1e-6)
     assert_allclose(twins["score"].sel(metric="spread"), 0, atol=1e-6)
+
+
+HOURS = np.arange(12.0) * 6
+CLOCKS = {
+    "noleap": xr.date_range("2000-02-25", periods=12, freq="1D", calendar="noleap", use_cftime=True),
+    "360_day": xr.date_range("2000-02-25", periods=12, freq="1D", calendar="360_day", use_cftime=True),
+    "months": np.arange("2001-01", "2002-01", dtype="datetime64[M]").astype("datetime64[ns]"),
+    "hours": xr.Variable("time", HOURS, {"units": "hours"}),
+    "durations": (HOURS * np.timedelta64(3_600_000_000_000, "ns")).astype("timedelta64[ns]"),
+    "numbers": HOURS,
+}
+
+
+@pytest.mark.parametrize("clock", CLOCKS)
+def test_forecasts_are_scored_on_every_clock(clock):
+    """The floor `persistence` finds the last input, which a persistence forecast repeats."""
+    random, time = np.random.default_rng(0), CLOCKS[clock]
+    truth = xr.Dataset({"u": (("time", "x"), random.standard_normal((12, 8)).astype(np.float32))})
+    truth = truth.assign_coords(time=time if isinstance(time, xr.Variable) else ("time", time), x=np.arange(8) / 8)
+    persistence = PersistenceConfig().build(spec_of(truth))
+    prediction = forecast(persistence, truth.isel(time=slice(0, 3)), 4)
+    score = evaluate(prediction, truth, floors=("persistence",), metrics=("rmse",))["score"]
+    error = truth["u"].values[3:7] - truth["u"].values[2]
+    assert_allclose(score.sel(model="model").squeeze(), np.sqrt((error.astype(float) ** 2).mean(-1)), rtol=1e-5)
+    assert_allclose(score.sel(model="persistence"), score.sel(model="model"), rtol=1e-6)
+
+
+def test_the_last_input_is_found_across_a_gap(labelled):
+    """Leads 2 and 12 from day 8; the truth has days 0 to 9 and 20 to 29, so the first lead does not count."""
+    truth, day = labelled.isel(time=[*range(10), *range(20, 30)]), np.timedelta64(86_400_000_000_000, "ns")
+    prediction = labelled.isel(time=[10, 20]).rename(time="lead")
+    valid = prediction["lead"].values
+    prediction = prediction.assign_coords(lead=("lead", np.array([2, 12]) * day), time=("lead", valid))
+    scores = evaluate(prediction, truth, floors=("persistence",), metrics=("mae",))
+    expected = evaluate(xr.zeros_like(prediction) + labelled["slp"].values[8], truth, metrics=("mae",))
+    assert_allclose(scores["score"].sel(model="persistence"), expected["score"].sel(model="model"), rtol=1e-6)
+    with pytest.raises(DataError, match="no frame 12 steps before 2001-01-21"):
+        evaluate(prediction, truth.isel(time=slice(9, None)), floors=("persistence",), metrics=("mae",))
+
+
+def test_only_the_first_leads_are_scored_where_asked(labelled):
+    prediction = forecast_of(labelled, [3, 50], 4, shift=1.0)
+    some, every = (evaluate(prediction, labelled, leads=leads, metrics=("mae",)) for leads in (2, None))
+    xr.testing.assert_allclose(some["score"], every["score"].isel(lead=slice(2)))
+    for leads in (0, 5):
+        with pytest.raises(ConfigError, match=f"leads is {leads}.*give 1 to 4"):
+            evaluate(prediction, labelled, leads=leads)
+
+
+def test_options_that_do_not_fit_are_named(dataset, labelled):
+    model = Blowup(dataset.spec)
+    with pytest.raises(ConfigError, match="steppers by name"):
+        evaluate(model, dataset, leads=2, floors=("persistence",))
+    with pytest.raises(ConfigError, match="no option 'inputs' for a stepper"):
+        evaluate(model, dataset, leads=2, inputs=labelled)
+    with pytest.raises(ConfigError, match="no option 'draw' for a forecast. Did you mean 'draws'"):
+        evaluate(forecast_of(labelled, [3], 2), labelled, draw=2)
 
 
 def test_overlap_of_inputs_and_targets_is_refused(labelled):
@@ -465,6 +570,18 @@ def test_damaged_scores_are_refused(tmp_path):
     xr.Dataset({"x": 1}).to_netcdf(tmp_path / "other.nc")
     with pytest.raises(DataError, match="holds no scores"):
         load_scores(tmp_path / "other.nc")
+
+
+def test_scores_of_other_splits_have_files_of_their_own(dataset, tmp_path):
+    scores = evaluate_stepper(Blowup(dataset.spec), dataset, 2, starts=1, metrics=("rmse",))
+    for split in ("test", "train"):
+        save_scores(scores.assign_attrs(split=split), tmp_path)
+    assert load_scores(tmp_path).attrs["split"] == "test"
+    assert load_scores(tmp_path / "scores-train.nc").attrs["split"] == "train"
+    names = ["metrics-train.csv", "metrics.csv", "scores-train.json", "scores-train.nc", "scores.json", "scores.nc"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
+    with pytest.raises(ConfigError, match="cannot be written"):
+        save_scores(scores, tmp_path / "scores.nc")
 
 
 def test_failed_write_leaves_the_old_file(dataset, tmp_path, monkeypatch):

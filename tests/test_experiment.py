@@ -7,6 +7,8 @@ import pytest
 
 from physml.errors import ConfigError
 from physml.experiment import Evaluation, Experiment, load_experiment, to_yaml
+from physml.objectives import Curriculum, Unrolled
+from physml.training import TrainingConfig
 
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
 FILES = sorted(path for path in EXPERIMENTS.glob("*.py") if "config = Experiment" in path.read_text())
@@ -28,6 +30,19 @@ def test_overrides_reach_nested_fields_and_are_checked():
     for bad, said in (("training.bach=3", "batch"), ("seed=one", "seed"), ("stepper.history=-1", "history")):
         with pytest.raises(ConfigError, match=said):
             load_experiment(Experiment(), [bad])
+
+
+def test_what_python_writes_is_checked_like_what_yaml_holds():
+    """Python checks no types: a float for a count failed in the middle of a training or after it."""
+    for field, said in (
+        ({"training": TrainingConfig(steps=3e4)}, r"training\.steps is 30000\.0 \(float\).*integer"),
+        ({"objective": Unrolled(steps=2.0)}, r"objective\.steps is 2\.0"),
+        ({"model": object()}, "not registered"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            load_experiment(Experiment(**field))
+    written = Experiment(seeds=[0, 1], objective=Curriculum(steps=[1, 2]))
+    assert load_experiment(written) == Experiment(seeds=(0, 1), objective=Curriculum(steps=(1, 2)))
 
 
 def test_evaluation_names_are_checked():

@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+import warnings
 
 import every_stepper
 import jax
@@ -21,7 +22,7 @@ from physml.models import FNOConfig
 from physml.normalize import Normalizer
 from physml.rollout import rollout
 from physml.saving.exported import export, load_exported
-from physml.steppers import DirectConfig, ResidualConfig
+from physml.steppers import DirectConfig, ResidualConfig, averaged, stack_members
 from physml.steppers.describe import build_stepper
 
 ALONE = """
@@ -137,6 +138,34 @@ def test_constraints_and_masks_are_inside(tiny, tmp_path):
     assert_allclose(found, reference(stepper, window, 1), rtol=1e-5, atol=1e-6)
     assert_allclose(found[:, 0, ..., 0].sum((1, 2)), window.frames[:, 0, ..., 0].sum((1, 2)), rtol=1e-4)
     assert not np.asarray(found)[:, :, :2].any()
+
+
+@pytest.mark.parametrize("name", ["bundled", "interval", "members", "gaussian", "residual", "persistence"])
+def test_programs_that_cannot_be_called_in_a_row_say_so(tmp_path, name):
+    """Calls of one step, each from what the last one gave, are a rollout exactly where the signature says so."""
+    stepper = every_stepper.stepper_of("residual" if name == "members" else name)
+    if name == "interval":
+        stepper = averaged(stepper)
+    if name == "members":
+        graph, numbers = nnx.split(stepper)
+        stepper = stack_members([stepper, nnx.merge(graph, jax.tree.map(lambda a: a * 1.5, numbers))])
+    data = every_stepper.data_of("residual" if name == "members" else name)
+    window = Window.of(np.stack([data[channel].values for channel in stepper.spec.names], -1), stepper.spec)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        program = load_exported(export(stepper, tmp_path / "e", platforms=("cpu",)))
+    frames = np.asarray(window.frames[:, : stepper.history])
+    for _ in range(4):
+        frames = np.concatenate([frames, program(frames=frames[:, -stepper.history :])], axis=1)
+    continues = np.allclose(frames[:, stepper.history :], reference(stepper, window, 4), rtol=1e-4, atol=1e-5)
+    assert continues == (name in ("gaussian", "residual", "persistence"))
+    assert program.signature["continues"] == continues
+    said = "call the program once, exported with --steps N"
+    assert (said in (tmp_path / "e/README.md").read_text()) == (not continues)
+    assert any(said in str(warning.message) for warning in told) == (not continues)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        export(stepper, tmp_path / "several", steps=2, platforms=("cpu",))
 
 
 def test_it_runs_without_physml(tiny, tmp_path):
@@ -313,6 +342,9 @@ def test_the_verb(capsys, tiny, tmp_path):
     assert told["inputs"] == {"frames": "('batch', 1, 16, 12, 2)"}
     assert load_exported(told["program"]).signature["batch"] == "symbolic"
     assert call("--platforms", "cpu")[0] == 2  # exists
+    for words in ([], ["--overwrite", "--steps", "0"], ["--overwrite", "--platforms", "gpu"]):
+        assert call("--dry-run", *words)[0] == 2
+    assert call("--dry-run", "--overwrite")[0] == 0
     code, _, err = call("--batch", "4", "--steps", "2", "--overwrite", "--out", str(tmp_path / "model/exported"))
     assert code == 0, err
     assert load_exported(tmp_path / "model/exported").signature["platforms"] == ["cpu", "cuda", "tpu"]

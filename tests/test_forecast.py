@@ -18,7 +18,7 @@ from physml.forecast import forecast
 from physml.forecast.resume import MARK
 from physml.normalize import Normalizer
 from physml.rollout import rollout
-from physml.steppers import FLOORS, DirectConfig, ResidualConfig, stack_members
+from physml.steppers import FLOORS, STEPPERS, DirectConfig, ResidualConfig, stack_members
 
 run = importlib.import_module("physml.forecast.run")
 
@@ -50,8 +50,8 @@ class Shift(nnx.Module):
 class Scaled(Shift):
     """The same, times a number at every step."""
 
-    def __init__(self, spec, factor):
-        super().__init__(spec)
+    def __init__(self, spec, factor, noise=0.0):
+        super().__init__(spec, noise=noise)
         self.factor = nnx.Param(jnp.float32(factor))
 
     def advance(self, state, context):
@@ -388,10 +388,58 @@ def test_what_does_not_fit_is_refused_before_anything_runs(data, stepper, tmp_pa
         ({"steps": 2, "on_divergence": "panic"}, "raise, stop or flag"),
         ({"steps": 2, "out": tmp_path / "f.grib"}, r"\.nc.*\.zarr"),
         ({"steps": 2, "out": tmp_path / "no" / "f.nc"}, "is no folder"),
+        ({"steps": 2.5}, "steps is 2.5, but a whole number"),
+        ({"steps": 2, "chunk": 1.5}, "chunk is 1.5, but a whole number"),
+        ({"steps": 2, "members": 2.0, "key": jax.random.key(0)}, "members is 2.0, but a whole number"),
+        ({"steps": 2, "key": 0}, r"key is 0, but .*jax.random.key\(0\)"),
+        ({"steps": 2, "key": jax.random.split(jax.random.key(0))}, "but one key"),
+        ({"steps": 2, "spectrum_every": 1.5}, "spectrum_every is 1.5, but a whole number"),
     ):
         with pytest.raises(ConfigError, match=message):
             forecast(stepper, data, **options)
     assert os.listdir(tmp_path) == []
+
+
+def test_a_bare_model_is_no_stepper(data, tiny):
+    with pytest.raises(ConfigError, match="no names and units.*Give a stepper"):
+        forecast(tiny.model(1, 1), data, 2)
+
+
+def test_whole_numbers_of_any_type_count(data, stepper):
+    result = forecast(stepper, data, np.int64(4), chunk=np.int32(2), spectrum_every=np.int64(2))
+    assert_array_equal(result.u, expected(data, 4))
+    assert result.sizes["spectrum_step"] == 3
+    assert_array_equal(forecast(stepper, data, 4, key=jax.random.PRNGKey(0)).u, result.u)
+
+
+def test_members_of_a_gaussian_ensemble_are_drawn(data, tiny):
+    """Asked for, every member is a draw; not asked for, they are the means of their steppers."""
+    from physml.models.resnet import ResNetConfig
+    from physml.saving import build_stepper
+
+    spec = spec_of(data)
+    normalizer = Normalizer(spec, [3.0], [2.0], [1.0])
+    config = STEPPERS["gaussian"]()
+    seeds = [build_stepper(config, ResNetConfig(width=2, depth=1), spec, normalizer, seed=seed) for seed in (0, 1)]
+    ensemble, key = stack_members(seeds), jax.random.key(0)
+    means = forecast(ensemble, data, 2).u
+    for member, alone in enumerate(seeds):
+        assert_allclose(means[member], forecast(alone, data, 2).u, rtol=1e-5, atol=1e-5)
+    drawn = forecast(ensemble, data, 2, members=4, key=key).u
+    assert len({drawn[member].values.tobytes() for member in range(4)}) == 4
+    std = np.mean([forecast(alone, data, 2).u_std[:, 0].mean() for alone in seeds])
+    spread = abs(drawn - np.repeat(means.values, 2, 0))[:, :, 0].mean()
+    assert_allclose(spread, std * np.sqrt(2 / np.pi), rtol=0.15)  # of 320 numbers: 4 percent
+    assert not np.array_equal(forecast(ensemble, data, 2, members=2, key=key).u, means)
+    with pytest.raises(ConfigError, match="members needs a key"):
+        forecast(ensemble, data, 2, members=2)
+
+
+def test_members_that_are_lost_at_once_are_not_called_equal(data):
+    spec = spec_of(data)
+    stepper = stack_members([Scaled(spec, np.nan), Scaled(spec, np.nan), Scaled(spec, 1.0)])
+    result = forecast(stepper, data, 3, on_divergence="flag")
+    assert_array_equal(result.steps_completed.isel(trajectory=0), [0, 0, 3])
 
 
 def test_progress_is_told(data, stepper):
@@ -448,7 +496,10 @@ def test_an_ensemble_of_steppers_forecasts_its_members(data):
     for i, factor in enumerate((1.0, 2.0)):
         alone = forecast(Scaled(spec_of(data), factor), data, 3)
         assert_allclose(result.u.isel(member=i), alone.u, rtol=1e-6)
-    assert forecast(members, data, 2, members=4, key=jax.random.key(0), perturb=None).sizes["member"] == 4
+    with pytest.raises(ConfigError, match="Members 0 and 1 of 4 are the same"):
+        forecast(members, data, 2, members=4, key=jax.random.key(0))
+    noisy = stack_members([Scaled(spec_of(data), factor, noise=0.1) for factor in (1.0, 2.0)])
+    assert forecast(noisy, data, 2, members=4, key=jax.random.key(0), perturb=None).sizes["member"] == 4
     with pytest.raises(ConfigError, match="ensemble of 2.*multiple of 2"):
         forecast(members, data, 2, members=3, key=jax.random.key(0))
 
@@ -472,7 +523,8 @@ def test_perturbed_members(data, tmp_path):
         ({"perturb": 0.5, "key": jax.random.key(0)}, "say how many"),
         ({"perturb": 0.0, "members": 2, "key": jax.random.key(0)}, "size above 0"),
         ({"perturb": 0.5, "members": 2}, "needs a key"),
-        ({"members": 2, "key": jax.random.key(0)}, "All 2 members are the same.*perturb"),
+        ({"members": 2, "key": jax.random.key(0)}, "Members 0 and 1 of 2 are the same.*Perturb"),
+        ({"perturb_kind": "white"}, "perturb_kind is 'white', but nothing is perturbed"),
     ):
         with pytest.raises(ConfigError, match=message):
             forecast(stepper, data, 2, **options)

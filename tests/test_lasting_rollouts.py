@@ -119,7 +119,7 @@ def test_a_finished_rollout_is_found_finished(data, tmp_path, suffix):
     again.close()
     assert not told
     for steps, start in ((7, data), (6, data + np.float32(1))):
-        with pytest.raises(CheckpointError, match="another model, initial state or length.*overwrite=True"):
+        with pytest.raises(CheckpointError, match="another model, initial state, forcing or length.*overwrite=True"):
             forecast(stepper, start, steps, out=path, resume="auto")
     with pytest.raises(ConfigError, match="exists"):
         forecast(stepper, data, 6, out=path)
@@ -224,6 +224,69 @@ def test_only_the_same_rollout_is_continued(data, tmp_path):
         forecast(stepper, data, 20, overwrite=True, progress=stop_at(4), **options)
     forecast(stepper, data, 8, overwrite=True, **options)  # starts anew
     assert os.listdir(tmp_path) == ["f.zarr"]
+
+
+class Pushed(nnx.Module):
+    """A random walk of the forcing."""
+
+    def __init__(self, spec):
+        self.spec, self.history = spec, 1
+
+    def encode(self, frames, context):
+        return frames[:, -1]
+
+    def advance(self, state, context):
+        return state + context.forcing
+
+    def decode(self, state):
+        return state
+
+
+@pytest.mark.parametrize("small", [True, False], ids=["every step", "some steps"])
+def test_other_forcing_later_on_is_another_rollout(data, tmp_path, monkeypatch, small):
+    start = importlib.import_module("physml.forecast.start")
+    monkeypatch.setattr(start, "BLOCK", 200)
+    if not small:
+        monkeypatch.setattr(start, "SMALL", 0)
+
+    def forcing(late):
+        values = np.ones((40, 16), "f4")
+        values[20] = late
+        return xr.Dataset({"f": (("time", "x"), values)}, {"time": np.arange(40.0), "x": data.x})
+
+    stepper = Pushed(spec_of(data.assign(f=data.u.isel(trajectory=0)), ["u"], forcing=["f"]))
+    initial, path = data.isel(time=[0]), tmp_path / "f.zarr"
+    options = {"out": path, "chunk": 2, "limit": None}
+    with pytest.raises(Stop):
+        forecast(stepper, initial, 20, forcing=forcing(1), progress=stop_at(4), **options)
+    with pytest.raises(CheckpointError, match="was begun with another forcing"):
+        forecast(stepper, initial, 20, forcing=forcing(9), resume="auto", **options)
+    with pytest.raises(CheckpointError, match="was begun with another steps"):
+        forecast(stepper, initial, 12, forcing=forcing(1), resume="auto", **options)
+    state = tmp_path / "f.zarr.partial/state.safetensors"
+    content = state.read_bytes()
+    state.write_bytes(content.replace(b'\\"format\\": 2', b'\\"format\\": 1'))
+    with pytest.raises(CheckpointError, match="begun with an older physml.*forcing"):
+        forecast(stepper, initial, 20, forcing=forcing(1), resume="auto", **options)
+    state.write_bytes(content)
+    with forecast(stepper, initial, 20, forcing=forcing(1), resume="auto", **options) as result:
+        assert_allclose(result.u[:, -1], initial.u[:, 0] + 20, rtol=1e-6)
+    with pytest.raises(CheckpointError, match="another model, initial state, forcing or length"):
+        forecast(stepper, initial, 20, forcing=forcing(9), resume="auto", **options)
+
+
+def test_much_forcing_is_not_read_before_the_start(data, tmp_path, monkeypatch):
+    start = importlib.import_module("physml.forecast.start")
+    monkeypatch.setattr(start, "SMALL", 2**12)
+    frames = np.random.default_rng(0).standard_normal((2001, 16)).astype("f4")
+    forcing = xr.Dataset({"f": (("time", "x"), frames)}, {"time": np.arange(2001.0), "x": data.x})
+    spec = spec_of(data.assign(f=data.u.isel(trajectory=0)), ["u"], forcing=["f"])
+    begun = start.start_of(Pushed(spec), data.isel(time=[0]), 2000, forcing, None)
+    read, real = [], start.Forcing._read
+    monkeypatch.setattr(start.Forcing, "_read", lambda self, *span: read.append(span) or real(self, *span))
+    assert begun.forcing.digest()
+    assert sum(last - first for first, last in read) <= start.SAMPLES + 1
+    assert (1999, 2000) in read
 
 
 def test_states_of_other_structures_are_told(data):
@@ -408,6 +471,30 @@ def test_a_killed_process_is_continued(tmp_path, suffix):
     same(out, forecast(stepper, initial, 4000, **options))
 
 
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--steps", 0], "--steps is 0"),
+        (["--perturb-kind", "white"], "nothing is perturbed"),
+        (["--out", "f.grib"], "ends in '.grib'"),
+        (["--out", "no/such/f.zarr"], "is no folder"),
+        (["--members", 2, "--perturb", -1], "size above 0"),
+        (["--spectrum-every", -1], "counts steps"),
+        (["--at", "99"], "the dataset spans"),
+        (["--at", "#0"], "needs 2 frames of history"),
+    ],
+)
+def test_a_dry_run_refuses_what_the_run_would(capsys, tmp_path, monkeypatch, options, said):
+    monkeypatch.chdir(tmp_path)
+    saving.save(every_stepper.stepper_of("extrapolation"), "model")
+    every_stepper.data_of("extrapolation").to_netcdf("start.nc")
+    words = ["rollout", "model", "--initial", "start.nc", "--json", "--dry-run"]
+    assert call(capsys, *words)[0] == 0
+    code, _, err = call(capsys, *words, *options)
+    assert (code, said in err) == (2, True), err
+    assert sorted(os.listdir()) == ["model", "start.nc"]
+
+
 def test_a_run_starts_from_its_own_test_split(capsys, tmp_path):
     from physml import Experiment, SyntheticConfig
     from physml.experiment import to_yaml
@@ -425,6 +512,10 @@ def test_a_run_starts_from_its_own_test_split(capsys, tmp_path):
     code, out, err = call(capsys, *words, "--trajectory", 1)
     assert code == 0, err
     assert json.loads(out)["sizes"]["lead"] == 3
+    for number in (2, -1):
+        code, _, err = call(capsys, *words, "--trajectory", number, "--overwrite")
+        assert code == 2, err
+        assert f"--trajectory is {number}, but the dataset has 2: 0 to 1" in err
     frames = test.read(1, range(2)).frames[..., 0]
     with xr.open_dataset(tmp_path / "f.nc") as found:
         assert_allclose(found[test.spec.names[0]][0, 0], 2 * frames[1] - frames[0], rtol=1e-5, atol=1e-6)

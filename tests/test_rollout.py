@@ -20,6 +20,7 @@ from physml.rollout import (
     perturbed,
     rollout,
     rollout_chunks,
+    rollout_stride,
 )  # fmt: skip
 from physml.steppers import ResidualConfig, stack_members
 
@@ -322,6 +323,15 @@ def test_what_cannot_be_rolled_out_is_said(tiny, spec, window):
         ensemble(stack_members([Shift(spec)] * 2), window, 2, jax.random.split(jax.random.key(0), 3))
     with pytest.raises(ConfigError, match="built differently"):
         stack_members([Shift(spec), Shift(spec, noise=1.0)])
+
+
+def test_strides_are_whole_numbers_of_any_type(spec, window):
+    expected = rollout(Shift(spec), window, 3)
+    for stride in (1, 1.0, np.int64(1), np.float32(1)):
+        assert_array_equal(rollout_stride(Shift(spec), window, 3, stride), expected)
+    for stride in (1.5, 0, -1.0, np.nan):
+        with pytest.raises(ConfigError, match=f"stride is {stride}, but it counts frames"):
+            rollout_stride(Shift(spec), window, 3, stride)
 
 
 def test_perturbations_have_the_size_and_the_correlation_asked_for(tiny, spec, window):

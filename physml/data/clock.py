@@ -5,6 +5,7 @@ they are, unless their `units` name a duration. Months are regular though their 
 mean month.
 """
 
+import re
 from dataclasses import dataclass
 
 import numpy as np
@@ -31,15 +32,22 @@ class Clock:
         values: float64 since the first frame, in `unit`.
         unit: "s" for calendar times and durations, "" for nondimensional time.
         calendar: `(time, 2)` float32 fractions of the year and of the day; None without a calendar.
+        units: what labels that are numbers count, as the file says.
     """
 
     labels: np.ndarray
     values: np.ndarray
     unit: str
     calendar: np.ndarray | None
+    units: str = ""
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    @property
+    def scale(self) -> float:
+        """How much of `unit` labels that are numbers count: 3600 for hours."""
+        return DURATIONS.get(self.units.strip().lower(), 1.0)
 
 
 def clock(ds: xr.Dataset, dim: str | None) -> Clock:
@@ -77,7 +85,52 @@ def of_labels(labels: np.ndarray, units: str = "") -> Clock:
     factor = DURATIONS.get(units.strip().lower())
     numbers = labels.astype(np.float64)
     values = (numbers - numbers[:1]) * (factor or 1.0)
-    return Clock(labels, values, "s" if factor else "", None)
+    return Clock(labels, values, "s" if factor else "", None, units)
+
+
+def elapsed(times: Clock, labels: np.ndarray) -> np.ndarray:
+    """Where other `labels` of the same kind (see `kind_of`) and units lie on the axis of `times.values`."""
+    return of_labels(np.concatenate([times.labels[:1], labels]), times.units).values[1:]
+
+
+def kind_of(labels: np.ndarray) -> str:
+    """What the labels are, in words; those of two kinds cannot be compared."""
+    if labels.dtype.kind == "O":
+        return f"dates of the calendar {getattr(labels[0], 'calendar', 'standard')}"
+    return {"M": "dates", "m": "durations"}.get(labels.dtype.kind, "plain numbers")
+
+
+def parse(text: str, times: Clock):
+    """The label that `text` names among those of `times`: a number, a duration (a number counts seconds), or an
+    instant, where a date is its midnight. Raises ValueError for anything else.
+    """
+    kind = times.labels.dtype.kind
+    if kind == "M":
+        return np.datetime64(text).astype(times.labels.dtype)
+    if kind == "m":
+        number, unit = re.fullmatch(r"([-+.\d]*)\s*(.*)", text.strip().lower()).groups()
+        if unit and unit not in DURATIONS:
+            raise ValueError(f"{unit!r} is no unit of time: use one of {', '.join(DURATIONS)}")
+        return np.timedelta64(round(float(number) * DURATIONS[unit or "s"] * 1e9), "ns").astype(times.labels.dtype)
+    if kind != "O":
+        return float(text)
+    like = times.labels[0]
+    year, *rest = (int(part) for part in re.split("[-T: ]", text))
+    names = ("month", "day", "hour", "minute", "second")
+    if len(rest) > len(names):
+        raise ValueError(f"{text} has more parts than a year and {', '.join(names)}")
+    begin = like.replace(year=year, month=1, day=1, hour=0, minute=0, second=0, microsecond=0)
+    return begin.replace(**dict(zip(names, rest, strict=False)))
+
+
+def nearest(values: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+    """Position of the number in `values`, in any order, that is nearest to each one in `wanted`."""
+    order = np.argsort(values, kind="stable")
+    ascending = values[order]
+    right = np.clip(np.searchsorted(ascending, wanted), 0, len(values) - 1)
+    left = np.maximum(right - 1, 0)
+    closer = np.abs(ascending[left] - wanted) < np.abs(ascending[right] - wanted)
+    return order[np.where(closer, left, right)]
 
 
 def _calendar_of_datetime64(labels: np.ndarray) -> np.ndarray:
@@ -146,8 +199,8 @@ def segments(times: Clock, step: float) -> list[range]:
 
 
 def after(times: Clock, count: int, step: float, first: int = 1) -> np.ndarray:
-    """Labels of `count` frames after the last one of `times`: `first`, `first + 1`, ... steps of `step` (in its unit)
-    later.
+    """Labels of `count` frames after the last one of `times`: `first`, `first + 1`, ... steps of `step` (in
+    `times.unit`) later.
     """
     last = times.labels[-1]
     index = np.arange(first, first + count)
@@ -160,10 +213,13 @@ def after(times: Clock, count: int, step: float, first: int = 1) -> np.ndarray:
         import datetime
 
         return np.array([last + datetime.timedelta(seconds=float(i * step)) for i in index], object)
-    unit = step
-    if len(times) > 1 and times.unit == "s":  # numbers in minutes, hours, ...: step back to the unit of the labels
-        unit = step * (float(times.labels[-1]) - float(times.labels[0])) / times.values[-1]
-    return float(last) + index * unit
+    return float(last) + index * (step / times.scale)
+
+
+def valid_attrs(times: Clock) -> dict[str, str]:
+    """Attributes of a coordinate of valid times that go on from `times`."""
+    units = {"units": times.units} if times.units else {}
+    return {"standard_name": "time", "long_name": "valid time", **units}
 
 
 def lead_labels(times: Clock, count: int, step: float, first: int = 1) -> np.ndarray:

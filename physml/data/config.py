@@ -3,6 +3,7 @@
 import dataclasses
 import inspect
 import json
+import math
 import os
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -13,12 +14,14 @@ import xarray as xr
 from physml.data import axes as ax
 from physml.data import clock as ck
 from physml.data import netcdf
+from physml.data.channels import resolve
 from physml.data.dataset import XarrayDataset
 from physml.data.formats import FORMATS, recognize
 from physml.data.labelled import source_of, spec_of
 from physml.data.place import Place
+from physml.data.remote import is_url
 from physml.errors import ConfigError, DataError, SpecError, suggest
-from physml.fields import Spec
+from physml.fields import Axis, Spec
 
 SPLITS = ("train", "valid", "test")
 
@@ -39,32 +42,45 @@ def read_files(path, format: str | None = None, rename: dict[str, str] | None = 
             raise DataError(
                 f"{source} has no {min(unknown)!r} to rename." + suggest(min(unknown), [*ds.variables, *ds.dims])
             )
-        ds = ds.rename(rename)
+        try:
+            ds = ds.rename(rename)
+        except ValueError as error:  # xarray has one for every kind of clash
+            raise DataError(
+                f"{source} cannot be renamed by {rename}: {error}. Choose names that it does not have yet: it has "
+                f"{', '.join(sorted({*map(str, ds.variables), *map(str, ds.dims)}))}."
+            ) from error
     ds = netcdf.name_dimensions(ds)
     ds.encoding["source"] = source
     return ds
 
 
 def _read_plain(files: list[str], format: str | None, options: dict) -> xr.Dataset:
-    def opener(file, **options):
-        return FORMATS[format or netcdf.detect(file, options.get("storage_options"))].open(file, **options)
+    def opener(file):
+        own = format or netcdf.detect(file, options.get("storage_options"))
+        _check_options(own, options)
+        return FORMATS[own].open(file, **options)
 
-    return opener(files[0], **options) if len(files) == 1 else netcdf.open_many(files, opener, **options)
+    return opener(files[0]) if len(files) == 1 else netcdf.open_many(files, opener)
 
 
 def _read_benchmark(path, format: str, options: dict) -> xr.Dataset:
-    """The data set at one place. Raises ConfigError for options that the format does not have."""
+    """The data set at one place."""
     if not isinstance(path, str | os.PathLike):
         raise ConfigError(f"{format} is opened from one file or folder, but {netcdf.as_text(path)} was given.")
     place = Place(path, options.pop("storage_options", None))
     chunks = options.pop("chunks", None)
-    known = inspect.signature(FORMATS[format].open).parameters
-    if unknown := set(options) - set(known):
-        raise ConfigError(f"{format} has no option {min(unknown)!r}." + suggest(min(unknown), [*known][1:]))
+    _check_options(format, options)
     ds = FORMATS[format].open(place, **options)
     ds.attrs.setdefault("format", format)
     ds.encoding["source"] = str(place)
     return ds.chunk(chunks) if chunks else ds
+
+
+def _check_options(format: str, options: dict) -> None:
+    """Raises ConfigError for options that the format does not have."""
+    _, *known = inspect.signature(FORMATS[format].open).parameters
+    if unknown := set(options) - set(known):
+        raise ConfigError(f"{format} has no option {min(unknown)!r}." + suggest(min(unknown), known))
 
 
 def open_dataset(path, format: str | None = None, **options) -> xr.Dataset:
@@ -128,8 +144,9 @@ class DataConfig:
         region: axis -> (low, high), both included, such as {"longitude": (-40, 10)}.
         levels: levels to keep, in the unit of the file; empty keeps all.
         flatten: dimensions that become channels, such as ("level",).
-        time_stride: keeps every n-th frame. space_stride: keeps every n-th point of every axis.
-        coarsen: averages blocks of n points along every axis (points left over at the end are dropped).
+        time_stride: keeps every n-th frame. space_stride: keeps every n-th point of every axis of the grid.
+        coarsen: averages blocks of n points along every axis of the grid, by the areas of their cells (points left over
+            at the end are dropped). Neither touches dimensions that become channels, nor levels that `levels` names.
         space: order of the spatial axes; level, latitude, longitude, x, y, z when empty.
         periodic: names of the periodic axes; what the file says when None.
         time_step: distance of frames; from the time axis when None.
@@ -165,6 +182,17 @@ class DataConfig:
     group: str | None = None
     decode_times: bool = True
 
+    def __post_init__(self):
+        for name in ("time_stride", "space_stride", "coarsen"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} is {getattr(self, name)}, but it counts points: give 1 (all) or more.")
+        if self.coarsen > 1 and self.space_stride > 1:
+            raise ConfigError(
+                f"coarsen={self.coarsen} and space_stride={self.space_stride} both thin out the grid. Give one of them."
+            )
+        if taken := {"path", "format", "rename"} & set(self.options):
+            raise ConfigError(f"options has {min(taken)!r}, which is a field of the data itself: set {min(taken)}.")
+
     def open(self) -> dict[str, XarrayDataset]:
         """The splits as datasets that share one spec. Raises DataError, SpecError or ConfigError that says what does
         not fit.
@@ -173,10 +201,11 @@ class DataConfig:
         if not splits:
             raise ConfigError("No split is given. Set train, valid and test.")
         if self.split_by == "format":
-            parts = {
-                name: self.select(self.read(self.path, **_own_split(name, bounds))) for name, bounds in splits.items()
-            }
+            own = {name: _own_split(name, bounds) for name, bounds in splits.items()}
+            _check_apart({name: list(option.values()) for name, option in own.items()}, "the split of the format")
+            parts = {name: self.select(self.read(self.path, **option)) for name, option in own.items()}
         elif self._by_file(splits):
+            _check_apart({name: self._files(bounds) for name, bounds in splits.items()}, "the file")
             parts = {name: self.select(self.read(bounds)) for name, bounds in splits.items()}
         else:
             whole = self.select(self.read(self.path))
@@ -190,7 +219,12 @@ class DataConfig:
         """Opens `path` with the options of this config, before any selection."""
         plain = {"group": self.group} if self.group is not None else {}
         plain |= {} if self.decode_times else {"decode_times": False}
-        return read_files(path, self.format or None, self.rename or None, **plain, **self.options, **options)
+        return read_files(path, self.format or None, self.rename or None, **{**plain, **self.options, **options})
+
+    def _files(self, path) -> list[str]:
+        """The files of a path, each under one name."""
+        files = netcdf.expand(path, self.options.get("storage_options"))
+        return [file if is_url(file) else os.path.realpath(file) for file in files]
 
     def spec(self, ds: xr.Dataset) -> Spec:
         """The spec of selected data."""
@@ -204,7 +238,14 @@ class DataConfig:
         source = source_of(ds)
         if unknown := set(self.region) - {ax.role(ds, d) for d in ds.dims} - set(ds.dims):
             raise DataError(f"{source} has no axis {min(unknown)!r}." + suggest(min(unknown), map(str, ds.dims)))
+        if self.levels and "level" not in {ax.role(ds, dim) for dim in ds.dims}:
+            raise DataError(
+                f"levels is {self.levels}, but {source} has no levels: its dimensions are "
+                f"{', '.join(map(str, ds.dims))}. Leave levels out, or rename its dimension of levels to 'level'."
+            )
         time = ax.time_dim(ds)
+        if time is not None and ds.sizes[time] == 0:
+            raise DataError(f"{source} holds 0 frames along {time!r}. Generate or download it again, or leave it out.")
         for dim in list(ds.dims):
             name = ax.role(ds, dim)
             if dim == time:
@@ -217,12 +258,22 @@ class DataConfig:
                 ds = ds.isel({dim: ax.inside(ds, dim, name, bounds, source)})
             if name == "level" and self.levels:
                 ds = ds.isel({dim: ax.entries(ds, dim, self.levels, source)})
-            elif self.space_stride > 1:
-                ds = ds.isel({dim: slice(None, None, self.space_stride)})
-            elif self.coarsen > 1:
-                ds = _block_mean(ds, dim, self.coarsen)
+        ds.encoding["source"] = source
+        if self.space_stride > 1:
+            ds = ds.isel({dim: slice(None, None, self.space_stride) for dim in self._thinned(ds)})
+        if self.coarsen > 1:
+            ds = _block_mean(ds, self._thinned(ds), self.coarsen)
         ds.encoding["source"] = source
         return ds
+
+    def _thinned(self, ds: xr.Dataset) -> dict[str, Axis]:
+        """The dimensions of the grid on which `space_stride` and `coarsen` act."""
+        spec = dataclasses.replace(self, time_step=1.0).spec(ds)  # steps of time do not matter here
+        dims = resolve(ds, spec.channels[:1], spec)[0].dims
+        axes = {dims[axis.name]: axis for axis in spec.grid.axes if not (self.levels and axis.name == "level")}
+        if not axes:
+            raise ConfigError(f"{source_of(ds)} has no grid to thin out: leave coarsen and space_stride at 1.")
+        return axes
 
     def _by_file(self, splits) -> bool:
         if self.split_by == "file":
@@ -337,9 +388,9 @@ def _between(ds: xr.Dataset, dim: str, times: ck.Clock, bounds: tuple, name: str
         raise ConfigError(f"Split {name!r} = {bounds}, but one or two times were expected.")
     low, high = (bounds[0], bounds[-1])
     index = xr.DataArray(np.arange(len(times)), dims=dim, coords={dim: ds[dim].variable})
-    if times.calendar is None:
-        low, high = float(low), float(high)
     try:
+        if times.calendar is None:
+            low, high = float(low), float(high)
         return index.sel({dim: slice(low, high)}).values
     except (KeyError, ValueError, TypeError) as error:
         raise ConfigError(
@@ -400,7 +451,43 @@ def _check_disjoint(parts: dict[str, xr.Dataset], whole: xr.Dataset, by_time: bo
                 raise ConfigError(f"Splits {seen[label]!r} and {name!r} overlap: both hold {text}. Make them disjoint.")
 
 
-def _block_mean(ds: xr.Dataset, dim: str, size: int) -> xr.Dataset:
-    if ds.sizes[dim] < size:
-        raise ConfigError(f"coarsen={size}, but {source_of(ds)} has only {ds.sizes[dim]} points along {dim!r}.")
-    return ds.coarsen({dim: size}, boundary="trim").mean(keep_attrs=True)
+def _check_apart(members: dict[str, list[str]], what: str) -> None:
+    """Raises ConfigError when two splits name the same: scores would be too good."""
+    seen: dict[str, str] = {}
+    for split, names in members.items():
+        for name in names:
+            if seen.setdefault(name, split) != split:
+                raise ConfigError(
+                    f"Splits {seen[name]!r} and {split!r} overlap: both hold {what} {name!r}. Make them disjoint."
+                )
+
+
+def _block_mean(ds: xr.Dataset, axes: dict[str, Axis], size: int) -> xr.Dataset:
+    """Means over blocks of `size` cells along dimensions, by the sizes of the cells that have a value."""
+    source = source_of(ds)
+    for dim in axes:
+        if ds.sizes[dim] < size:
+            raise ConfigError(f"coarsen={size}, but {source} has only {ds.sizes[dim]} points along {dim!r}.")
+    uneven = {dim: _in_file_order(ds, dim, axis, axis.weights) for dim, axis in axes.items() if axis.weights}
+    for dim, axis in axes.items():
+        if axis.name == "longitude" and dim in ds.coords:  # 350 and 0 are neighbors: their middle is not 175
+            ds = ds.assign_coords({dim: _in_file_order(ds, dim, axis, axis.centers).assign_attrs(ds[dim].attrs)})
+
+    def mean(array):
+        return array.coarsen(dict.fromkeys((d for d in axes if d in array.dims), size), boundary="trim").mean()
+
+    ds = netcdf.in_chunks(ds)  # so that nothing is read yet
+    result = ds.coarsen(dict.fromkeys(axes, size), boundary="trim").mean(keep_attrs=True)
+    for name, array in ds.data_vars.items():
+        cells = [sizes for dim, sizes in uneven.items() if dim in array.dims]
+        if cells and array.dtype.kind in "iufb":
+            area = math.prod(cells)
+            result[name].data = (mean(array * area) / mean(area.where(array.notnull()))).transpose(*array.dims).data
+    return result
+
+
+def _in_file_order(ds: xr.Dataset, dim: str, axis: Axis, values: tuple[float, ...]) -> xr.DataArray:
+    """What an axis has for each of its cells, as the file has them along `dim`."""
+    ordered = np.empty(len(axis))
+    ordered[ax.positions(ds, dim, axis)] = values
+    return xr.DataArray(ordered, dims=dim)

@@ -82,6 +82,14 @@ def check_output(out: Path, to: str | None, overwrite: bool) -> str:
     return to
 
 
+def check_layout(ds: xr.Dataset, out: Path, to: str) -> None:
+    """Raises DataError for what a layout cannot hold, as far as names, sizes and coordinates tell."""
+    if to == "the_well":
+        write_well.check(ds, out)
+    elif to == "pdearena":
+        write_pdearena.check(ds, out)
+
+
 def _write_portable_zarr(ds: xr.Dataset, path: Path, zarr_format: int) -> None:
     _write_zarr(_portable(ds), path, zarr_format)
 

@@ -16,8 +16,10 @@ from physml.data import axes as ax
 from physml.data import clock as ck
 from physml.data.channels import base_of, entry_labels, entry_of, missing_variable, source_of, time_of, unit_of
 from physml.data.reader import Reader, stack
-from physml.errors import DataError, SpecError, suggest
+from physml.errors import ConfigError, DataError, SpecError, suggest
 from physml.fields import Channel, Grid, Spec, Window
+
+GROUPS = {"channels": "variables", "forcing": "forcing", "static": "static", "parameters": "parameters"}  # of a spec
 
 
 def spec_of(
@@ -45,7 +47,8 @@ def spec_of(
             anyway.
         time_step: in the unit of time; derived from the time axis when None.
 
-    Raises DataError for a variable that is not there, SpecError for variables on different grids.
+    Raises DataError for a variable that is not there, SpecError for variables on different grids, ConfigError for a
+    field that is named twice.
     """
     source = source_of(ds)
     dims = {role: dim for dim in ds.dims for role in [ax.role(ds, dim)]}
@@ -61,7 +64,7 @@ def spec_of(
     grid, _ = _grid(ds, chosen, flat, space, periodic, source)
     times = ck.clock(ds, time_of(ds, base_of(ds, chosen[0])))
     step = float(time_step) if time_step is not None else ck.time_step(times, source)
-    return Spec(
+    spec = Spec(
         grid,
         _channels(ds, chosen, flat),
         _channels(ds, forcing, flat),
@@ -70,6 +73,22 @@ def spec_of(
         step,
         times.unit,
     )
+    _check_distinct(spec)
+    return spec
+
+
+def _check_distinct(spec: Spec) -> None:
+    """Raises ConfigError for a field that is in two groups of a spec, or in one twice."""
+    seen: dict[str, str] = {}
+    for name, group in ((channel.name, group) for key, group in GROUPS.items() for channel in getattr(spec, key)):
+        if seen.get(name) == group:
+            raise ConfigError(f"{name!r} is in {group} twice. Name it once.")
+        if name in seen:
+            raise ConfigError(
+                f"{name!r} is in both {seen[name]} and {group}. What is predicted reaches the model anyway, and what "
+                "is prescribed is not predicted: name it in one of them."
+            )
+        seen[name] = group
 
 
 def to_window(ds: xr.Dataset, spec: Spec, mask: str | None = None) -> Window:
@@ -234,7 +253,7 @@ def _labelled_variable(frames, spec, like, name, channels, dim) -> tuple[xr.Vari
         entries = [entry_of(like, base, spec.names[i][len(base) + 1 :])[1] for i in channels]
         level = flat[0]
         if level in like.variables:
-            coords[level] = like.variables[level].isel({level: entries})
+            coords[level] = _plain_coordinate(like, level).isel({level: entries})
         order = ("trajectory", dim, *[d for d in like.variables[base].dims if d == level or d in names])
         variable = xr.Variable(("trajectory", dim, level, *names), np.stack(values, 2), attrs)
         return variable.transpose(*order), coords
@@ -256,20 +275,28 @@ def _restore(values: np.ndarray, spec: Spec, like: xr.Dataset, roles: dict[str, 
 
 def _axis_coordinate(like: xr.Dataset, dim: str, axis) -> xr.Variable:
     if dim in like.variables:
-        return like.variables[dim].copy(deep=False)
+        return _plain_coordinate(like, dim)
     attrs = {"units": axis.unit} if axis.unit else {}
     return xr.Variable((dim,), np.asarray(axis.centers), attrs)
+
+
+def _plain_coordinate(like: xr.Dataset, dim: str) -> xr.Variable:
+    """The coordinate without how its file stores it, which another format may not know."""
+    variable = like.variables[dim].copy(deep=False)
+    variable.encoding = {}
+    return variable
 
 
 def _time_coordinates(times: ck.Clock, spec: Spec, valid, count: int, first: int, dim: str) -> dict[str, xr.Variable]:
     if valid is None:
         valid = ck.after(times, count, spec.time_step, first)
     valid = np.asarray(valid)
+    attrs = ck.valid_attrs(times)
     if dim == "time":
-        return {"time": xr.Variable(("time",), valid)}
+        return {"time": xr.Variable(("time",), valid, {k: v for k, v in attrs.items() if k == "units"})}
     lead = xr.Variable((dim,), ck.lead_labels(times, count, spec.time_step, first), {"long_name": "lead time"})
     dims = (dim,) if valid.ndim == 1 else ("trajectory", dim)
-    return {dim: lead, "time": xr.Variable(dims, valid, {"standard_name": "time", "long_name": "valid time"})}
+    return {dim: lead, "time": xr.Variable(dims, valid, attrs)}
 
 
 def _trajectory_coordinate(like: xr.Dataset, batch: int) -> dict[str, xr.Variable]:

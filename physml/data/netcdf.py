@@ -479,6 +479,15 @@ def _merge(datasets: list[xr.Dataset], names: list[str]) -> xr.Dataset:
     try:
         return xr.merge(datasets, join="exact", compat="no_conflicts", combine_attrs="drop_conflicts")
     except (ValueError, xr.MergeError) as error:
+        fullest = max(range(len(datasets)), key=lambda i: len(datasets[i].data_vars))
+        for name, ds in zip(names, datasets, strict=True):
+            lacking = {*datasets[fullest].data_vars} - {*ds.data_vars}
+            shared = {*datasets[fullest].data_vars} & {*ds.data_vars}
+            if lacking and any("time" in ds[own].dims for own in shared):  # parts of one series
+                raise DataError(
+                    f"{name} has no variable {min(map(str, lacking))!r}, which {names[fullest]} has, so the two cannot "
+                    "be joined. Download or generate it again, or leave it out."
+                ) from error
         raise DataError(
             f"{names[0]} and {names[1]} hold different variables, but cannot be merged: {first_line(error)}. Their "
             "coordinates "

@@ -50,6 +50,7 @@ class Reader:
         self._tensors: dict[str, object | None] = {}
         self._lock = threading.Lock()
         self._remembered: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+        self._check_static()
         self.groups = (spec.channels, spec.forcing)
         self.masked = mask is not None or bool(self.missing(0).any())
 
@@ -231,6 +232,20 @@ class Reader:
         values = self._load(field.variable, selection, order, trajectories, frames)
         return np.expand_dims(values, sorted(new_axes))
 
+    def _check_static(self) -> None:
+        """Raises DataError for a static field that changes with time; one that is only stored with time may stay."""
+        for field in self.fields["static"]:
+            if "time" not in field.dims:
+                continue
+            last = min(self.lengths[0], self.ds.sizes[field.dims["time"]]) - 1
+            first, *others = (self._values(field, range(1), range(i, i + 1)) for i in sorted({0, min(1, last), last}))
+            noise = 1e-4 * float(np.nanmax(np.abs(first), initial=0.0))  # packed files round every frame on its own
+            if not all(np.allclose(first, other, rtol=0, atol=noise, equal_nan=True) for other in others):
+                raise DataError(
+                    f"{self.source}: static {field.variable!r} changes with time, but of a static field only the first "
+                    "frame would be used. Name it in forcing, or drop its time dimension."
+                )
+
     def _load(self, name: str, selection: dict, order: list[str], trajectories: range, frames: range | None):
         try:
             variable = self.ds.variables[name]
@@ -370,6 +385,24 @@ class Reader:
                 f"{self.source}: variable {channels[channel].name!r} is infinite at time index {frames[time]} "
                 f"({self.times.labels[frames[time]]}). Only finite numbers (in float32) can be used."
             )
+
+
+def lengths_of(ds: xr.Dataset) -> np.ndarray | None:
+    """Frames of every trajectory where the variable `frames` says so: what follows is padding. None where it does not.
+
+    Of one trajectory that was taken out of several, one number.
+    """
+    variable = ds.variables.get("frames")
+    if variable is None or variable.dtype.kind not in "iu" or variable.ndim > 1:
+        return None
+    if variable.ndim and ax.role(ds, variable.dims[0]) != "trajectory":
+        return None
+    return np.asarray(variable.values).reshape(-1)
+
+
+def without_lengths(ds: xr.Dataset) -> xr.Dataset:
+    """`ds` after a selection of frames that leaves no padding."""
+    return ds if lengths_of(ds) is None else ds.drop_vars("frames")
 
 
 def stack(windows: list[Window]) -> Window:

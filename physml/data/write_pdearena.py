@@ -17,6 +17,7 @@ KINDS = {
     "smoke": ("u, vx, vy on (trajectory, time, x, y)", ("dt", "dx", "dy", "buo_y")),
     "ks": ("u on (trajectory, time, x)", ("dt", "dx", "v")),
 }
+AXES = {"smoke": ("x", "y"), "ks": ("x",)}
 RENAMED = {"viscosity": "v"}  # what other data call a parameter of the layout
 
 
@@ -30,16 +31,26 @@ def write(ds: xr.Dataset, out: Path, write_zarr: Callable[[xr.Dataset, Path, int
     Trajectories without a split go to train. Of positions, HDF5 files hold the steps and the first time: axes must be
     even, and are read back as cell centres `dx * (i + 0.5)`. Raises DataError for everything else, by name.
     """
+    kind = check(ds, out)
+    if kind == "shallow":
+        _write_shallow(ds, out, write_zarr)
+    else:
+        _write_files(_renamed(ds, kind), out, kind)
+
+
+def check(ds: xr.Dataset, out: Path) -> str:
+    """The kind of files that hold a dataset: a key of KINDS, or "shallow". Raises DataError for what none holds."""
     slabs.check_trajectory_labels(ds, LAYOUT)
     fields = {str(n): v.dims for n, v in ds.data_vars.items() if {*v.dims} - {"trajectory", "time"}}
     fields = {name: dims for name, dims in fields.items() if not name.startswith("grid_")}
     shape = {frozenset(dims) for dims in fields.values()}
     if {*SHALLOW} == {*fields} and shape == {frozenset(("trajectory", "time", "latitude", "longitude"))}:
-        _write_shallow(ds, out, write_zarr)
-    elif {*SMOKE} == {*fields} and shape == {frozenset(("trajectory", "time", "x", "y"))}:
-        _write_files(ds, out, "smoke", ("x", "y"))
+        _check_shallow(ds, out)
+        return "shallow"
+    if {*SMOKE} == {*fields} and shape == {frozenset(("trajectory", "time", "x", "y"))}:
+        kind = "smoke"
     elif {"u"} == {*fields} and shape == {frozenset(("trajectory", "time", "x"))}:
-        _write_files(ds, out, "ks", ("x",))
+        kind = "ks"
     else:
         found = ", ".join(f"{name} on ({', '.join(map(str, dims))})" for name, dims in fields.items())
         raise DataError(
@@ -47,17 +58,30 @@ def write(ds: xr.Dataset, out: Path, write_zarr: Callable[[xr.Dataset, Path, int
             f"{KINDS['ks'][0]}; or {', '.join(SHALLOW)} on (trajectory, time, latitude, longitude). Rename, select or "
             "transpose fields, or write the_well, netcdf or zarr."
         )
+    ds = _renamed(ds, kind)
+    _check_kept(ds, kind, AXES[kind])
+    parts = _runs(ds)
+    for run in parts:
+        _parameters(ds, kind, run)
+    if out.suffix in (".h5", ".hdf5") and len(parts) > 1:
+        raise DataError(
+            f"{out.name} is one file, but trajectories of several splits or lengths need several. Name a folder."
+        )
+    return kind
 
 
-def _write_files(ds: xr.Dataset, out: Path, kind: str, axes: tuple[str, ...]) -> None:
-    ds = ds.rename({old: new for old, new in RENAMED.items() if old in ds and new in KINDS[kind][1] and new not in ds})
-    parts = [run._replace(split=run.split or "train") for run in slabs.runs(ds, LAYOUT)]
-    _check_kept(ds, kind, axes)
+def _renamed(ds: xr.Dataset, kind: str) -> xr.Dataset:
+    own = KINDS[kind][1]
+    return ds.rename({old: new for old, new in RENAMED.items() if old in ds and new in own and new not in ds})
+
+
+def _runs(ds: xr.Dataset) -> list[Run]:
+    return [run._replace(split=run.split or "train") for run in slabs.runs(ds, LAYOUT)]
+
+
+def _write_files(ds: xr.Dataset, out: Path, kind: str) -> None:
+    axes, parts = AXES[kind], _runs(ds)
     if out.suffix in (".h5", ".hdf5"):
-        if len(parts) > 1:
-            raise DataError(
-                f"{out.name} is one file, but trajectories of several splits or lengths need several. Name a folder."
-            )
         _write_file(ds, out, kind, axes, parts[0])
         return
     out.mkdir()
@@ -97,11 +121,7 @@ def _write_file(ds: xr.Dataset, path: Path, kind: str, axes: tuple[str, ...], ru
             data = group.create_dataset(key, shape, ds[name].dtype)
             for at, arrays in slabs.slabs(ds, [name], dims, run):
                 data[at] = arrays[0]
-        parameters = {name: _parameter(ds, name, run) for name in KINDS[kind][1] if name in ds}
-        for axis in axes:
-            parameters.setdefault(f"d{axis}", _step(slabs.rows(ds, axis, f"grid_{axis}", run), axis, run))
-        times = slabs.rows(ds, "time", "times", run)
-        parameters.setdefault("dt", _step(times, "time", run))
+        parameters, times = _parameters(ds, kind, run), slabs.rows(ds, "time", "times", run)
         for name, values in parameters.items():
             group[name] = values
         if times is None:
@@ -110,6 +130,15 @@ def _write_file(ds: xr.Dataset, path: Path, kind: str, axes: tuple[str, ...], ru
         for axis in axes:  # with the far end, as the benchmark has them
             length = parameters[f"d{axis}"] * ds.sizes[axis]
             group[axis] = np.linspace(0, length, ds.sizes[axis], axis=-1).astype(parameters[f"d{axis}"].dtype)
+
+
+def _parameters(ds: xr.Dataset, kind: str, run: Run) -> dict[str, np.ndarray]:
+    """What a file holds beside its fields, one number per trajectory."""
+    parameters = {name: _parameter(ds, name, run) for name in KINDS[kind][1] if name in ds}
+    for axis in AXES[kind]:
+        parameters.setdefault(f"d{axis}", _step(slabs.rows(ds, axis, f"grid_{axis}", run), axis, run))
+    parameters.setdefault("dt", _step(slabs.rows(ds, "time", "times", run), "time", run))
+    return parameters
 
 
 def _parameter(ds: xr.Dataset, name: str, run: Run) -> np.ndarray:
@@ -135,10 +164,10 @@ def _as_short(values: np.ndarray, dtype: np.dtype) -> np.ndarray:
     return values.astype(dtype) if np.array_equal(values[:, 0].astype(dtype), values[:, 0]) else values
 
 
-def _write_shallow(ds: xr.Dataset, out: Path, write_zarr: Callable[[xr.Dataset, Path, int], None]) -> None:
+def _check_shallow(ds: xr.Dataset, out: Path) -> None:
     if out.suffix in (".h5", ".hdf5"):
         raise DataError(f"Shallow water of {LAYOUT} is a folder of zarr stores, but {out.name} is a file name.")
-    parts = [run._replace(split=run.split or "train") for run in slabs.runs(ds, LAYOUT)]
+    parts = _runs(ds)
     for name in map(str, ds.variables):
         if name not in (*SHALLOW, "trajectory", "split", "time", "latitude", "longitude"):
             raise DataError(f"{LAYOUT} has no place for {name!r} in shallow water. Drop it with drop_vars({name!r}).")
@@ -146,9 +175,12 @@ def _write_shallow(ds: xr.Dataset, out: Path, write_zarr: Callable[[xr.Dataset, 
         raise DataError(
             f"{LAYOUT} holds shallow water in one store per split, but trajectories of one differ in length."
         )
+
+
+def _write_shallow(ds: xr.Dataset, out: Path, write_zarr: Callable[[xr.Dataset, Path, int], None]) -> None:
     back = {new: old for old, new in SHALLOW_DIMS.items()}
     out.mkdir()
-    for run in parts:
+    for run in _runs(ds):
         part = ds.isel(trajectory=slice(run.first, run.first + run.count), time=slice(run.frames))
         part = part.drop_vars([name for name in ("trajectory", "split") if name in part.coords]).transpose(
             "trajectory", "time", "latitude", "longitude"

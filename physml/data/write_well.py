@@ -31,10 +31,22 @@ def write(ds: xr.Dataset, out: Path) -> None:
     Holds a few slabs of one field in memory. Raises DataError for what the layout cannot hold: text, dates, more than
     three spatial dimensions, ends of axes that differ between files.
     """
+    layout, parts = check(ds, out)
+    if out.suffix in (".hdf5", ".h5"):
+        layout.write(out, parts[0])
+        return
+    width = len(str(len(parts)))
+    for number, run in enumerate(parts):
+        folder = out / "data" / (run.split or "train")
+        folder.mkdir(parents=True, exist_ok=True)
+        layout.write(folder / f"{layout.name or out.stem}_{number:0{width}}.hdf5", run)
+
+
+def check(ds: xr.Dataset, out: Path) -> tuple["_Layout", list[Run]]:
+    """Where everything of a dataset goes, and the files. Raises DataError for what the layout cannot hold."""
     slabs.check_trajectory_labels(ds, LAYOUT)
     parts = slabs.runs(ds, LAYOUT)
-    spatial = _spatial(ds)
-    layout = _Layout(ds, spatial, out.stem)
+    layout = _Layout(ds, _spatial(ds), out.stem)
     if out.suffix in (".hdf5", ".h5"):
         if len(parts) > 1:
             raise DataError(
@@ -45,13 +57,7 @@ def write(ds: xr.Dataset, out: Path) -> None:
                 f"{out.name} is one file, which does not tell its split {parts[0].split!r}. Name a folder, or drop it "
                 "with drop_vars('split')."
             )
-        layout.write(out, parts[0])
-        return
-    width = len(str(len(parts)))
-    for number, run in enumerate(parts):
-        folder = out / "data" / (run.split or "train")
-        folder.mkdir(parents=True, exist_ok=True)
-        layout.write(folder / f"{layout.name or out.stem}_{number:0{width}}.hdf5", run)
+    return layout, parts
 
 
 def _spatial(ds: xr.Dataset) -> list[str]:

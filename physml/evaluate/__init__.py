@@ -4,14 +4,16 @@
 `load_scores` keep the result in files.
 """
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import xarray as xr
 
 from physml.data import XarrayDataset
-from physml.errors import ConfigError
+from physml.errors import ConfigError, suggest
 from physml.evaluate.forecasts import evaluate_forecasts
+from physml.evaluate.labels import first_leads
 from physml.evaluate.rollouts import evaluate_stepper, plan_starts, sample_dataset
 from physml.evaluate.validation import RolloutScores, RolloutValidation
 from physml.metrics.table import load_scores, save_scores, to_csv, to_plain, to_rows
@@ -40,7 +42,7 @@ def evaluate(
         climatology: for ACC, skill and SEEPS. Forecasts: a dataset with dims among dayofyear (366), month (12) and
             hour, or the mean state. Steppers: a stepper.
         floors: names among "persistence" and "climatology"; for a stepper a dict name -> stepper.
-        leads: frames to predict, for a stepper.
+        leads: frames to predict, for a stepper; of forecasts only the first so many are scored.
         name: of the model in the result.
         options: of `evaluate_stepper`; for forecasts `inputs` (frames or times that went in), `spectrum_leads`,
             `thresholds`, `batch`, `draws`, `level`, and `scheduler`: threads of this process, or the address of a
@@ -53,9 +55,10 @@ def evaluate(
     if hasattr(prediction, "advance"):
         if leads is None:
             raise ConfigError("A stepper is rolled out to be scored: say how far with `leads=`.")
+        _check_options(evaluate_stepper, options, "a stepper")
         dataset = truth if not isinstance(truth, xr.Dataset) else XarrayDataset(truth, prediction.spec)
         return evaluate_stepper(
-            prediction, dataset, leads, metrics=metrics, climatology=climatology, floors=dict(floors or {}), name=name,
+            prediction, dataset, leads, metrics=metrics, climatology=climatology, floors=floors or None, name=name,
             **options
         )  # fmt: skip
     predictions = prediction if isinstance(prediction, dict) else {name: prediction}
@@ -63,12 +66,22 @@ def evaluate(
         if not isinstance(ds, xr.Dataset) or not isinstance(truth, xr.Dataset):
             raise ConfigError(
                 f"evaluate got a {type(ds).__name__} called {label!r} and a {type(truth).__name__} as truth, but two "
-                "xarray "
-                "Datasets, or a stepper and a Dataset, were expected."
+                "xarray Datasets, or a stepper and a Dataset, were expected."
             )
+    _check_options(evaluate_forecasts, options, "a forecast")
+    if leads is not None:
+        predictions = {label: first_leads(label, ds, leads) for label, ds in predictions.items()}
     return evaluate_forecasts(
         predictions, truth, metrics=metrics, climatology=climatology, floors=floors or (), **options
     )
+
+
+def _check_options(function: Callable, options: dict[str, Any], what: str) -> None:
+    """Raises ConfigError for an option that `function` does not have."""
+    valid = [p.name for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY]
+    for name in options:
+        if name not in valid:
+            raise ConfigError(f"evaluate has no option {name!r} for {what}." + suggest(name, valid))
 
 
 __all__ = [

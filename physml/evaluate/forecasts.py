@@ -91,7 +91,7 @@ def evaluate_forecasts(
         spec=spec,
         forecasts={name: Source(forecast.fields, spec, (MEMBER,)) for name, forecast in forecasts.items()},
         truth=source, starts=starts, leads=leads, truth_index=index, shift=shift, floors=floors,
-        last_input=_last_inputs(first, times, starts) if PERSISTENCE in floors else None,
+        last_input=_last_inputs(first, times, index, first.steps(spec, leads)) if PERSISTENCE in floors else None,
         whole=whole, spectrum_leads=kept, masked=masked,
         deviations={name: Source(ds, spec) for name, ds in deviations.items()},
         **_climate(climatology, chosen, floors, spec, valid, scheduler),
@@ -157,16 +157,23 @@ def _known_floors(floors: Sequence[str], climatology) -> tuple[str, ...]:
     return tuple(floors)
 
 
-def _last_inputs(forecast: Forecast, times: Times, starts: np.ndarray) -> np.ndarray:
-    """Positions in the truth of the last input of every start."""
-    if forecast.start is None:
+def _last_inputs(forecast: Forecast, times: Times, index: np.ndarray, steps: np.ndarray) -> np.ndarray:
+    """Positions in the truth of the last input of every start, from those of its frames, `index (start, lead)`."""
+    if forecast.lead is None:
         raise ConfigError(
             f"The floor 'persistence' needs to know the last input: give the prediction a coordinate {LEAD!r}."
         )
-    index = times.find(forecast.start[starts], "the last inputs")
-    if (index < 0).any():
-        raise times.missing(forecast.start[starts], index, "the last inputs")
-    return index
+    lead = (index >= 0).argmax(1)
+    known = index[np.arange(len(index)), lead]
+    last = times.before(known, steps[lead])
+    if (last < 0).any():
+        start = int(np.argmin(last))
+        raise DataError(
+            f"The truth has no frame {steps[lead][start]} steps before {times.labels[known][start]}, the last input "
+            f"of a forecast, which the floor 'persistence' repeats; it covers {times.labels[0]}..{times.labels[-1]}. "
+            "Open more data, or leave the floor out."
+        )
+    return last
 
 
 def _first_frame(source: Source, starts: np.ndarray, index: np.ndarray, spec: Spec) -> tuple[np.ndarray, bool]:

@@ -35,7 +35,7 @@ def galilean(
     cells: int = 1,
     steps: int | None = None,
     key: Any = None,
-) -> Float[np.ndarray, "batch"]:
+) -> Float[np.ndarray, " batch"]:
     """The same flow seen by somebody who moves: velocities grow by a constant, and the flow drifts past.
 
     Frames of several times, and predictions of later ones, need a periodic grid: the constant is `cells` whole cells of
@@ -103,7 +103,7 @@ def rotation(
     plane: tuple[str, str] | None = None,
     steps: int | None = None,
     key: Any = None,
-) -> Float[np.ndarray, "batch"]:
+) -> Float[np.ndarray, " batch"]:
     """The flow turned by `turns` right angles, grid and components.
 
     Args:
@@ -145,7 +145,7 @@ def reflection(
     axis: str | None = None,
     steps: int | None = None,
     key: Any = None,
-) -> Float[np.ndarray, "batch"]:
+) -> Float[np.ndarray, " batch"]:
     """The flow in a mirror across `axis`, or the worst of all axes; arguments and errors as in `rotation`."""
     axes = [one.name for one in window.spec.grid.axes]
     call = Prediction.of(predict, steps, key)
@@ -168,7 +168,7 @@ def pointwise_rotation(
     seed: int = 0,
     steps: int | None = None,
     key: Any = None,
-) -> Float[np.ndarray, "batch"]:
+) -> Float[np.ndarray, " batch"]:
     """Components turned by a random angle while the grid stays: for functions that look at one point at a time.
 
     Right angles let pass what a function of, say, the sum of fourth powers would do. Arguments and errors as in
@@ -193,7 +193,7 @@ def dimensional(
     units: dict[str, float] = UNITS,
     steps: int | None = None,
     key: Any = None,
-) -> Float[np.ndarray, "batch"]:
+) -> Float[np.ndarray, " batch"]:
     """The same flow in other units: lengths are `units["L"]` times the numbers they were, times `units["T"]`, ...
 
     Fields, parameters, grid, times and time step all change; what predicts must read them from the window it is given.
@@ -225,7 +225,7 @@ def dimensional(
     return relative_error(call(other, roles), scaled(call(window, roles), roles.output), roles)
 
 
-INVARIANCES: dict[str, Callable[..., Float[np.ndarray, "batch"]]] = {
+INVARIANCES: dict[str, Callable[..., Float[np.ndarray, " batch"]]] = {
     "dimensional": dimensional,
     "galilean": galilean,
     "pointwise_rotation": pointwise_rotation,

@@ -21,6 +21,7 @@ STARTS = (TRAJECTORY, "init_time", "initial_time", "forecast_reference_time", "r
 VALID = (TIME, "valid_time")
 MEMBERS = (MEMBER, "members", "realization", "number", "ensemble", "ens")
 LEDGER = "ledger_"  # variables of a forecast that watch its totals
+MONTHS = 0.1  # of a step: how far frames may be from where steps of equal length put them; months are 0.08 off
 GEOMETRIC = ("height", "altitude", "depth")  # vertical axes that are space, unless some variables lack them
 
 
@@ -30,12 +31,11 @@ class Forecast:
     Attributes:
         fields: the dataset, without coordinates of time; space as it is stored.
         valid: valid times `(trajectory, lead)`. lead: labels `(lead,)`, None when it does not say. members: 1 or more.
-        start: times of the last inputs `(trajectory,)`, None when it does not say.
     """
 
     def __init__(self, name: str, ds: xr.Dataset):
         self.name = name
-        lead = next((dim for dim in LEADS if dim in ds.dims), None)
+        lead = _lead_dim(ds)
         self.has_lead = lead is not None and lead in ds.variables
         if lead is None and TIME not in ds.dims:
             raise SpecError(
@@ -50,7 +50,6 @@ class Forecast:
         self.members = ds.sizes[member] if member else 1
         self.lead = self._lead(ds, lead, start) if self.has_lead else None
         self.valid = self._valid(ds, frames, start)
-        self.start = None if self.lead is None else self.valid[:, 0] - self.lead[0]
         drop = {*VALID, *STARTS, frames, member} - {LEDGER, None}
         ds = ds.drop_vars([n for n in drop if n in ds.coords])
         for dim, new in ((start, TRAJECTORY), (frames, TIME), (member, MEMBER)):
@@ -159,6 +158,19 @@ class Forecast:
         return steps.round().astype(int)
 
 
+def _lead_dim(ds: xr.Dataset) -> str | None:
+    return next((dim for dim in LEADS if dim in ds.dims), None)
+
+
+def first_leads(name: str, ds: xr.Dataset, leads: int) -> xr.Dataset:
+    """The first `leads` frames of a forecast. Raises ConfigError where it does not hold as many."""
+    dim = _lead_dim(ds) or TIME
+    count = ds.sizes.get(dim, max(leads, 1))
+    if not 1 <= leads <= count:
+        raise ConfigError(f"leads is {leads}, but the prediction {name!r} holds {count} frames: give 1 to {count}.")
+    return ds.isel({dim: slice(leads)}, missing_dims="ignore")
+
+
 def _checked_times(times: np.ndarray, source: str) -> np.ndarray:
     wrong = np.isnat(times) if times.dtype.kind in "mM" else times != times  # noqa: PLR0124 (NaN differs from itself)
     if np.any(wrong):
@@ -170,8 +182,8 @@ class Times:
     """The times of the truth, and where given ones lie among them."""
 
     def __init__(self, truth: xr.Dataset, spec: Spec):
-        self.labels = ck.clock(truth, time_of(truth, base_of(truth, spec.names[0]))).labels
-        self.step = spec.time_step
+        clock = ck.clock(truth, time_of(truth, base_of(truth, spec.names[0])))
+        self.labels, self.values, self.step = clock.labels, clock.values, spec.time_step
 
     def find(self, times: np.ndarray, what: str) -> np.ndarray:
         """Positions of `times` in the truth, -1 where it lacks them. Raises SpecError for another kind of time."""
@@ -190,6 +202,15 @@ class Times:
         else:
             wrong = labels[position] != times
         return np.where(wrong, -1, position)
+
+    def before(self, position: np.ndarray, steps: np.ndarray) -> np.ndarray:
+        """Positions of the frames `steps` before those at `position`, -1 where the truth lacks them.
+
+        Months differ in length and data have gaps, so neither labels are subtracted nor frames counted.
+        """
+        times, slack = self.values[position] - steps * self.step, MONTHS * self.step
+        found = np.minimum(np.searchsorted(self.values, times - slack), len(self.values) - 1)
+        return np.where(np.abs(self.values[found] - times) > slack, -1, found)
 
     def missing(self, times: np.ndarray, position: np.ndarray, what: str) -> DataError:
         """The error for `times` that `find` did not find."""

@@ -100,6 +100,7 @@ def evaluate_stepper(
     masked = first.mask is not None
     spectral = has_spectrum(spec.grid, masked)
     counts = {name: _member_count(stepper, members)}
+    models[name] = _drawn(stepper) if members else stepper
     chosen = choose_metrics(
         metrics, climatology=climatology is not None, spectrum=spectral, ensemble=(counts[name] or 1) > 1
     )
@@ -109,7 +110,8 @@ def evaluate_stepper(
     )  # fmt: skip
     run = _Run(setting, models, counts, climatology, history, leads, jax.random.key(0) if key is None else key)
     share = slice(jax.process_index(), None, jax.process_count()) if processes else slice(None)
-    tallies, truth, shown = run(dataset, plan[share], groups[share], int(groups.max()) + 1, batch)
+    several = name if (members or 1) > 1 else None
+    tallies, truth, shown = run(dataset, plan[share], groups[share], int(groups.max()) + 1, batch, several)
     if processes:
         for tally in (*tallies.values(), truth):
             tally.merge_processes()
@@ -131,6 +133,11 @@ def evaluate_stepper(
 
 
 def _name_models(stepper: Stepper, floors: dict[str, Stepper], name: str) -> dict[str, Stepper]:
+    if not isinstance(floors, dict):
+        raise ConfigError(
+            f"floors is {floors!r}, but those of a stepper are steppers by name, fitted to its training data, e.g. "
+            'floors={"persistence": PersistenceConfig().fit(train)}.'
+        )
     if name in floors or "truth" in (name, *floors):
         raise ConfigError(
             f"The model is called {name!r} and its floors {list(floors)}: names must differ, and 'truth' is taken. "
@@ -146,6 +153,14 @@ def _member_count(stepper: Stepper, asked: int | None) -> int | None:
         what = f"the stepper is an ensemble of {own}: use a multiple of it" if own else "at least one is needed"
         raise ConfigError(f"members is {asked}, but {what}.")
     return asked or own
+
+
+def _drawn(stepper: Stepper) -> Stepper:
+    """A Gaussian stepper, or an ensemble of them, with every step drawn; any other as it is."""
+    single = stepper.stacked if isinstance(stepper, Members) else stepper
+    if not hasattr(single, "sampled"):
+        return stepper
+    return Members(single.sampled(), stepper.count) if isinstance(stepper, Members) else single.sampled()
 
 
 def plan_starts(lengths: Sequence[int], history: int, leads: int, starts) -> list[tuple[int, int]]:
@@ -213,10 +228,8 @@ class _Run:
     def _compile(self, stepper: Stepper, finish, members: int | None = None):
         """`(window, truth, climatology, number of the batch) -> finish(rollout, ...)`, with the parameters as arguments
         of jit."""
-        if isinstance(stepper, Members):
+        if members and isinstance(stepper, Members):
             stepper = stepper.apart()
-        elif members and hasattr(stepper, "sampled"):
-            stepper = stepper.sampled()
         graph, state = nnx.split(stepper)
         state = jax.tree.map(lambda a: a.addressable_data(0) if not a.is_fully_addressable else a, state)
         state = jax.device_put(state, NamedSharding(self.mesh, PartitionSpec()))
@@ -246,9 +259,10 @@ class _Run:
         parts["finite"] = (finite[..., None].astype(jnp.float32),)
         if self.of_ensembles:
             parts |= ensemble_statistics(ensemble, truth, measure)
-        return parts, pairs, frames[:1]
+        return parts, pairs, frames[:1], _repeated(ensemble)
 
-    def __call__(self, dataset: Dataset, plan, groups, count: int, batch: int):
+    def __call__(self, dataset: Dataset, plan, groups, count: int, batch: int, several: str | None = None):
+        """`several`: the model whose members must differ, because they were asked for."""
         if batch < 1:
             raise ConfigError(f"batch is {batch}, but at least one start must be rolled out at a time.")
         devices = self.mesh.size
@@ -273,7 +287,13 @@ class _Run:
                     exists = np.asarray(mask).any(tuple(range(1, mask.ndim - 1)))
                     counts = weights[..., None] * exists[:, None, :]
                 truth_tally.add(jax.device_get(of_truth), {}, index, counts)
-                for label, (parts, pairs, _) in found.items():
+                if number == 0 and several and found[several][3]:
+                    raise ConfigError(
+                        f"Several members of {several!r} are the same: the stepper draws no random numbers. Leave "
+                        "`members` out, or stack steppers of several seeds (physml.stack_members). Forecasts from "
+                        "perturbed initial states: physml.forecast(..., members=, perturb=0.01), then physml.evaluate."
+                    )
+                for label, (parts, pairs, *_) in found.items():
                     parts, pairs = jax.device_get((parts, pairs))
                     pairs |= {key: metric.per_pair(parts[key]) for key, metric in self.of_ensembles.items()}
                     tallies[label].add(parts, pairs, index, counts)
@@ -308,6 +328,14 @@ class _Run:
         # A smaller last batch repeats its starts with weight zero: the same shapes, so nothing is traced again.
         windows += [windows[i % len(chunk)] for i in range(batch - len(chunk))]
         return stack(windows), weights
+
+
+def _repeated(ensemble):
+    """Whether a member is equal to the one before it; not where both hold no finite number."""
+    first, second = ensemble[:-1], ensemble[1:]
+    axes = tuple(range(1, ensemble.ndim))
+    equal = (first == second) | (jnp.isnan(first) & jnp.isnan(second))
+    return (equal.all(axes) & jnp.isfinite(first).any(axes)).any()
 
 
 def _later(window: Window, skip: int) -> Window:

@@ -12,7 +12,7 @@ from physml import __version__
 from physml.evaluate.statistics import RANKS, Tally, channel_units, spread
 from physml.fields import Spec
 from physml.metrics import Metric, MomentMetric, high_correlation_time
-from physml.metrics.aggregate import interval, resample
+from physml.metrics.aggregate import interval, quantiles, resample
 from physml.metrics.spectra import shells
 from physml.metrics.table import FORMAT
 
@@ -46,7 +46,8 @@ def assemble(tallies: dict[str, Tally], truth: Tally, setting: Setting, attrs: d
     - score, score_low, score_high, score_spread `(model, metric, channel, lead)`: value, bootstrap interval, standard
     deviation
       of the scores of single pairs;
-    - correlation_time, _low, _high, _spread, _capped `(model, channel, threshold)`, in the unit of time;
+    - correlation_time, _low, _high, _spread, _capped `(model, channel, threshold)`, in the unit of time; leads without
+      any pair do not end it: it is at most the last lead with one;
     - spectrum, spectrum_low, spectrum_high `(source, channel, spectrum_lead, wavenumber)`; source is the truth or a
     model; - mean, energy `(source, channel, lead)`: area mean of the field and of half its square;
     - rank_histogram `(model, channel, lead, rank)`, where a model is an ensemble: share of the cells and starts where
@@ -106,13 +107,22 @@ def _correlation_variables(tallies, setting: Setting, draws) -> dict[str, tuple]
     times = setting.leads * setting.spec.time_step
     result = {key: [] for key in ("", "_low", "_high", "_spread", "_capped")}
 
-    def duration(correlation):  # (..., lead, channel) -> (..., channel, threshold)
-        return high_correlation_time(np.moveaxis(correlation, -1, -2), times, setting.thresholds)
+    def duration(correlation, pairs=1):  # (..., lead, channel) -> (..., channel, threshold)
+        carried = _carried(correlation, np.broadcast_to(pairs, correlation.shape) > 0)
+        return high_correlation_time(np.moveaxis(carried, -1, -2), times, setting.thresholds)
 
     for tally in tallies.values():
-        (mean,), (drawn,) = tally.sums["correlation"].means(), tally.sums["correlation"].means(draws)
-        value, capped = duration(mean)
-        tails = np.quantile(duration(drawn)[0], ((1 - setting.level) / 2, (1 + setting.level) / 2), axis=0)
+        sums = tally.sums["correlation"]
+        (mean,), (drawn,) = sums.means(), sums.means(draws)
+        pairs = sums.weights.reshape(*sums.weights.shape[:2], -1)  # (group, lead, channel or 1)
+        counted = pairs.sum(0) > 0
+        reached = times[len(times) - 1 - counted[::-1].argmax(0)]  # the last lead with pairs
+        reached = np.where(counted.any(0), reached, np.nan)[:, None]
+        value, capped = duration(mean, counted)
+        value = np.minimum(value, reached)
+        pairs = np.tensordot(draws, pairs, 1)
+        of_draws = np.minimum(duration(drawn, pairs)[0], reached)
+        tails = quantiles(np.where(pairs.any(1)[..., None], of_draws, np.nan), setting.level)
         alone = tally.groups < 2
         whole = tally.per_pair("correlation")[tally.complete]
         deviation = duration(whole)[0].std(0, ddof=1) if len(whole) > 1 else np.full(value.shape, np.nan)
@@ -122,6 +132,14 @@ def _correlation_variables(tallies, setting: Setting, draws) -> dict[str, tuple]
         result["_high"].append(np.where(alone, np.nan, tails[1]))
         result["_spread"].append(deviation)
     return {f"correlation_time{key}": (dims, np.stack(values)) for key, values in result.items()}
+
+
+def _carried(correlation: np.ndarray, counted: np.ndarray) -> np.ndarray:
+    """`correlation (..., lead, channel)`; where no pair is `counted`, that of the last lead before, 1 before any."""
+    leads = np.arange(1, correlation.shape[-2] + 1)[:, None]
+    last = np.maximum.accumulate(np.where(counted, leads, 0), -2)
+    padded = np.concatenate([np.ones_like(correlation[..., :1, :]), correlation], -2)
+    return np.take_along_axis(padded, last, -2)
 
 
 def _rank_variable(tallies, shape: tuple[int, ...]) -> tuple:

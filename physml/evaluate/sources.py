@@ -114,7 +114,7 @@ def truth_source(ds: xr.Dataset, spec: Spec, trajectories: int) -> Source:
     if source.trajectories not in (1, trajectories):
         raise SpecError(
             f"The prediction has {trajectories} trajectories, but the truth has {source.trajectories}. Select the "
-            "trajectories of the truth that the forecast started from."
+            "trajectories of the truth that the forecast started from, e.g. .isel(trajectory=[0]), or --trajectory 0."
         )
     return source
 

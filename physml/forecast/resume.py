@@ -24,7 +24,7 @@ from physml.forecast.stores import reopen
 from physml.rollout import Divergence, Watchdog, named
 from physml.saving.weights import read_weights, to_bytes
 
-STATE, HEADER, FORMAT = "state.safetensors", "rollout", 1
+STATE, HEADER, FORMAT = "state.safetensors", "rollout", 2  # 1 knew forcing by its first step alone
 MARK = "rollout_identity"  # attribute of a finished output
 
 
@@ -43,19 +43,20 @@ class Saved:
         watch.events = {event.sample: event for event in self.events}
 
 
-def identity(model: Mapping[str, str], window: Window, begins: Any, key, forcing, **options: Any) -> dict[str, str]:
-    """What a rollout may be continued with, by the words that an error calls it."""
+def identity(
+    model: Mapping[str, str], window: Window, begins: Any, key, forcing: str, **options: Any
+) -> dict[str, str]:
+    """What a rollout may be continued with, by the words that an error calls it. `forcing` is a checksum."""
     digest = hashlib.sha256()
     leaves = [window.frames, window.calendar[:, : window.frames.shape[1]], window.parameters, window.static]
     for leaf in [*leaves, *([] if window.mask is None else [window.mask])]:
         digest.update(np.ascontiguousarray(leaf).tobytes())
-    first = "none" if forcing is None else hashlib.sha256(np.ascontiguousarray(forcing(0, 1)).tobytes()).hexdigest()
     return {
         "model": f"{model['model_id']} {model['config_hash']}",
         "initial state": f"{begins} {digest.hexdigest()[:12]}",
-        "forcing": first[:12],
         "key": "none" if key is None else str(np.asarray(jax.random.key_data(key)).tolist()),
         **{name: str(value) for name, value in options.items()},
+        "forcing": forcing,  # the last to be compared: it depends on the steps
     }
 
 
@@ -76,8 +77,8 @@ def finished(out: str | Path, owner: dict[str, str]) -> xr.Dataset | None:
     if data.attrs.get(MARK) != mark(owner):
         data.close()
         raise CheckpointError(
-            f"{out} exists and holds a rollout of another model, initial state or length, or one made with other "
-            "options. Choose another name, or pass overwrite=True."
+            f"{out} exists and holds a rollout of another model, initial state, forcing or length, or one made with "
+            "other options or an older physml. Choose another name, or pass overwrite=True."
         )
     return data
 
@@ -106,13 +107,18 @@ def load(folder: Path, owner: dict[str, str]) -> Saved | None:
     try:
         with safetensors.safe_open(path, framework="numpy") as file:
             about = json.loads(file.metadata()[HEADER])
-        found = about["identity"]
+        found, version = about["identity"], int(about["format"])
         events = [Divergence(**{**event, "place": tuple(event["place"])}) for event in about["events"]]
         saved = Saved(int(about["step"]), arrays, list(about["names"]), list(about["good"]), events)
     except (safetensors.SafetensorError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(
             f"{path} is damaged: {error!r}. Start anew with resume='never' and overwrite=True."
         ) from error
+    if version < FORMAT and owner["forcing"] != "none":
+        raise CheckpointError(
+            f"{folder} was begun with an older physml, which did not keep enough to tell its forcing from another one. "
+            "Start anew with resume='never' and overwrite=True."
+        )
     for what in owner:
         if found.get(what) != owner[what]:
             raise CheckpointError(

@@ -1,6 +1,8 @@
 """`forecast`: from labelled initial states to labelled predictions, watched, in chunks, to memory or to a file."""
 
 import contextlib
+import hashlib
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,10 +19,10 @@ from physml.fields import Window
 from physml.forecast import resume as resuming
 from physml.forecast.ledgers import SPECTRUM_STEP, Labels, spectrum_coordinates
 from physml.forecast.start import Start, start_of
-from physml.forecast.stores import LEAD, open_store
+from physml.forecast.stores import LEAD, check_out, open_store
 from physml.interrupt import Signals
 from physml.rollout import Bounds, Chunk, Watchdog, check_spectrum, perturbed, rollout_chunks
-from physml.steppers import Distribution, Members
+from physml.steppers import Distribution, Members, stack_members
 from physml.steppers.describe import provenance
 
 CHUNK_BYTES = 2**25
@@ -56,7 +58,7 @@ def forecast(
     Beside them the ledger, `ledger_QUANTITY_VARIABLE (trajectory, lead)` (finite, mean, energy, variance, minimum,
     maximum; initial value and training range as attributes), and `steps_completed (trajectory)`, the steps before a
     divergence. Attributes name the model, its config hash and the version. A Gaussian stepper alone also gives standard
-    deviations, `VARIABLE_std`; as `members` it is drawn from.
+    deviations, `VARIABLE_std`; when `members` are asked for, of an ensemble of them too, it is drawn from.
 
     With `out` the state is saved beside it, in `OUT.partial`, every few chunks and when SIGTERM or SIGINT asks to stop;
     the same call with `resume="auto"` then gives bit for bit what an uninterrupted one gives.
@@ -64,13 +66,14 @@ def forecast(
     Args:
         stepper: what `physml.load` gives.
         initial: one frame when the stepper's history is 1, else at least `history` frames, of which the last are taken;
-            one or several trajectories.
+            one or several trajectories. Where its variable `frames` counts those of each trajectory, from the first
+            one of `initial` on, padding behind them is not read.
         out: a .zarr or .nc path to stream to; memory then does not grow with `steps`, and the result is opened lazily.
         chunk: frames computed between two looks at the ledger, and per storage chunk.
         key: typed PRNG key of a stochastic stepper, jax.random.key(0) if not given.
         members: an ensemble of so many along dimension `member`. An ensemble of steppers (`Experiment.seeds`,
             `physml.stack_members`) gives its own members without being asked, or the same number of each; one stepper
-            needs a key and random numbers: its own, or `perturb`.
+            needs a key and random numbers: its own, or `perturb`. No two of them may be the same.
         perturb: standard deviation of random fields that are added to the initial state of every member, in units of
             the scale of the training data; for other sizes see `physml.perturbed`.
         perturb_kind: "smooth" fields, with a correlation length of a tenth of each axis, or "white" ones.
@@ -92,13 +95,12 @@ def forecast(
     for an unfinished rollout that was begun with anything else; DataError while another process writes `out`;
     Interrupted after SIGTERM or SIGINT (with `out`).
     """
-    own = stepper.count if isinstance(stepper, Members) else None
-    members = own if members is None else members
-    _check_options(steps, chunk, key, members, own, perturb, on_divergence, out, resume)
+    steps, chunk, members = _whole("steps", steps), _whole("chunk", chunk), _whole("members", members)
+    _check_options(stepper, steps, chunk, key, members, perturb, perturb_kind, on_divergence, out, resume)
     key = jax.random.key(0) if key is None else key
     start = start_of(stepper, initial, steps, forcing, masked)
     model = provenance(stepper)
-    stepper = _for_inference(stepper.apart() if own else _as_asked(stepper, members))
+    stepper, members = _for_inference(_as_asked(stepper, members)), _count(stepper, members)
     window, names = _with_members(start.window, members), _member_names(start, members)
     if perturb is not None:
         window = _perturbed(window, start.window, stepper, key, members, perturb, perturb_kind)
@@ -108,7 +110,10 @@ def forecast(
     read = start.forcing and (lambda first, last: _tiled(start.forcing(first, last), members))
     options = {"steps": steps, "chunk": chunk, "members": members, "on_divergence": on_divergence, "limit": limit}
     options["spectrum_every"] = spectrum_every
-    owner = {} if out is None else resuming.identity(model, window, start.valid[0], key, read, **options)
+    owner = {}
+    if out is not None:
+        forced = start.forcing.digest() if start.forcing else "none"
+        owner = resuming.identity(model, window, start.valid[0], key, forced, **options)
     if resume == "auto" and not overwrite and (done := resuming.finished(out, owner)) is not None:
         return done
     store = open_store(out, _labels(start, stepper.spec, members), coords, overwrite, resume)
@@ -133,7 +138,37 @@ def forecast(
             raise
 
 
-def _check_options(steps, chunk, key, members, own, perturb, on_divergence, out, resume) -> None:
+def check_forecast(
+    stepper, initial: xr.Dataset, steps: int, *, out: str | Path, forcing: xr.Dataset | None, chunk: int | None, key,
+    members: int | None, perturb: float | None, perturb_kind: str, on_divergence: str, overwrite: bool, resume: str,
+    spectrum_every: int | Literal["auto"] | None,
+) -> None:  # fmt: skip
+    """What `forecast` checks before it computes; raises what it raises."""
+    _check_options(stepper, steps, chunk, key, members, perturb, perturb_kind, on_divergence, out, resume)
+    start = start_of(stepper, initial, steps, forcing, None)
+    _spectrum_every(spectrum_every, start.window, steps)
+    if not (resume == "auto" and Path(out).exists()):
+        check_out(out, overwrite, resume)
+
+
+def _whole(name: str, value):
+    try:
+        return None if value is None else operator.index(value)
+    except TypeError:
+        raise ConfigError(f"{name} is {value!r}, but a whole number was expected.") from None
+
+
+def _count(stepper, members: int | None) -> int | None:
+    """How many members there will be: those asked for, else the ensemble's own."""
+    return stepper.count if members is None and isinstance(stepper, Members) else members
+
+
+def _check_options(stepper, steps, chunk, key, members, perturb, perturb_kind, on_divergence, out, resume) -> None:
+    if not hasattr(stepper, "advance"):
+        raise ConfigError(
+            f"{type(stepper).__name__} has no names and units, so it cannot forecast. Give a stepper, as physml.load "
+            "and DirectConfig().build(spec, model, normalizer) make them."
+        )
     if resume not in ("never", "auto") or (resume == "auto" and out is None):
         raise ConfigError(
             f"resume is {resume!r} and out {out}, but an unfinished rollout is continued with resume='auto' and the "
@@ -143,12 +178,16 @@ def _check_options(steps, chunk, key, members, own, perturb, on_divergence, out,
         raise ConfigError(f"on_divergence is {on_divergence!r}, but raise, stop or flag was expected.")
     if steps < 1 or (chunk is not None and chunk < 1) or (members is not None and members < 1):
         raise ConfigError(f"steps={steps}, chunk={chunk} and members={members} count things: at least 1.")
+    _check_key(key)
+    own = stepper.count if isinstance(stepper, Members) else None
+    drawn = members is not None and hasattr(stepper.stacked if own else stepper, "sampled")
+    members = _count(stepper, members)
     if own and members % own:
         raise ConfigError(
             f"members is {members}, but the stepper is an ensemble of {own} that forecast equally often. Use a "
             f"multiple of {own}, or leave members out."
         )
-    if members is not None and key is None and (members != own or perturb is not None):
+    if members is not None and key is None and (members != own or drawn or perturb is not None):
         raise ConfigError(
             "members needs a key: without random numbers all members are the same. Pass jax.random.key(0)."
         )
@@ -157,12 +196,27 @@ def _check_options(steps, chunk, key, members, own, perturb, on_divergence, out,
             f"perturb is {perturb} and members {members}, but perturbations have a size above 0 and make members: say "
             "how many."
         )
+    if perturb is None and perturb_kind != "smooth":
+        raise ConfigError(
+            f"perturb_kind is {perturb_kind!r}, but nothing is perturbed. Give the size too, e.g. perturb=0.01 "
+            "(--perturb 0.01), or leave it out."
+        )
+
+
+def _check_key(key) -> None:
+    try:
+        single = key is None or np.ndim(jax.random.key_data(key)) == 1
+    except TypeError:
+        single = False
+    if not single:
+        raise ConfigError(f"key is {key!r}, but one key of random numbers was expected: jax.random.key(0).")
 
 
 def _spectrum_every(asked, window: Window, steps: int) -> int | None:
     if asked is None:
         return None
-    if asked != "auto" and (not isinstance(asked, int) or asked < 1):
+    asked = asked if asked == "auto" else _whole("spectrum_every", asked)
+    if asked != "auto" and asked < 1:
         raise ConfigError(f"spectrum_every is {asked!r}, but it counts steps: at least 1, 'auto', or None for none.")
     try:
         check_spectrum(window.spec, window.mask)
@@ -174,7 +228,13 @@ def _spectrum_every(asked, window: Window, steps: int) -> int | None:
 
 
 def _as_asked(stepper, members: int | None):
-    """A Gaussian stepper drawn from for `members`, else with its variance, unless its config says that it is drawn."""
+    """An ensemble member by member. A Gaussian stepper drawn from for `members` that were asked for, else with its
+    variance, unless its config says that it is drawn.
+    """
+    if isinstance(stepper, Members):
+        if members is not None and hasattr(stepper.stacked, "sampled"):
+            stepper = stack_members([stepper.member(i).sampled() for i in range(stepper.count)])
+        return stepper.apart()
     if not hasattr(stepper, "distribution"):
         return stepper
     if members is not None:
@@ -260,10 +320,9 @@ def _labels(start: Start, spec, members: int | None):
 
 
 def _lead_coordinates(start: Start) -> dict[str, xr.Variable]:
-    time = {"standard_name": "time", "long_name": "valid time"}
     return {
         "lead": xr.Variable(("lead",), start.leads, {"long_name": "lead time"}),
-        "time": xr.Variable(("lead",), start.valid, time),
+        "time": xr.Variable(("lead",), start.valid, start.valid_attrs),
     }
 
 
@@ -349,12 +408,18 @@ class _Run:
         return count, self.on_divergence == "stop" and watch.everything_failed
 
     def _check_members(self, frames: np.ndarray) -> None:
-        first, *others = np.split(frames, self.members)
-        if all(np.array_equal(first, other, equal_nan=True) for other in others):
-            raise ConfigError(
-                f"All {self.members} members are the same: the stepper draws no random numbers. Perturb the initial "
-                "state (perturb=0.01), use a stepper trained with several seeds, or leave members out."
-            )
+        """Raises ConfigError for two that are equal, unless they are lost already."""
+        first: dict[bytes, int] = {}
+        for member, part in enumerate(np.split(frames, self.members)):
+            if not np.isfinite(part).any():
+                continue
+            same = first.setdefault(hashlib.sha256(np.ascontiguousarray(part)).digest(), member)
+            if same != member:
+                raise ConfigError(
+                    f"Members {same} and {member} of {self.members} are the same: the stepper draws no random numbers. "
+                    "Perturb the initial state (perturb=0.01), use a stepper trained with as many seeds, or leave "
+                    "members out."
+                )
 
     def _write_ledger(self, waiting: list[Chunk]) -> None:
         first, every = waiting[0].start, self.spectrum_every

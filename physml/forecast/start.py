@@ -1,6 +1,7 @@
 """Where a forecast starts: labelled data become a window, valid times and a source of forcing, all checked first."""
 
-from collections.abc import Callable
+import hashlib
+import os
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -10,9 +11,12 @@ from physml.data import axes as ax
 from physml.data import clock as ck
 from physml.data.channels import base_of, missing_variable, time_of
 from physml.data.labelled import to_window
-from physml.data.reader import Reader
+from physml.data.reader import Reader, lengths_of, without_lengths
 from physml.errors import ConfigError, DataError, SpecError
 from physml.fields import Spec, Window
+
+SMALL, BLOCK, SAMPLES = 2**26, 2**22, 16  # bytes of forcing that are read at once to know it again; or else steps of it
+SAME_TIME = 0.01  # steps that two times may differ by
 
 
 @dataclass(frozen=True)
@@ -22,8 +26,8 @@ class Start:
     Attributes:
         window: the history, batched over trajectories; times and calendar reach to the last lead.
         like: the dataset of these frames, whose labels the forecast takes over.
-        leads: lead times of all steps. valid: the instants they are valid at.
-        forcing: reads the prescribed fields of some steps, see `rollout_chunks`; None when there are none.
+        leads: lead times of all steps. valid: the instants they are valid at. valid_attrs: what these are.
+        forcing: the prescribed fields; None when there are none.
         names: what messages call the trajectories.
     """
 
@@ -31,8 +35,53 @@ class Start:
     like: xr.Dataset
     leads: np.ndarray
     valid: np.ndarray
-    forcing: Callable[[int, int], np.ndarray] | None
+    valid_attrs: dict[str, str]
+    forcing: "Forcing | None"
     names: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Forcing:
+    """Prescribed fields `(batch, last - first, *space, forcing)` of the steps `first:last`, as `rollout_chunks` asks.
+
+    Attributes:
+        reader: of their dataset. index: its frame for every step. batch: trajectories that they are for.
+    """
+
+    reader: Reader
+    index: np.ndarray
+    batch: int
+
+    def __call__(self, first: int, last: int) -> np.ndarray:
+        values = self._read(first, last)
+        return np.broadcast_to(values, (self.batch, *values.shape[1:]))
+
+    def _read(self, first: int, last: int) -> np.ndarray:
+        wanted, place = np.unique(self.index[first:last], return_inverse=True)
+        everyone, strides = range(self.reader.trajectories), set(np.diff(wanted).tolist())
+        if len(strides) <= 1:
+            frames = range(int(wanted[0]), int(wanted[-1]) + 1, *strides)
+            values = self.reader.arrays(everyone, frames)[0]
+        else:
+            parts = [self.reader.arrays(everyone, range(i, i + 1))[0] for i in wanted.tolist()]
+            values = np.concatenate(parts, axis=1)
+        return values if np.array_equal(place, np.arange(len(wanted))) else values[:, place]
+
+    def digest(self) -> str:
+        """Tells other fields: a checksum of all steps where they are small, else of `SAMPLES` steps and of how many
+        frames and bytes there are to read from.
+        """
+        steps, source, found = len(self.index), self.reader.source, hashlib.sha256()
+        one = max(self._read(0, 1).nbytes, 1)
+        block = max(1, BLOCK // one)
+        pieces = [(first, min(first + block, steps)) for first in range(0, steps, block)]
+        if steps * one > SMALL:
+            size = os.path.getsize(source) if os.path.isfile(source) else 0
+            found.update(f"{self.reader.frames} {size}".encode())
+            pieces = [(i, i + 1) for i in np.unique(np.linspace(0, steps - 1, SAMPLES).round().astype(int)).tolist()]
+        for first, last in pieces:
+            found.update(np.ascontiguousarray(self._read(first, last)))
+        return found.hexdigest()[:16]
 
 
 def start_of(stepper, initial: xr.Dataset, steps: int, forcing: xr.Dataset | None, masked: bool | None) -> Start:
@@ -50,16 +99,18 @@ def start_of(stepper, initial: xr.Dataset, steps: int, forcing: xr.Dataset | Non
     times = ck.clock(like, time_of(like, base_of(like, spec.names[0])))
     _check_clock(times, spec, stepper)
     valid = ck.after(times, steps, spec.time_step)
-    window = _with_clock(window, times, valid, max(stepper.history, 1))
-    read = _forcing(forcing if forcing is not None else like, spec, valid, window.frames.shape[0], forcing is None)
+    window = _with_clock(window, times, valid, stepper.history)
+    batch = window.frames.shape[0]
+    source = like if forcing is None else forcing
+    prescribed = _forcing(source, spec, times, valid, batch, forcing is None)
     leads = ck.lead_labels(times, steps, spec.time_step)
-    return Start(window, like, leads, valid, read, _names(like, window.frames.shape[0]))
+    return Start(window, like, leads, valid, ck.valid_attrs(times), prescribed, _names(like, batch))
 
 
 def _history(initial: xr.Dataset, spec: Spec, history: int) -> xr.Dataset:
     """The last frames of `initial`, with a time dimension."""
     if history == 0:
-        return initial
+        return without_lengths(initial)
     names = {name: base_of(initial, name) for name in spec.names}
     for name, base in names.items():
         if base is None:
@@ -71,14 +122,29 @@ def _history(initial: xr.Dataset, spec: Spec, history: int) -> xr.Dataset:
                 f"The stepper needs {history} frames of history, but initial holds a single one. "
                 f"Give the last {history}: data.isel(time=slice(-{history}, None))."
             )
-        return _as_one_frame(initial, set(names.values()))
-    count = initial.sizes[dim]
+        return _as_one_frame(without_lengths(initial), set(names.values()))
+    count = _real_frames(initial, dim)
     if count < history:
         raise SpecError(
             f"The stepper needs {history} frames of history, but initial holds {count} along {dim!r}. "
             f"Give the last {history}: data.isel({dim}=slice(-{history}, None))."
         )
-    return initial.isel({dim: slice(count - history, None)})
+    return without_lengths(initial).isel({dim: slice(count - history, count)})
+
+
+def _real_frames(initial: xr.Dataset, dim: str) -> int:
+    """How many frames are no padding. Raises SpecError for trajectories that end at different times."""
+    lengths = lengths_of(initial)
+    if lengths is None:
+        return initial.sizes[dim]
+    found = np.minimum(lengths, initial.sizes[dim])
+    if len(found) and found.min() < found.max():
+        raise SpecError(
+            f"The trajectories of initial end after {found.min()} to {found.max()} frames, so they have no last frame "
+            f"in common. Say where to start, at most {found.min()} frames in: "
+            f"initial.isel({dim}=slice({found.min()})) (--at '#{found.min() - 1}'), or give one trajectory."
+        )
+    return int(found.min())
 
 
 def _as_one_frame(initial: xr.Dataset, variables: set[str]) -> xr.Dataset:
@@ -147,7 +213,8 @@ def _with_clock(window: Window, times: ck.Clock, valid: np.ndarray, history: int
     since = (np.arange(total) * window.spec.time_step).astype(np.float32)
     calendar = np.zeros((total, 2), np.float32)
     if times.calendar is not None:
-        calendar = np.concatenate([times.calendar[-history:], ck.of_labels(valid).calendar])
+        past = times.calendar[len(times) - history :]
+        calendar = np.concatenate([past, ck.of_labels(valid).calendar])
 
     def spread(array):
         return np.broadcast_to(array, (batch, *array.shape))
@@ -162,8 +229,8 @@ def _names(like: xr.Dataset, batch: int) -> tuple[str, ...]:
     return ()
 
 
-def _forcing(source: xr.Dataset, spec: Spec, valid: np.ndarray, batch: int, from_initial: bool):
-    """A reader of forcing, after checking that it covers every valid time."""
+def _forcing(source: xr.Dataset, spec: Spec, times: ck.Clock, valid, batch: int, from_initial: bool) -> Forcing | None:
+    """The prescribed fields, after checking that they cover every valid time."""
     if not spec.forcing:
         return None
     names = [channel.name for channel in spec.forcing]
@@ -180,37 +247,35 @@ def _forcing(source: xr.Dataset, spec: Spec, valid: np.ndarray, batch: int, from
         raise SpecError(
             f"The forcing has {reader.trajectories} trajectories, but initial has {batch}. Give one, or one for each."
         )
-    index = np.zeros(len(valid), int) if reader.time_dim is None else _positions(reader, valid, spec.time_step)
-
-    def read(first: int, last: int) -> np.ndarray:
-        wanted = index[first:last]
-        frames = [reader.arrays(range(reader.trajectories), range(i, i + 1))[0] for i in wanted]
-        if len(wanted) > 1 and (np.diff(wanted) == 1).all():
-            frames = [reader.arrays(range(reader.trajectories), range(wanted[0], wanted[-1] + 1))[0]]
-        values = np.concatenate(frames, axis=1)
-        return np.broadcast_to(values, (batch, *values.shape[1:]))
-
-    return read
+    if reader.time_dim is None:
+        return Forcing(reader, np.zeros(len(valid), int), batch)
+    return Forcing(reader, _positions(reader, times, valid, spec.time_step), batch)
 
 
-def _positions(reader: Reader, valid: np.ndarray, step: float) -> np.ndarray:
-    """Frame of the forcing at every valid time. Raises DataError naming the first that is not there."""
-    labels = reader.times.labels
-    if labels.dtype.kind == "f" or valid.dtype.kind == "f":
-        found = np.clip(np.searchsorted(labels, valid - 0.5 * step), 0, len(labels) - 1)
-        there = np.abs(labels[found] - valid) <= 1e-3 * step
-    else:
-        known = {_instant(label): i for i, label in enumerate(labels)}
-        found = np.array([known.get(_instant(label), -1) for label in valid])
-        there = found >= 0
+def _positions(reader: Reader, times: ck.Clock, valid: np.ndarray, step: float) -> np.ndarray:
+    """Frame of the forcing at every valid time. Raises SpecError for another kind of time, DataError naming the first
+    one that is not there.
+    """
+    known = reader.times
+    kinds = ck.kind_of(times.labels), ck.kind_of(known.labels)
+    if kinds[0] != kinds[1]:
+        raise SpecError(
+            f"The times of initial are {kinds[0]} (the first one {times.labels[0]}), but those of the forcing, "
+            f"{reader.source}, are {kinds[1]} (the first one {known.labels[0]}). Give both the same kind of time "
+            "coordinate."
+        )
+    ratio = times.scale / known.scale if times.unit and known.unit else 1.0  # numbers without unit are taken as alike
+    asked = valid if ratio == 1 else valid * ratio
+    wanted = ck.elapsed(known, asked)
+    found = ck.nearest(known.values, wanted)
+    there = np.abs(known.values[found] - wanted) <= SAME_TIME * step / times.scale * ratio * known.scale
+    there &= found < min(reader.lengths)  # what follows is padding
     if there.all():
         return found
+    first = int(np.argmin(there))
+    last = known.labels[min(reader.lengths) - 1]
     raise DataError(
-        f"{reader.source}: forcing covers {labels[0]} to {labels[-1]} ({len(labels)} frames), but the forecast needs "
-        f"{valid[0]} to {valid[-1]}, every {step:g}; {valid[int(np.argmin(there))]} is missing. "
-        f"Give forcing over that range, or take at most {int(np.argmin(there))} steps."
+        f"{reader.source}: forcing covers {known.labels[0]} to {last} ({min(reader.lengths)} frames), but the forecast "
+        f"needs {asked[0]} to {asked[-1]}; {asked[first]} is missing. "
+        f"Give forcing over that range, or take at most {first} steps."
     )
-
-
-def _instant(label):
-    return label.astype("datetime64[ns]").astype(int) if isinstance(label, np.datetime64) else label

@@ -30,6 +30,12 @@ def open_store(out: str | Path | None, label: Label, coords: dict[str, xr.Variab
     """
     if out is None:
         return Memory(label, coords)
+    path = check_out(out, overwrite, resume)
+    return (Zarr if SUFFIXES[path.suffix] == "zarr" else Netcdf)(path, label, coords)
+
+
+def check_out(out: str | Path, overwrite: bool, resume: str) -> Path:
+    """Raises ConfigError where `open_store` would."""
     path = Path(out)
     if path.suffix not in SUFFIXES:
         raise ConfigError(f"{path} ends in {path.suffix!r}, but one of {', '.join(sorted(SUFFIXES))} was expected.")
@@ -42,7 +48,7 @@ def open_store(out: str | Path | None, label: Label, coords: dict[str, xr.Variab
             f"{partial_of(path)} holds an unfinished rollout. Continue it with resume='auto' (--resume auto), or pass "
             "overwrite=True to start anew."
         )
-    return (Zarr if SUFFIXES[path.suffix] == "zarr" else Netcdf)(path, label, coords)
+    return path
 
 
 def reopen(path: Path) -> xr.Dataset:
@@ -175,7 +181,8 @@ class Zarr(_File):
         coords = {n: c.variable for n, c in piece.coords.items() if dim not in c.dims and n not in there}
         coords |= {n: c for n, c in self.coords.items() if self.group is None}
         # Every call replaces all attributes of the store.
-        template = xr.Dataset(variables, coords, piece.attrs if self.group is None else dict(self.group.attrs))
+        attrs = piece.attrs if self.group is None else dict(self.group.attrs)
+        template = _plainly(xr.Dataset(variables, coords, attrs))
         mode = "w-" if self.group is None else "a"
         template.to_zarr(self.partial, mode=mode, compute=False, zarr_format=3, consolidated=False, encoding=encoding)
         self.group = zarr.open_group(self.partial, mode="r+", zarr_format=3)
@@ -187,7 +194,7 @@ class Zarr(_File):
             if shape != array.shape:
                 array.resize(shape)
         extra = extra.assign_attrs({**self.group.attrs, **attrs})
-        extra.to_zarr(self.partial, mode="a", zarr_format=3, consolidated=False)
+        _plainly(extra).to_zarr(self.partial, mode="a", zarr_format=3, consolidated=False)
         self._put()
         result = reopen(self.path)
         return result[[*self.names, *extra.data_vars]]  # zarr does not keep the order
@@ -247,7 +254,7 @@ class Netcdf(_File):
                 self.file.createDimension(dim, None if dim in growing else size)
         attrs = dict(variable.attrs)
         fill = attrs.pop("_FillValue", None)
-        kind = str if variable.dtype.kind in "OU" else variable.dtype
+        kind = str if variable.dtype.kind in "OU" else variable.dtype.newbyteorder("=")
         chunks = [length if dim in growing else size for dim, size in variable.sizes.items()]
         grows = bool(growing & set(variable.dims))
         options = {"chunksizes": chunks} if grows else {}
@@ -271,10 +278,28 @@ class Netcdf(_File):
         self.file = None
 
 
+def _plainly(ds: xr.Dataset) -> xr.Dataset:
+    """`ds` with attributes that a file can hold."""
+    ds = ds.copy()
+    ds.attrs = _plain(ds.attrs)
+    for variable in ds.variables.values():
+        variable.attrs = _plain(variable.attrs)
+    return ds
+
+
 def _plain(attrs: dict) -> dict:
-    """Attributes that netCDF can hold."""
-    return {
-        key: value if isinstance(value, str | int | float | np.ndarray | np.generic | list | tuple) else str(value)
-        for key, value in attrs.items()
-        if value is not None
-    }
+    """Attributes that netCDF and zarr can hold: text and numbers, alone or in a row; text for everything else."""
+    return {str(key): _plain_value(value) for key, value in attrs.items() if value is not None}
+
+
+def _plain_value(value):
+    try:
+        array = np.asarray(value)
+    except ValueError:  # rows of several lengths
+        return str(value)
+    if array.dtype.kind == "b" and array.size:
+        value = array = array.astype("int32")
+    known = array.dtype.kind in "iufU" and array.dtype != np.float16
+    if not known or array.ndim > 1 or (array.ndim and not array.size):
+        return str(value)
+    return value.item() if isinstance(value, np.ndarray) and not value.ndim else value

@@ -94,13 +94,14 @@ def interval(
     """
     scores = [np.asarray(finish(*sums.means(part))) for part in np.split(draws, range(chunk, len(draws), chunk))]
     scores = np.concatenate(scores)
-    low, high = _quantiles(scores, level)
+    low, high = quantiles(scores, level)
     lone = (sums.weights > 0).sum(0) < 2
     lone = lone.reshape(*lone.shape, *(1,) * (low.ndim - lone.ndim))
     return np.where(lone, np.nan, low), np.where(lone, np.nan, high)
 
 
-def _quantiles(scores, level):
+def quantiles(scores: np.ndarray, level: float) -> tuple[np.ndarray, np.ndarray]:
+    """The ends of the central interval of the draws `(draw, ...)`."""
     # A draw in which no pair counts is NaN and left out; a diverged score is infinite and must stay in.
     import warnings
 

@@ -11,7 +11,7 @@ THRESHOLDS = (0.8, 0.9, 0.95)
 
 def high_correlation_time(
     correlation: Float[ArrayLike, "*batch lead"],
-    times: Float[ArrayLike, "time"],  # as many as leads; checked below, with a message
+    times: Float[ArrayLike, " time"],  # as many as leads; checked below, with a message
     thresholds: tuple[float, ...] = THRESHOLDS,
     *,
     interpolate: bool = False,

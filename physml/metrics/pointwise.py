@@ -49,7 +49,7 @@ def variance_scaled_error(prediction, truth, measure: Measure):
     infinite.
     """
     cells = (measure.weights > 0).sum(tuple(range(2, truth.ndim - 1)))
-    variance = measure.mean((truth - expand(measure.mean(truth), truth)) ** 2) * cells / (cells - 1)
+    variance = measure.mean(centered(truth, measure) ** 2) * cells / (cells - 1)
     return (jnp.sqrt(measure.mean((prediction - truth) ** 2) / variance),)
 
 
@@ -59,9 +59,14 @@ def pearson(prediction, truth, measure: Measure):
     corr = <(p - <p>)(t - <t>)> / sqrt(<(p - <p>)^2> <(t - <t>)^2>), as for the high-correlation time of PDE-Refiner
     (Lippe et al. 2023, arXiv:2308.05732).
     """
-    p = prediction - expand(measure.mean(prediction), prediction)
-    t = truth - expand(measure.mean(truth), truth)
-    return (cosine(p, t, measure),)
+    return (cosine(centered(prediction, measure), centered(truth, measure), measure),)
+
+
+def centered(frames, measure: Measure):
+    """x - <x>, and zero where a frame is constant: there the difference is rounding of <x> alone."""
+    anomaly = frames - expand(measure.mean(frames), frames)
+    rounding = (8 * jnp.finfo(anomaly.dtype).eps) ** 2 * measure.mean(frames**2)
+    return jnp.where(expand(measure.mean(anomaly**2) < rounding, frames), 0.0, anomaly)
 
 
 def cosine(p, t, measure: Measure):

@@ -15,7 +15,7 @@ from physml.fields import ArrayLike, Spec
 from physml.metrics.chaos import high_correlation_time
 from physml.metrics.ensemble import variance
 from physml.metrics.metric import Measure, check_pair
-from physml.metrics.pointwise import expand
+from physml.metrics.pointwise import centered, expand
 
 FEWEST_SAMPLES = 3  # two points always lie on a line
 
@@ -37,7 +37,7 @@ def member_correlation(
 
 def _direction(frames, measure: Measure):
     """Anomalies about the spatial mean, of unit mean square; zero for a constant frame."""
-    anomaly = frames - expand(measure.mean(frames), frames)
+    anomaly = centered(frames, measure)
     size = expand(jnp.sqrt(measure.mean(anomaly**2)), frames)
     return jnp.where(size == 0, 0.0, anomaly / jnp.where(size == 0, 1.0, size))
 

@@ -16,19 +16,25 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from physml.errors import DataError
+from physml.errors import ConfigError, DataError
 
 FORMAT = 1  # of scores.nc
 
 
+def file_of(name: str, split: str = "test") -> str:
+    """The file of a split: scores.nc of the test split, scores-train.nc of the training split."""
+    path = Path(name)
+    return name if split == "test" else f"{path.stem}-{split}{path.suffix}"
+
+
 def save_scores(scores: xr.Dataset, folder: str | Path) -> None:
     """Writes scores.nc, scores.json and metrics.csv (one row per model, metric, channel and lead), each at once or not
-    at all."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_netcdf(scores, folder / "scores.nc")
-    replace_file(folder / "scores.json", lambda path: path.write_text(json.dumps(to_plain(scores), indent=1)))
-    replace_file(folder / "metrics.csv", lambda path: path.write_text(to_csv(scores)))
+    at all; with the split in their names where the attribute `split` is another than "test"."""
+    folder, split = Path(folder), scores.attrs.get("split", "test")
+    plain, rows = json.dumps(to_plain(scores), indent=1), to_csv(scores)
+    write_netcdf(scores, folder / file_of("scores.nc", split))
+    replace_file(folder / file_of("scores.json", split), lambda path: path.write_text(plain))
+    replace_file(folder / file_of("metrics.csv", split), lambda path: path.write_text(rows))
 
 
 def load_scores(path: str | Path) -> xr.Dataset:
@@ -65,9 +71,15 @@ def write_netcdf(ds: xr.Dataset, path: str | Path) -> None:
 
 
 def replace_file(path: Path, write: Callable[[Path], Any]) -> None:
-    """Lets `write` fill a temporary file beside `path`, then puts it in place in one step."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.stem}-", suffix=path.suffix, dir=path.parent)
+    """Lets `write` fill a temporary file beside `path`, then puts it in place in one step.
+
+    Raises ConfigError where the folder cannot be made or written to.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f".{path.stem}-", suffix=path.suffix, dir=path.parent)
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be written ({error}). Choose another folder.") from error
     os.close(handle)
     try:
         write(Path(name))

@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from physml.metrics.table import replace_file
+from physml.metrics.table import file_of, replace_file
 from physml.report import drawing
 from physml.report.animation import animation
 from physml.report.curves import (
@@ -30,43 +30,47 @@ from physml.report.page import (
     summary_tables,
     to_text,
 )
-from physml.report.runs import Entry, RunData, entries, read_runs, sample_channels
+from physml.report.runs import Entry, RunData, entries, read_runs, sample_channels, scored_on
 
 MAX_CHANNELS = 4  # with figures of their own; tables hold all
 DETAILS = ("bias", "mae", "relative_l2", "nrmse_pooled", "h1", "acc_pooled")  # figures folded away
 
 
-def report(runs: Any, path: str | Path = "report.html", *, title: str | None = None) -> Path:
-    """Writes `path`, one HTML file without references to anything outside it, and metrics.json and metrics.csv beside
-    it.
+def report(runs: Any, path: str | Path = "report.html", *, title: str | None = None, split: str = "test") -> Path:
+    """Writes `path`, one HTML file without references to anything outside it, and metrics.json and metrics.csv (of
+    another split than test metrics-SPLIT.json and metrics-SPLIT.csv) beside it.
 
     Args:
         runs: one or several run folders (as `physml.train` leaves them), objects with an attribute `folder`, files
             scores.nc, or datasets of scores. Several make a comparison. A folder may lack any of scores.nc, sample.nc,
             metrics.jsonl, config.yaml and environment.json; the page says what is missing and how to make it.
         path: the page to write; a folder gets report.html inside.
+        split: whose scores of run folders are shown, see `physml.api.score`.
 
     Raises ConfigError when there is nothing to report on, DataError when a piece of a run is damaged.
     """
     path = Path(path)
     path = path / "report.html" if path.is_dir() or path.suffix == "" else path
-    loaded = read_runs(runs)
+    loaded = read_runs(runs, split)
     lines = entries(loaded)
     title = title or (
         f"Run {loaded[0].name}" if len(loaded) == 1 else "Comparison of " + ", ".join(r.name for r in loaded)
-    )
+    ) + ("" if split == "test" else f", {split} split")
+    text, plain = (path.with_name(file_of(name, split)) for name in ("metrics.csv", "metrics.json"))
     page = render(
         "report.html",
         title=title,
+        scored_on=scored_on(loaded),
         runs=[provenance(run) for run in loaded],
         summaries=summary_tables(lines),
         sections=sections(loaded, lines),
         tables=score_tables(lines),
+        files=f"{text.name} and {plain.name}",
     )
     rows = rows_of(lines)
     replace_file(path, lambda file: file.write_text(page, encoding="utf-8"))
-    replace_file(path.with_name("metrics.json"), lambda file: file.write_text(json.dumps(rows, indent=1)))
-    replace_file(path.with_name("metrics.csv"), lambda file: file.write_text(to_text(rows)))
+    replace_file(plain, lambda file: file.write_text(json.dumps(rows, indent=1)))
+    replace_file(text, lambda file: file.write_text(to_text(rows)))
     return path
 
 

@@ -11,7 +11,7 @@ import yaml
 
 from physml.errors import ConfigError, DataError
 from physml.fields import Spec
-from physml.metrics.table import load_scores
+from physml.metrics.table import file_of, load_scores
 
 
 @dataclass(frozen=True)
@@ -55,8 +55,8 @@ class Entry:
         return array.sel({"source" if "source" in array.dims else "model": self.model})
 
 
-def read_runs(runs: Any) -> list[RunData]:
-    """Runs from folders, score datasets, or objects with an attribute `folder`.
+def read_runs(runs: Any, split: str = "test") -> list[RunData]:
+    """Runs from folders, score datasets, or objects with an attribute `folder`; of folders the scores on `split`.
 
     Raises ConfigError when nothing is given, DataError when a run has nothing to show or a piece of it is damaged.
     """
@@ -64,7 +64,7 @@ def read_runs(runs: Any) -> list[RunData]:
     if not runs:
         raise ConfigError("There is nothing to report on: give at least one run folder.")
     loaded = [
-        _of_scores(run) if isinstance(run, xr.Dataset) else _of_folder(Path(getattr(run, "folder", run)))
+        _of_scores(run) if isinstance(run, xr.Dataset) else _of_folder(Path(getattr(run, "folder", run)), split)
         for run in runs
     ]
     return _unique(loaded)
@@ -88,6 +88,16 @@ def entries(runs: list[RunData]) -> list[Entry]:
     return models + floors
 
 
+def scored_on(runs: list[RunData]) -> str:
+    """The splits that the scores are of, in words; empty where they do not say."""
+    splits = {run.name: run.scores.attrs.get("split") for run in runs if run.scores is not None}
+    if len(set(splits.values())) == 1:
+        split = next(iter(splits.values()))
+        return f"on the {split} split" if split else ""
+    known = [f"{name} on the {split} split" for name, split in splits.items() if split]
+    return f"({', '.join(known)})" if known else ""
+
+
 def model_names(scores: xr.Dataset) -> list[str]:
     """The models that are not floors."""
     floors = {name.strip() for name in str(scores.attrs.get("floors", "")).split(",")}
@@ -108,12 +118,13 @@ def _of_scores(scores: xr.Dataset) -> RunData:
     return RunData(model_names(scores)[0], scores, spec=_spec(scores, None))
 
 
-def _of_folder(folder: Path) -> RunData:
+def _of_folder(folder: Path, split: str) -> RunData:
     if folder.is_file():
         return _of_scores(load_scores(folder))
     if not folder.is_dir():
         raise DataError(f"There is no run folder {str(folder)!r}. Runs are made by `physml train`.")
-    scores = load_scores(folder) if (folder / "scores.nc").exists() else None
+    file = folder / file_of("scores.nc", split)
+    scores = load_scores(file) if file.exists() else None
     config = _text(folder / "config.yaml")
     try:
         settings = yaml.safe_load(config) if config else {}
@@ -126,7 +137,7 @@ def _of_folder(folder: Path) -> RunData:
             "written yet."
         )
     environment = _json(folder / "environment.json")
-    sample = _sample(folder / "sample.nc")
+    sample = _sample(folder / file_of("sample.nc", split))
     settings = settings if isinstance(settings, dict) else {}
     name = str(settings.get("name") or folder.resolve().name)
     return RunData(name, scores, config, settings, environment, history, sample, _spec(scores, folder), folder)

@@ -62,9 +62,10 @@ def rollout_stride(stepper, window: Window, steps: int, stride: int, key=None, *
     length of a step or takes several frames, which lie one frame apart, and for forcing that ends before.
     """
     history = stepper.history
+    if not float(stride).is_integer() or stride < 1:
+        raise ConfigError(f"stride is {stride}, but it counts frames: a whole number, 1 or more.")
+    stride = int(stride)
     if stride != 1:
-        if int(stride) != stride or stride < 1:
-            raise ConfigError(f"stride is {stride}, but it counts frames: a whole number, 1 or more.")
         check_lead(stepper, stride)
         if history > 1:
             raise SpecError(

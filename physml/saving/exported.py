@@ -7,6 +7,7 @@ call it. It belongs to the jax versions that read it (jax promises six months); 
 
 import hashlib
 import json
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,16 +15,21 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from physml.errors import CheckpointError, ConfigError
-from physml.fields import Context, Spec
+from physml.fields import Context, Gaussian, Spec, Window
 from physml.saving.folder import whole_folder
 from physml.steppers.describe import provenance
 
 PROGRAM, SIGNATURE, CARD, FORMAT = "step.stablehlo", "signature.json", "README.md", 1
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 LARGEST = 2**31 - 2**24  # bytes of weights: the file format addresses 2 GiB
+STARTS_ANEW = (
+    "More than frames goes from step to step: call the program once, exported with --steps N for N frames; calling it "
+    "again with what it predicted starts anew."
+)
 MEANINGS = {
     "frames": "the last frames before the prediction, oldest first",
     "time": "time of the first predicted frame since the rollout began",
@@ -60,12 +66,10 @@ def export(
         overwrite: replace what an earlier export left in `folder`.
 
     Raises ConfigError for options that cannot work and for a stepper that cannot be exported, with the way out;
-    CheckpointError when the folder exists.
+    CheckpointError when the folder exists. Warns about a program of one step that forecasts something else when it is
+    called again with what it predicted: that of a stepper that carries more than frames from step to step.
     """
-    _check_options(steps, batch, platforms)
-    folder = Path(folder)
-    if folder.exists() and not (overwrite and (folder / SIGNATURE).is_file()):
-        raise CheckpointError(f"{folder} exists. Choose another folder, or pass overwrite=True to replace an export.")
+    folder = check_export(folder, steps, batch, platforms, overwrite)
     graph, numbers = nnx.split(stepper)
     stepper = nnx.merge(graph, numbers)
     stepper.eval()
@@ -82,6 +86,8 @@ def export(
     exported = _export(stepper, steps, shapes, platforms, batch)
     content = _serialize(exported, stepper)
     about = _signature(stepper, steps, batch, platforms, shapes, exported, content)
+    if steps == 1 and not about["continues"]:
+        warnings.warn(f"{type(stepper).__name__}: {STARTS_ANEW}", stacklevel=2)
     with whole_folder(folder) as partial:
         (partial / PROGRAM).write_bytes(content)
         (partial / SIGNATURE).write_text(json.dumps(about, indent=1), encoding="utf-8")
@@ -89,11 +95,33 @@ def export(
     return folder
 
 
-def _check_options(steps, batch, platforms) -> None:
+def check_export(folder: str | Path, steps: int, batch, platforms: Sequence[str], overwrite: bool) -> Path:
+    """Raises what `export` raises for its options and for the folder, which it returns."""
     if steps < 1 or not (batch == "symbolic" or (isinstance(batch, int) and batch >= 1)):
         raise ConfigError(f"steps is {steps} and batch {batch!r}, but at least 1 (or batch='symbolic') was expected.")
     if not platforms or set(platforms) - set(PLATFORMS):
         raise ConfigError(f"platforms are {tuple(platforms)}, but some of {', '.join(PLATFORMS)} were expected.")
+    folder = Path(folder)
+    if folder.exists() and not (overwrite and (folder / SIGNATURE).is_file()):
+        raise CheckpointError(f"{folder} exists. Choose another folder, or pass overwrite=True to replace an export.")
+    return folder
+
+
+def _continues(stepper) -> bool:
+    """Whether frames are all that goes from step to step, so that calls one after another are a rollout."""
+    spec: Spec = stepper.spec
+    if not stepper.history:
+        return True
+    frames = np.broadcast_to(np.float32(0), (1, stepper.history, *spec.grid.shape, len(spec.channels)))
+    window = Window.of(frames, spec, mask=frames[:, 0] if _masked(stepper) else None)
+
+    def begin(window):
+        return stepper.encode(window.frames, window.context(0, stepper.history, jax.random.key(0)))
+
+    state = jax.eval_shape(begin, window)
+    state = state.mean if isinstance(state, Gaussian) else state  # its variance leaves the mean alone
+    alone = [frames.shape, frames[:, -1].shape] if stepper.history == 1 else [frames.shape]
+    return getattr(state, "shape", None) in alone
 
 
 def _shapes(stepper, steps: int, batch) -> dict[str, jax.ShapeDtypeStruct]:
@@ -236,6 +264,7 @@ def _signature(stepper, steps, batch, platforms, shapes, exported, content: byte
         "platforms": list(platforms),
         "steps": steps,
         "batch": batch,
+        "continues": _continues(stepper),
         "inputs": [entry(name, shape) for name, shape in shapes.items()],
         "output": {
             "meaning": "the predicted frames",
@@ -275,6 +304,7 @@ def _card(name: str, about: dict[str, Any]) -> str:
         f'program = jax.export.deserialize(bytearray(open("{PROGRAM}", "rb").read()))',
         *(f"{e['name']} = {zeros(e)}" for e in about["inputs"]),
         f"prediction = program.call({', '.join(e['name'] for e in about['inputs'])})", "```", "",
+        *([] if about["continues"] else [STARTS_ANEW, ""]),
         "| input | shape | |", "|---|---|---|", *rows, "",
         "Everything else about them is in signature.json. Reading the program runs nothing that it holds; calling it",
         "compiles and runs it in XLA, which reaches neither files nor network, but may use much time and memory.", "",

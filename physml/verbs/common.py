@@ -29,32 +29,75 @@ def progress_of(verb: Common, what: str):
     return open_progress(what, quiet=verb.quiet or verb.json)
 
 
+def check_trajectory(trajectory: int, count: int) -> None:
+    """Raises DataError when the dataset has no such trajectory."""
+    from physml.errors import DataError
+
+    if not 0 <= trajectory < count:
+        raise DataError(f"--trajectory is {trajectory}, but the dataset has {count}: 0 to {count - 1}.")
+
+
 def frames_until(data: Any, at: str | None, trajectory: int | None) -> Any:
-    """The frames up to the chosen start."""
+    """The frames up to the chosen start. Raises DataError when there is none at this time."""
+    from physml.data.axes import time_dim
+    from physml.data.reader import lengths_of, without_lengths
     from physml.errors import DataError
 
     if trajectory is not None:
-        count = data.sizes.get("trajectory", 1)
-        if not 0 <= trajectory < count:
-            raise DataError(f"--trajectory is {trajectory}, but the dataset has {count}: 0 to {count - 1}.")
+        check_trajectory(trajectory, data.sizes.get("trajectory", 1))
         if "trajectory" in data.dims:
             data = data.isel(trajectory=[trajectory])
-    if at is None or "time" not in data.dims:
+    if at is None:
         return data
-    if at.startswith("#"):
-        count = data.sizes["time"]
-        if not at[1:].isdigit() or int(at[1:]) >= count:
-            raise DataError(f"--at is {at}, but the dataset has frames #0 to #{count - 1}.")
-        return data.isel(time=slice(0, int(at[1:]) + 1))
-    kind = data["time"].dtype.kind
+    dim = time_dim(data)
+    if dim is None:
+        raise DataError(f"--at is {at!r}, but the dataset holds a single instant. Leave --at out.")
+    last = _numbered(data, dim, at) if at.startswith("#") else _timed(data, dim, at)
+    lengths = lengths_of(data)
+    if lengths is not None and (short := lengths <= last).any():
+        which = int(short.argmax())
+        name = which if trajectory is None else trajectory
+        raise DataError(
+            f"--at is {at!r}, frame #{last}, but trajectory {name} ends with frame #{lengths[which] - 1}. Start "
+            "earlier, or choose another --trajectory."
+        )
+    return without_lengths(data).isel({dim: slice(0, last + 1)})
+
+
+def _numbered(data: Any, dim: str, at: str) -> int:
+    from physml.errors import DataError
+
+    count = data.sizes[dim]
+    if not at[1:].isdigit() or int(at[1:]) >= count:
+        raise DataError(f"--at is {at}, but the dataset has frames #0 to #{count - 1}.")
+    return int(at[1:])
+
+
+def _timed(data: Any, dim: str, at: str) -> int:
+    """The frame at a time, to a thousandth of the time step: a number is rarely stored as it is written."""
+    import numpy as np
+
+    from physml.data import clock as ck
+    from physml.data.channels import source_of
+    from physml.errors import DataError
+
+    times = ck.clock(data, dim)
+    labels, step = times.labels, ck.time_step(times, source_of(data))
+    span = f"the dataset spans {labels[0]} to {labels[-1]}"
     try:
-        until = data.sel(time=slice(None, float(at) if kind in "fiu" else at))
-    except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"--at is {at!r}, which is no time of the dataset: {error}") from error
-    if until.sizes["time"] == 0:
-        first, last = data["time"].values[0], data["time"].values[-1]
-        raise DataError(f"--at is {at!r}, but the dataset spans {first} to {last}.")
-    return until
+        wanted = ck.elapsed(times, np.array([ck.parse(at, times)]))
+    except ValueError as error:
+        raise DataError(f"--at is {at!r}, which is no time of the dataset: {error}; {span}.") from error
+    found = int(ck.nearest(times.values, wanted)[0])
+    if abs(times.values[found] - wanted[0]) <= 1e-3 * step:
+        return found
+    after = int(np.searchsorted(times.values, wanted[0]))
+    if 0 < after < len(labels):
+        raise DataError(
+            f"--at is {at!r}, which lies between frame #{after - 1} at {labels[after - 1]} and #{after} at "
+            f"{labels[after]}; {span}. Give the time of a frame, or its number."
+        )
+    raise DataError(f"--at is {at!r}, but {span}.")
 
 
 def headline(scores: Any) -> dict[str, Any]:

@@ -141,9 +141,8 @@ class Stats(Common):
         from physml.data import XarrayDataset, labelled, statistics
 
         dataset = _open(self.path, self.format, self.option)
-        return statistics(
-            XarrayDataset(dataset, labelled.spec_of(dataset, variables=self.variables or None)), store=True
-        )
+        spec = labelled.spec_of(dataset, variables=self.variables or None)
+        return statistics(XarrayDataset(dataset, spec), store=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,12 +169,13 @@ class DataConvert(Common):
     """Replace an existing output."""
 
     def run(self) -> dict[str, Any]:
-        from physml.data.export import check_output, save_dataset
+        from physml.data.export import check_layout, check_output, save_dataset
 
         to = check_output(self.out, self.to, self.overwrite)
         dataset = _open(self.source, self.format, self.option)
         sizes = {str(dim): size for dim, size in dataset.sizes.items()}
         if self.dry_run:
+            check_layout(dataset, self.out, to)
             return {
                 "would write": str(self.out),
                 "as": to,
@@ -189,8 +189,12 @@ class DataConvert(Common):
 def _open(path: str, format: str | None, options: Assignments) -> Any:
     from physml import coding
     from physml.data import open_dataset
+    from physml.errors import ConfigError
 
-    return open_dataset(path, format, **coding.override({}, options))
+    given = coding.override({}, options)
+    if taken := {"path", "format"} & set(given):
+        raise ConfigError(f"--option has {min(taken)!r}, which is no option of a format: give it by itself.")
+    return open_dataset(path, format, **given)
 
 
 VERBS = {

@@ -35,7 +35,7 @@ class Export(Common):
 
         from physml import saving
         from physml.errors import ConfigError
-        from physml.saving.exported import export
+        from physml.saving.exported import check_export, export
 
         if self.batch != "symbolic" and not (self.batch.isdigit() and int(self.batch)):
             raise ConfigError(f"--batch is {self.batch!r}, but a positive number or symbolic was expected.")
@@ -43,10 +43,11 @@ class Export(Common):
         stepper = saving.load(self.model)
         if not hasattr(stepper, "advance"):
             raise ConfigError(f"{self.model} is a bare model without names and units. Export a saved stepper.")
-        if self.dry_run:
-            return {"would write": str(out), "steps": self.steps, "batch": self.batch, "platforms": self.platforms}
         batch = "symbolic" if self.batch == "symbolic" else int(self.batch)
         platforms = tuple(name.strip() for name in self.platforms.split(",") if name.strip())
+        check_export(out, self.steps, batch, platforms, self.overwrite)
+        if self.dry_run:
+            return {"would write": str(out), "steps": self.steps, "batch": self.batch, "platforms": self.platforms}
         export(stepper, out, steps=self.steps, batch=batch, platforms=platforms, overwrite=self.overwrite)
         about = json.loads((out / "signature.json").read_text())
         inputs = {entry["name"]: str(tuple(entry["shape"])) for entry in about["inputs"]}

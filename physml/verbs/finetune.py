@@ -37,9 +37,4 @@ class Finetune(Training):
         start = StartFrom(self.source, self.weights, self.strict, self.normalizer)
         # Before the other overrides: some of them, such as lora, need it.
         experiment = dataclasses.replace(load_experiment(self.experiment), start_from=start)
-        experiment = load_experiment(experiment, self.set)
-        if self.dry_run:
-            from physml import api
-
-            experiment = api.complete(experiment, api.open_source(experiment))
-        return self.train(experiment)
+        return self.train(load_experiment(experiment, self.set))

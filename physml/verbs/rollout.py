@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from physml.verbs.common import Common, frames_until, progress_of
+from physml.verbs.common import Common, check_trajectory, frames_until, progress_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +61,7 @@ class Rollout(Common):
         from physml import saving
         from physml.data import open_dataset
         from physml.errors import ConfigError
-        from physml.forecast import blow_ups, forecast, stability
+        from physml.forecast import blow_ups, check_forecast, forecast, stability
 
         stepper = saving.load(self.model)
         if not hasattr(stepper, "advance"):
@@ -72,17 +72,20 @@ class Rollout(Common):
         initial, forcing = self._initial(stepper.history)
         if self.out.exists() and not self.overwrite and self.resume == "never":
             raise ConfigError(f"{self.out} exists. Choose another --out, or give --overwrite.")
-        if self.dry_run:
-            return {"would write": str(self.out), "steps": self.steps, "from": dict(initial.sizes)}
+        if self.forcing and not stepper.spec.forcing:
+            raise ConfigError(f"--forcing is {self.forcing}, but {self.model} takes no forcing. Leave it out.")
         forcing = open_dataset(self.forcing) if self.forcing else forcing
-        every = "auto" if self.spectrum_every is None else self.spectrum_every or None
+        options = {
+            "out": self.out, "forcing": forcing, "chunk": self.chunk, "overwrite": self.overwrite,
+            "on_divergence": self.on_divergence, "key": jax.random.key(self.seed), "members": self.members,
+            "perturb": self.perturb, "perturb_kind": self.perturb_kind, "resume": self.resume,
+            "spectrum_every": "auto" if self.spectrum_every is None else self.spectrum_every or None,
+        }  # fmt: skip
+        if self.dry_run:
+            check_forecast(stepper, initial, self.steps, **options)
+            return {"would write": str(self.out), "steps": self.steps, "from": dict(initial.sizes)}
         with progress_of(self, "rolling out") as progress:
-            prediction = forecast(
-                stepper, initial, self.steps, out=self.out, forcing=forcing, chunk=self.chunk, overwrite=self.overwrite,
-                on_divergence=self.on_divergence, key=jax.random.key(self.seed), members=self.members,
-                perturb=self.perturb, perturb_kind=self.perturb_kind, resume=self.resume, spectrum_every=every,
-                progress=progress.update,
-            )  # fmt: skip
+            prediction = forecast(stepper, initial, self.steps, **options, progress=progress.update)
         sizes = {str(name): int(size) for name, size in prediction.sizes.items()}
         completed = [int(steps) for steps in prediction["steps_completed"].values.ravel()]
         return {
@@ -105,7 +108,9 @@ class Rollout(Common):
         from physml.errors import ConfigError
 
         if self.initial is not None:
-            return frames_until(open_dataset(self.initial), self.at, self.trajectory), None
+            data = open_dataset(self.initial)
+            start = frames_until(data, self.at, self.trajectory)
+            return start, None if self.at is None else frames_until(data, None, self.trajectory)
         if not (Path(self.model) / "config.yaml").is_file():
             raise ConfigError(f"{self.model} is no run with data of its own: give --initial FILE to start from.")
         from physml import api
@@ -113,7 +118,9 @@ class Rollout(Common):
         splits = api.open_data(api.open_run(self.model).experiment)
         if "test" not in splits:
             raise ConfigError(f"The data of {self.model} has no test split: give --initial FILE to start from.")
-        whole = splits["test"].to_xarray(self.trajectory or 0)
+        trajectory = self.trajectory or 0
+        check_trajectory(trajectory, len(splits["test"].lengths))
+        whole = splits["test"].to_xarray(trajectory)
         if self.at is not None:
             return frames_until(whole, self.at, None), whole
         if "time" not in whole.dims:

@@ -26,6 +26,9 @@ class Training(Common):
     """Replace an existing run of this name."""
     track: Literal["none", "tensorboard", "wandb", "mlflow"] = "none"
     """Also log to a tracker (extra `track`)."""
+    dry_run: bool = False
+    """Check the experiment, the run folder and data that lie in files, and build the network's shapes, without training
+    or generating data."""
 
     def train(self, experiment: Any) -> dict[str, Any]:
         """Trains an experiment as the options say."""
@@ -34,7 +37,8 @@ class Training(Common):
         if self.name:
             experiment = dataclasses.replace(experiment, name=self.name)
         if self.dry_run:
-            return {"would train": str(self.out / experiment.name), "experiment": to_dict(experiment)}
+            experiment, found = self._check(experiment)
+            return {"would train": str(self.out / experiment.name), **found, "experiment": to_dict(experiment)}
         from physml import api
         from physml.training import tracking
 
@@ -52,6 +56,59 @@ class Training(Common):
         if run.loaded:
             result["loaded"] = str(run.loaded)
         return {**result, "scores": headline(run.scores)} if (run.folder / "scores.nc").is_file() else result
+
+    def _check(self, experiment: Any) -> tuple[Any, dict[str, Any]]:
+        """The complete experiment and what it would train on. Raises what training would, as far as no data have to be
+        generated or read for that.
+        """
+        from physml import api
+        from physml.training.validation import count_windows
+
+        experiment, _, _ = api.prepare(experiment)
+        api.check_folder(self.out / experiment.name, experiment, self.resume, self.overwrite)
+        if not _in_files(experiment.data):
+            return experiment, {"data": "generated when training starts, so not checked"}
+        splits = api.open_data(experiment)
+        api.check_splits(splits)
+        found = {"data": {name: _size(split) for name, split in splits.items()}}
+        history, parameters = _shapes(experiment, splits["train"].spec)
+        if parameters:
+            count_windows(splits["train"], experiment.objective.frames(history), "training")
+        return experiment, {**found, "parameters": parameters}
+
+
+def _in_files(data: Any) -> bool:
+    """Whether data can be opened without generating any."""
+    from physml.data import DataConfig, MixtureConfig
+
+    if isinstance(data, MixtureConfig):
+        return all(_in_files(part) for part in data.parts.values())
+    return isinstance(data, DataConfig)
+
+
+def _size(split: Any) -> str:
+    return f"{len(split.lengths)} trajectories, {sum(split.lengths)} frames on a grid {split.spec.grid.shape}"
+
+
+def _shapes(experiment: Any, spec: Any) -> tuple[int, int]:
+    """History and trainable numbers of the stepper, of which nothing is computed. Raises ConfigError where its parts do
+    not fit each other or the data.
+    """
+    from flax import nnx
+
+    from physml.errors import ConfigError
+    from physml.normalize import Normalizer
+    from physml.steppers.describe import build_stepper, parameter_count
+
+    stepper, model = experiment.stepper, experiment.model
+    if stepper.signature(spec) is None:
+        return 0, 0  # a floor
+    if model is None:
+        raise ConfigError("The experiment has no model: set `model`, e.g. model=FNOConfig(modes=(16, 16)).")
+    normalizer = Normalizer.identity(spec, intervals=getattr(stepper, "intervals", ()))
+    constraints = tuple(constraint.build(spec) for constraint in experiment.constraints)
+    built = nnx.eval_shape(lambda: build_stepper(stepper, model, spec, normalizer, constraints))
+    return built.history, parameter_count(built)
 
 
 @dataclass(frozen=True, kw_only=True)

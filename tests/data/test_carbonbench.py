@@ -26,7 +26,9 @@ STORE = "carbontracker_latlon5.625_l10_6h"
 
 
 def raw(times=4, start="2016-12-30", levels=3, dtype="f4", names=NAMES_3D) -> xr.Dataset:
-    """value = 1000 * entry + 100 * time + 10 * level + latitude + longitude / 100, in the layout of the benchmark."""
+    """value = 1000 * entry + 100 * time + 10 * level + latitude + longitude / 100, in the layout of the benchmark; the
+    second field of the surface does not change with time.
+    """
     time = np.datetime64(start, "ns") + np.arange(times) * np.timedelta64(6, "h")
     lat, lon = np.linspace(-78.75, 78.75, 8), np.arange(16) * 22.5
     entry, hour, level = np.arange(len(names)), np.arange(times), np.arange(levels)
@@ -34,7 +36,8 @@ def raw(times=4, start="2016-12-30", levels=3, dtype="f4", names=NAMES_3D) -> xr
     value = (
         1000 * entry[:, None, None, None] + 100 * hour[:, None, None, None, None] + 10 * level[:, None, None] + place
     )
-    flat = 1000 * np.arange(2)[:, None, None] + 100 * hour[:, None, None, None] + place
+    moves = np.array([1, 0])[:, None, None]
+    flat = 1000 * np.arange(2)[:, None, None] + 100 * hour[:, None, None, None] * moves + place
     return xr.Dataset(
         {
             "variables_2d": (("time", "vari_2d", "lat", "lon"), flat.astype(dtype)),

@@ -7,6 +7,7 @@ import xarray as xr
 from numpy.testing import assert_allclose, assert_array_equal
 
 from physml.data import DataConfig, XarrayDataset, spec_of, statistics
+from physml.data.axes import area_weights
 from physml.errors import ConfigError, DataError, SpecError
 from physml.normalize import Normalizer
 
@@ -127,13 +128,68 @@ def test_region_levels_and_strides(make, tmp_path):
     assert sparse.spec.time_step == 2 * 86400
     assert_array_equal(sparse.read(0, range(4)).frames[..., 0], ds.slp[::2, ::2, ::2] + 1)
     mean = train(coarsen=2, levels=(850,), flatten=("level",))
-    assert_allclose(mean.read(0, range(8)).frames[..., 0], ds.slp.coarsen(latitude=2, longitude=2).mean() + 1)
+    area = xr.DataArray(area_weights(ds.latitude), dims="latitude")
+    blocks = (ds.slp * area).coarsen(latitude=2, longitude=2).mean() / area.coarsen(latitude=2).mean()
+    assert_allclose(mean.read(0, range(8)).frames[..., 0], blocks.transpose(*ds.slp.dims) + 1)
     with pytest.raises(DataError, match="no level 700. It has 1000, 850, 500"):
         train(levels=(700,))
     with pytest.raises(DataError, match="no point of 'latitude' lies in 60..70; it spans 30..50"):
         train(region={"latitude": (60, 70)})
     with pytest.raises(DataError, match="no axis 'lattitude'. Did you mean 'latitude'"):
         train(region={"lattitude": (60, 70)})
+
+
+@pytest.mark.parametrize("option", ["coarsen", "space_stride"])
+@pytest.mark.parametrize(
+    "fields", [{"flatten": ("level",)}, {"variables": ("z_250", "z_500", "z_850", "z_1000")}], ids=["flat", "named"]
+)
+def test_thinning_a_grid_leaves_levels_that_are_channels(tmp_path, option, fields):
+    levels, space = np.array([250.0, 500.0, 850.0, 1000.0]), np.zeros((3, 1, 8, 12))
+    globe = {"time": np.arange(3.0), "level": levels, "lat": np.linspace(-70, 70, 8), "lon": np.arange(12) * 30.0}
+    z = xr.Dataset({"z": (("time", "level", "lat", "lon"), levels[:, None, None] + space)}, globe)
+    z.assign(lat_bnds=(("lat", "bnds"), np.zeros((8, 1)))).to_netcdf(tmp_path / "z.nc")  # bnds is too short for it
+    config = DataConfig(str(tmp_path / "z.nc"), train=(0.0, 1.0), valid=(), test=(), **fields, **{option: 2})
+    thin = config.open()["train"]
+    assert thin.spec.names == ("z_250", "z_500", "z_850", "z_1000")
+    assert thin.spec.grid.shape == (4, 6)
+    assert_allclose(thin.read(0, range(3)).frames, np.broadcast_to(levels, (3, 4, 6, 4)), rtol=1e-6)  # float32
+
+
+def test_block_means_keep_area_means(make, tmp_path):
+    """Also where some cells have no value: what is left of a block counts by its area."""
+    ds = make.weather(days=2, lat=8, lon=8)
+    ds = ds.assign_coords(latitude=("latitude", np.linspace(-80, 60, 8), ds.latitude.attrs))
+    ds["t2m"] = ds.t2m.where((ds.latitude != 40) | (ds.longitude > 0))
+    ds.to_netcdf(tmp_path / "a.nc")
+    config = DataConfig(str(tmp_path / "a.nc"), train=(0.0, 1.0), valid=(), test=())
+    fine, coarse = (dataclasses.replace(config, coarsen=n).open()["train"] for n in (1, 2))
+
+    def mean(dataset, values):
+        return (values * np.asarray(dataset.spec.grid.axes[0].weights)[:, None]).mean((1, 2))
+
+    slp = [mean(d, d.read(0, range(2)).frames[..., 0].astype("f8")) for d in (fine, coarse)]
+    assert_allclose(slp[1], slp[0], rtol=1e-6)  # float32; unweighted means are off by more than 0.1 %
+    area = area_weights(ds.latitude)
+    block = ds.t2m.values[0, 6:8, 0:2].astype("f8")  # the row at 40 degrees is missing there
+    assert np.isnan(block[0]).all()
+    assert coarse.read(0, range(1)).frames[0, 3, 0, 1] == pytest.approx(np.nanmean(block), rel=1e-6)
+    block = ds.t2m.values[0, 6:8, 6:8].astype("f8")
+    expected = (block * area[6:8, None]).sum() / (2 * area[6:8].sum())
+    assert coarse.read(0, range(1)).frames[0, 3, 3, 1] == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("option", ["coarsen", "space_stride"])
+def test_a_state_without_a_grid_cannot_be_thinned(tmp_path, option):
+    xr.Dataset({"a": ("time", np.arange(20.0))}, {"time": np.arange(20.0)}).to_netcdf(tmp_path / "ode.nc")
+    with pytest.raises(ConfigError, match="ode.nc has no grid to thin out"):
+        DataConfig(str(tmp_path / "ode.nc"), **{option: 2}).open()
+
+
+def test_block_means_read_nothing_on_opening(make, tmp_path):
+    make.weather(days=8).to_netcdf(tmp_path / "a.nc")
+    config = DataConfig(str(tmp_path / "a.nc"), train=(0.0, 1.0), valid=(), test=(), coarsen=2)
+    selected = config.select(config.read(config.path))
+    assert selected.slp.chunks is not None
 
 
 def test_regions_cross_the_seam_of_a_file(tmp_path):
@@ -147,6 +203,9 @@ def test_regions_cross_the_seam_of_a_file(tmp_path):
     assert dataset.spec.grid.axes[0].centers == (-30.0, -20.0, -10.0, 0.0, 10.0, 20.0)
     assert_array_equal(dataset.read(0, range(2)).frames[..., 0], values[:, [33, 34, 35, 0, 1, 2]])
     assert not dataset.spec.grid.axes[0].periodic
+    coarse = dataclasses.replace(config, coarsen=2).open()["train"]
+    assert coarse.spec.grid.axes[0].centers == (-25.0, -5.0, 15.0)
+    assert_array_equal(coarse.read(0, range(2)).frames[..., 0], values[:, [33, 35, 1]] / 2 + values[:, [34, 0, 2]] / 2)
 
 
 @pytest.mark.parametrize(
@@ -164,12 +223,69 @@ def test_regions_cross_the_seam_of_a_file(tmp_path):
         ({"variables": ("pressure",)}, DataError, "no variable 'pressure'"),
         ({"coarsen": 9}, ConfigError, "coarsen=9"),
         ({"format": "bufr"}, ConfigError, "no data format 'bufr'"),
+        ({"time_stride": 0}, ConfigError, "time_stride is 0.*1 .all. or more"),
+        ({"space_stride": -1}, ConfigError, "space_stride is -1"),
+        ({"coarsen": -2}, ConfigError, "coarsen is -2"),
+        ({"coarsen": 2, "space_stride": 2}, ConfigError, "Give one of them"),
+        ({"levels": (500.0,)}, DataError, r"levels is \(500.0,\), but .*weather.nc has no levels"),
+        ({"variables": ("slp", "slp")}, ConfigError, "'slp' is in variables twice"),
+        ({"variables": ("slp", "t2m"), "forcing": ("t2m",)}, ConfigError, "'t2m' is in both variables and forcing"),
+        ({"variables": ("slp",), "forcing": ("t2m",), "static": ("t2m",)}, ConfigError, "both forcing and static"),
+        ({"variables": ("slp",), "static": ("t2m",)}, DataError, "static 't2m' changes with time.*Name it in forcing"),
+        ({"options": {"foo": 1}}, ConfigError, "netcdf has no option 'foo'"),
+        ({"options": {"format": "zarr"}}, ConfigError, "options has 'format'.*set format"),
+        ({"split_by": "format", "train": ("train",), "valid": ()}, ConfigError, "netcdf has no option 'split'"),
+        ({"rename": {"latitude": "longitude"}}, DataError, "cannot be renamed.*conflicts.*Choose names"),
     ],
 )
 def test_configs_that_cannot_work_say_why(weather, change, error, message):
     config = DataConfig(weather[0], train=(0, 20), valid=(20, 30), test=())
     with pytest.raises(error, match=message):
         dataclasses.replace(config, **change).open()
+
+
+def test_static_fields_may_be_stored_with_time(weather, tmp_path):
+    _, ds = weather
+    noise = np.random.default_rng(0).uniform(-1e-5, 1e-5, ds.slp.shape).astype("f4")  # of packing
+    ds.assign(hills=(xr.ones_like(ds.slp) + noise) * ds.t2m[0]).to_netcdf(tmp_path / "hills.nc")
+    config = DataConfig(str(tmp_path / "hills.nc"), variables=("slp",), static=("hills",))
+    assert_allclose(config.open()["test"].read(0, range(1)).static[..., 0], ds.t2m[0], rtol=2e-5)
+
+
+def test_data_without_frames_say_so(weather, tmp_path):
+    path, ds = weather
+    ds.isel(time=slice(0, 0)).to_netcdf(tmp_path / "empty.nc")
+    for config in (
+        DataConfig(str(tmp_path / "empty.nc")),
+        DataConfig(train=(path,), valid=(str(tmp_path / "empty.nc"),), test=()),
+    ):
+        with pytest.raises(DataError, match="empty.nc holds 0 frames along 'time'"):
+            config.open()
+
+
+def test_text_is_no_time_of_a_numeric_axis(waves):
+    with pytest.raises(ConfigError, match="cannot be read as times.*could not convert.*write for example"):
+        DataConfig(waves[0], variables=("u",), split_by="time", train=("abc", "def"), valid=(), test=()).open()
+
+
+def test_a_file_is_in_one_split(weather, tmp_path):
+    path, _ = weather
+    link = tmp_path / "again.nc"
+    link.symlink_to(path)
+    with pytest.raises(ConfigError, match="'train' and 'test' overlap: both hold the file '.*weather.nc'"):
+        DataConfig(train=(path,), valid=(), test=(str(link),)).open()
+    with pytest.raises(ConfigError, match="'train' and 'test' overlap: both hold the split of the format 'all'"):
+        DataConfig(path, split_by="format", train=("all",), valid=(), test=("all",)).open()
+
+
+def test_a_file_that_lacks_a_variable_is_named(weather, tmp_path):
+    _, ds = weather
+    names = [str(tmp_path / f"{name}.nc") for name in ("first", "second", "third")]
+    for i, name in enumerate(names):
+        part = ds.isel(time=slice(10 * i, 10 * i + 10))
+        (part.drop_vars("t2m") if i == 1 else part).to_netcdf(name)
+    with pytest.raises(DataError, match="second.nc has no variable 't2m', which .*first.nc has.*leave it out"):
+        DataConfig(tuple(names)).open()
 
 
 def test_bad_index_files(waves, tmp_path):

@@ -106,6 +106,16 @@ def test_correlation_equals_scipy(pair, sphere):
     assert_allclose(score("correlation", prediction, truth, spec), expected, rtol=1e-5)
 
 
+@pytest.mark.parametrize("constant", [0.1, 287.3, 101325.0])
+def test_nothing_correlates_with_a_constant(constant, pair, sphere):
+    truth = np.full_like(pair[1], constant)
+    for prediction in (truth, np.nextafter(truth, np.float32(0)), constant + pair[0]):
+        assert_allclose(score("correlation", prediction, truth, sphere), 0)
+    assert_allclose(score("vrmse", constant + pair[0], truth, sphere), np.inf)
+    slight = truth + np.float32(1e-4 * constant) * pair[1]  # still a field
+    assert_allclose(score("correlation", slight, slight, sphere), 1, rtol=1e-5)
+
+
 def test_anomaly_correlation_equals_its_definition(pair, sphere):
     prediction, truth = pair
     climatology = np.random.default_rng(5).standard_normal(truth.shape).astype(np.float32) + 3

@@ -1,0 +1,122 @@
+"""A dry run refuses what the real one would, and writes nothing."""
+
+import json
+
+import numpy as np
+import pytest
+import xarray as xr
+import yaml
+
+from physml import cli
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """Holds waves.nc and an experiment on it."""
+    random = np.random.default_rng(0)
+    fields = {name: (("time", "x"), random.normal(size=(20, 16)).astype("f4")) for name in ("u", "v")}
+    coords = {"time": np.arange(20.0), "x": ("x", np.arange(16) / 16, {"periodic": 1})}
+    xr.Dataset(fields, coords).to_netcdf(tmp_path / "waves.nc")
+    experiment = {
+        "name": "waves",
+        "data": {"type": "files", "path": "waves.nc", "variables": ["u"], "forcing": ["v"]},
+        "model": {"name": "fno", "width": 4, "modes": [4], "depth": 1},
+        "training": {"steps": 2, "batch": 4},
+    }
+    (tmp_path / "waves.yaml").write_text(yaml.safe_dump(experiment))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def call(capsys, *words) -> tuple[int, str, str]:
+    with pytest.raises(SystemExit) as stop:
+        cli.main([*map(str, words), "--dry-run", "--json"])
+    return stop.value.code or 0, *capsys.readouterr()
+
+
+def test_training_says_what_it_would_train_on(capsys, folder):
+    code, out, err = call(capsys, "train", "waves.yaml")
+    assert code == 0, err
+    found = json.loads(out)
+    assert found["data"] == {
+        "train": "1 trajectories, 16 frames on a grid (16,)",
+        "valid": "1 trajectories, 2 frames on a grid (16,)",
+        "test": "1 trajectories, 2 frames on a grid (16,)",
+    }
+    assert found["parameters"] > 0
+    assert not (folder / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("data.path=nope.nc", "no file nope.nc"),
+        ("data.variables=[w]", "no variable 'w'"),
+        ("data.train=[]", "no split 'train'"),
+        ("data=null", "has no data"),
+        ("model=null", "has no model"),
+        ("model.modes=[40]", "modes"),
+        ("stepper.history=16", "no window of 17 frames"),
+        ("start_from=nope", "nope"),
+        ("constraints=[{name: mass, channels: [w]}]", "w"),
+        ("layout.data=3", "3"),
+        ("seed=-1", "whole numbers from 0 on"),
+    ],
+)
+def test_training_checks_what_it_can(capsys, folder, change, message):
+    code, _, err = call(capsys, "train", "waves.yaml", "--set", change)
+    assert code == 2, err
+    assert message in json.loads(err)["error"]
+
+
+def test_training_refuses_a_folder_as_the_real_one(capsys, folder):
+    run = folder / "runs/waves"
+    run.mkdir(parents=True)
+    (run / "notes.txt").write_text("mine")
+    for more in ([], ["--overwrite"]):
+        code, _, err = call(capsys, "train", "waves.yaml", *more)
+        assert code == 2
+        assert "not a run folder" in err
+    (run / "config.yaml").write_text((folder / "waves.yaml").read_text())
+    (run / "metrics.jsonl").write_text("{}\n")
+    code, _, err = call(capsys, "train", "waves.yaml")
+    assert code == 2
+    assert "already holds a run" in err
+    assert call(capsys, "train", "waves.yaml", "--overwrite")[0] == 0
+    assert call(capsys, "train", "waves.yaml", "--resume", "auto")[0] == 0
+    code, _, err = call(capsys, "train", "waves.yaml", "--resume", "auto", "--set", "model.width=8")
+    assert code == 2
+    assert "other settings of ['model']" in err
+    assert sorted(path.name for path in run.iterdir()) == ["config.yaml", "metrics.jsonl", "notes.txt"]
+
+
+def test_generated_data_are_not_generated(capsys, folder):
+    change = "data={type: synthetic, name: burgers, cache: here}"
+    code, out, err = call(capsys, "train", "waves.yaml", "--set", change)
+    assert code == 0, err
+    assert "generated when training starts" in json.loads(out)["data"]
+    assert not (folder / "here").exists()
+
+
+@pytest.mark.parametrize(("to", "message"), [("pdearena", "has no layout for u on"), ("the_well", "'when' is dates")])
+def test_converting_checks_the_layout(capsys, folder, to, message):
+    dates = ("time", np.datetime64("2001-01-01", "ns") + np.arange(20))
+    with xr.open_dataset("waves.nc") as ds:
+        ds.assign(when=dates).to_netcdf("dated.nc")
+    code, _, err = call(capsys, "data", "convert", "dated.nc", "out", "--to", to)
+    assert code == 2
+    assert message in json.loads(err)["error"]
+    assert not (folder / "out").exists()
+
+
+@pytest.mark.parametrize(("option", "message"), [("split=train", "no option 'split'"), ("format=zarr", "by itself")])
+def test_options_that_a_file_lacks(capsys, folder, option, message):
+    code, _, err = call(capsys, "data", "info", "waves.nc", "--option", option)
+    assert code == 2
+    assert message in json.loads(err)["error"]
+
+
+def test_statistics_of_a_variable_that_is_named_twice(capsys, folder):
+    code, _, err = call(capsys, "data", "stats", "waves.nc", "--variables", "u", "u")
+    assert code == 2
+    assert "'u' is in variables twice" in json.loads(err)["error"]

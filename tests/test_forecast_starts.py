@@ -1,0 +1,268 @@
+"""Where forecasts start and what they are labelled with: kinds of time, forcing, lengths of trajectories, files."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import xarray as xr
+from flax import nnx
+from numpy.testing import assert_allclose, assert_array_equal
+
+from physml.data import XarrayDataset, open_dataset, spec_of
+from physml.data import clock as ck
+from physml.errors import DataError, SpecError
+from physml.forecast import forecast
+from physml.steppers import STEPPERS
+from physml.verbs.common import frames_until
+
+
+class Tells(nnx.Module):
+    """Frames that hold what the stepper is told: "forcing", or "hour" of the day."""
+
+    def __init__(self, spec, what="forcing", history=1):
+        self.spec, self.what, self.history = spec, what, history
+
+    def encode(self, frames, context):
+        return jnp.zeros((context.time.shape[0], *self.spec.grid.shape, 1))
+
+    def advance(self, state, context):
+        return context.forcing if self.what == "forcing" else state * 0 + 24 * context.calendar[:, 1, None, None]
+
+    def decode(self, state):
+        return state
+
+
+def waves(times, trajectories=2, units=None, seed=0):
+    frames = np.random.default_rng(seed).standard_normal((trajectories, len(times), 8)).astype("f4")
+    time = ("time", times, {"units": units} if units else {})
+    return xr.Dataset({"u": (("trajectory", "time", "x"), frames)}, {"time": time, "x": np.arange(8) / 8})
+
+
+def numbered(times, units=None):
+    """Forcing that holds the number of its frame."""
+    data = waves(times, units=units).isel(trajectory=0).rename(u="f")
+    return data.assign(f=data.f * 0 + np.arange(len(times), dtype="f4")[:, None])
+
+
+def dates(count, hours=6):
+    return np.datetime64("2018-01-01", "ns") + np.arange(count) * np.timedelta64(hours, "h")
+
+
+def daily(count):
+    return xr.date_range("2018-01-01", periods=count, calendar="noleap", use_cftime=True).values
+
+
+def forced(data):
+    return spec_of(data.assign(f=data.u.isel(trajectory=0)), ["u"], forcing=["f"])
+
+
+def persistence(data):
+    return STEPPERS["persistence"]().build(spec_of(data, ["u"]))
+
+
+# --- --at -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", ["f8", "f4"])
+def test_a_start_is_the_frame_whose_time_is_written(dtype):
+    """Stored times are sums in floating point: 3 * 0.1 is above 0.3."""
+    data = waves((np.arange(100) * 0.1).astype(dtype))
+    for i in range(100):
+        assert frames_until(data, f"{i / 10:.10g}", None).sizes["time"] == i + 1
+
+
+def test_a_date_is_an_instant():
+    data = waves(dates(20))
+    for text in ("2018-01-02", "2018-01-02T00", "2018-01-02T00:00"):
+        assert frames_until(data, text, None).time.values[-1] == np.datetime64("2018-01-02")
+    cftime = waves(xr.date_range("2018-02-28", periods=20, freq="6h", calendar="360_day", use_cftime=True).values)
+    last = frames_until(cftime, "2018-02-30", None).time.values[-1]
+    assert (last.month, last.day, last.hour) == (2, 30, 0)
+    assert frames_until(cftime, "2018-02-30T06:00", None).sizes["time"] == 10
+    assert frames_until(waves(np.arange(5) * np.timedelta64(6, "h").astype("m8[ns]")), "12 h", None).sizes["time"] == 3
+    assert frames_until(waves(np.arange(5) * 6.0, units="hours"), "12", None).sizes["time"] == 3
+
+
+@pytest.mark.parametrize(
+    ("at", "said"),
+    [
+        ("0.35", r"between frame #3 at 0\.3.* and #4 at 0\.4; the dataset spans 0\.0 to 1\.9"),
+        ("99", r"the dataset spans 0\.0 to 1\.9"),
+        ("-1", r"the dataset spans 0\.0 to 1\.9"),
+        ("nan", "the dataset spans"),
+        ("monday", "no time of the dataset.*spans"),
+        ("#20", "frames #0 to #19"),
+    ],
+)
+def test_a_time_without_a_frame_is_refused(at, said):
+    with pytest.raises(DataError, match=said):
+        frames_until(waves(np.arange(20) * 0.1), at, None)
+    if at not in ("#20", "-1", "0.35"):
+        with pytest.raises(DataError, match="no time of the dataset|spans"):
+            frames_until(waves(daily(3)), at, None)
+
+
+def test_a_forecast_is_cut_at_its_valid_times():
+    data = waves(np.arange(10.0))
+    ahead = forecast(persistence(data), data.isel(time=[0]), 6)
+    for at in ("#2", "3"):
+        cut = frames_until(ahead, at, None)
+        assert cut.sizes["lead"] == 3
+        assert_array_equal(forecast(persistence(data), cut, 2).time, [4, 5])
+    with pytest.raises(DataError, match="a single instant"):
+        frames_until(data.isel(time=0), "3", None)
+
+
+# --- kinds of time ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("history", [1, 2])
+@pytest.mark.parametrize(("units", "step"), [("hours", 6.0), ("days", 1.0), ("minutes", 30.0)])
+def test_numbers_with_a_unit_of_time_go_on_in_it(units, step, history, tmp_path):
+    times = np.arange(20) * step
+    data, forcing = waves(times, units=units), numbered(times, units)
+    start = data.isel(time=slice(0, 2))
+    for out in (None, tmp_path / "f.nc", tmp_path / "f.zarr"):
+        result = forecast(Tells(forced(data), history=history), start, 5, forcing=forcing, out=out)
+        assert_allclose(result.time, step * np.arange(2, 7))
+        assert result.time.attrs["units"] == units
+        assert result.lead.values[0] == np.timedelta64(int(step * ck.DURATIONS[units]), "s")
+        assert_array_equal(result.u[0, :, 0], np.arange(2, 7))
+    assert_array_equal(forecast(persistence(data), result, 2).time, step * np.arange(7, 9))
+
+
+def test_forcing_may_be_in_another_unit_of_time():
+    data, days = waves(np.arange(20) * 6.0, units="hours"), numbered(np.arange(20) * 0.25, "days")
+    result = forecast(Tells(forced(data)), data.isel(time=[1]), 4, forcing=days)
+    assert_array_equal(result.u[0, :, 0], np.arange(2, 6))
+    plain = forecast(Tells(forced(data)), data.isel(time=[1]), 4, forcing=numbered(np.arange(20) * 6.0))
+    assert_array_equal(plain.u, result.u)
+
+
+@pytest.mark.parametrize("kind", ["numbers", "dates", "cftime"])
+def test_forcing_may_be_finer_than_the_steps(kind):
+    times = {
+        "numbers": lambda n, step: np.arange(n) * step * 0.1,
+        "dates": lambda n, step: dates(n, 2 * step),
+        "cftime": lambda n, step: (
+            xr.date_range("2001-02-27", periods=n, freq=f"{2 * step}h", calendar="noleap", use_cftime=True).values
+        ),
+    }[kind]
+    data, forcing = waves(times(20, 3)), numbered(times(60, 1))
+    result = forecast(Tells(forced(data)), data.isel(time=slice(0, 2)), 5, forcing=forcing, chunk=2)
+    assert_array_equal(result.u[0, :, 0], 3 * np.arange(2, 7))
+    shuffled = forcing.isel(time=np.random.default_rng(0).permutation(60))
+    assert_array_equal(forecast(Tells(forced(data)), data.isel(time=slice(0, 2)), 5, forcing=shuffled).u, result.u)
+    with pytest.raises(DataError, match="is missing.*take at most 2 steps"):
+        forecast(Tells(forced(data)), data.isel(time=slice(0, 2)), 5, forcing=forcing.isel(time=slice(0, 10)))
+    with pytest.raises(DataError, match="is missing.*take at most 1 steps"):
+        forecast(Tells(forced(data)), data.isel(time=slice(0, 2)), 5, forcing=forcing.isel(time=slice(0, None, 2)))
+
+
+def test_forcing_of_another_kind_of_time_is_told():
+    numbers, calendar = np.arange(20.0), dates(20, 24)
+    for own, other, said in (
+        (numbers, calendar, "initial are plain numbers.*are dates"),
+        (calendar, numbers, "initial are dates.*are plain numbers"),
+    ):
+        data = waves(own)
+        with pytest.raises(SpecError, match=said):
+            forecast(Tells(forced(data)), data.isel(time=[0]), 3, forcing=numbered(other))
+
+
+@pytest.mark.parametrize("history", [0, 1, 2])
+def test_the_calendar_is_that_of_the_predicted_frame(history):
+    data = waves(dates(20))
+    stepper = Tells(spec_of(data), "hour", history)
+    result = forecast(stepper, data.isel(time=slice(0, 2)), 5, chunk=2)
+    assert_allclose(result.u[0, :, 0], result.time.dt.hour, atol=1e-4)
+    trained = XarrayDataset(data, stepper.spec).read(0, range(2, 7))  # as a window tells it, from its first frame on
+    assert_allclose(24 * trained.calendar[:, 1], result.time.dt.hour, atol=1e-4)
+
+
+# --- trajectories of different length ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def padded():
+    """Ten frames and six, then padding that would be taken for numbers."""
+    data = waves(np.arange(10.0))
+    data.u[1, 6:] = -77
+    return data.assign(frames=("trajectory", np.array([10, 6])))
+
+
+@pytest.mark.parametrize("name", ["persistence", "extrapolation"])
+def test_padding_is_never_a_start(padded, name):
+    stepper = STEPPERS[name]().build(spec_of(padded, ["u"]))
+    whole, own = padded.drop_vars("frames"), XarrayDataset(padded, stepper.spec).to_xarray(1)
+    for initial, real in (
+        (padded.isel(time=slice(0, 3)), whole.isel(time=slice(0, 3))),
+        (padded.isel(trajectory=[1]), whole.isel(trajectory=[1], time=slice(0, 6))),
+        (padded.isel(trajectory=1), whole.isel(trajectory=1, time=slice(0, 6))),
+        (frames_until(padded, "#5", None), whole.isel(time=slice(0, 6))),
+        (frames_until(padded, "9", 0), whole.isel(trajectory=[0])),
+        (own.isel(time=slice(0, 2)), whole.isel(time=slice(0, 2), trajectory=[1])),
+    ):
+        result, expected = forecast(stepper, initial, 2), forecast(stepper, real, 2)
+        assert_array_equal(result.u, expected.u)
+        assert_array_equal(result.time, expected.time)
+    with pytest.raises(SpecError, match=r"end after 6 to 10 frames.*isel\(time=slice\(6\)\)"):
+        forecast(stepper, padded, 2)
+    for trajectory in (None, 1):
+        with pytest.raises(DataError, match="trajectory 1 ends with frame #5"):
+            frames_until(padded, "8", trajectory)
+
+
+def test_padding_is_never_forcing(padded):
+    data = waves(np.arange(10.0))
+    forcing = padded.rename(u="f")
+    stepper = Tells(forced(data))
+    result = forecast(stepper, data.isel(time=[2]), 3, forcing=forcing)
+    assert_array_equal(result.u, forcing.f[:, 3:6].values)
+    with pytest.raises(DataError, match=r"covers 0\.0 to 5\.0 \(6 frames\).*take at most 3 steps"):
+        forecast(stepper, data.isel(time=[2]), 4, forcing=forcing)
+
+
+# --- files ------------------------------------------------------------------------------------------------------------
+
+
+def levels():
+    frames = np.random.default_rng(0).standard_normal((3, 2, 8)).astype("f4")
+    return xr.Dataset(
+        {"z": (("time", "level", "x"), frames)}, {"time": dates(3), "level": [500, 850], "x": np.arange(8) / 8}
+    )
+
+
+@pytest.mark.parametrize("suffix", [".zarr", ".nc"])
+def test_how_the_initial_data_are_stored_does_not_matter(tmp_path, suffix):
+    from numcodecs import Zlib
+
+    codecs = {name: {"compressors": [Zlib()]} for name in ("x", "level")}
+    levels().to_zarr(tmp_path / "two.zarr", zarr_format=2, encoding=codecs)
+    packed = {"dtype": "int16", "scale_factor": 0.125, "_FillValue": -1, "zlib": True, "chunksizes": (4,)}
+    levels().to_netcdf(tmp_path / "packed.nc", encoding={"x": packed})
+    for name in ("two.zarr", "packed.nc"):
+        data = open_dataset(tmp_path / name)
+        stepper = STEPPERS["persistence"]().build(spec_of(data, ["z"], flatten=("level",)))
+        with forecast(stepper, data, 3, out=tmp_path / f"f{suffix}", chunk=2, overwrite=True) as result:
+            assert_array_equal(result.z[0, 2], levels().z[2])
+            assert_array_equal(result.x, levels().x)
+
+
+@pytest.mark.parametrize("suffix", [".zarr", ".nc"])
+def test_attributes_of_any_type_are_written(tmp_path, suffix):
+    data = waves(np.arange(4.0))
+    data.u.attrs.update(
+        units="m", flag=True, empty=[], none=None, names=["a", "b"], row=np.array([1.0, 2.0], "f4"), half=np.float16(2),
+        number=np.float32(3), flags=np.array([True, False]), table=np.eye(2), ragged=[[1], [2, 3]], nested={"a": 1},
+    )  # fmt: skip
+    data.x.attrs.update(on=np.bool_(True), since=np.datetime64("2001-01-01"))
+    data.attrs.update(since=np.datetime64("2001-01-01"), whole=2, count=np.array(5))
+    with forecast(persistence(data), data, 3, out=tmp_path / f"f{suffix}", chunk=2) as result:
+        found = {name: np.asarray(value).tolist() for name, value in result.u.attrs.items()}
+        assert found == {
+            "units": "m", "flag": 1, "empty": "[]", "names": ["a", "b"], "row": [1, 2], "half": "2.0", "number": 3,
+            "flags": [1, 0], "table": str(np.eye(2)), "ragged": "[[1], [2, 3]]", "nested": "{'a': 1}",
+        }  # fmt: skip
+        assert (result.x.attrs["on"], result.x.attrs["since"]) == (1, "2001-01-01")
+        assert (result.attrs["since"], result.attrs["whole"], result.attrs["count"]) == ("2001-01-01", 2, 5)
+    assert data.u.attrs["flag"] is True

@@ -60,14 +60,14 @@ class Family:
     scored: float  # time of the scores
     inside: float  # of `tests`, the one of the figure
 
-    def exact(self, points: Float[Array, "n 2"], parameter: Float[Array, ""]) -> Float[Array, "n"]:
+    def exact(self, points: Float[Array, " n 2"], parameter: Float[Array, ""]) -> Float[Array, " n"]:
         """u at (t, x), each scaled to [0, 1]."""
         return self.solver.exact(points[:, 1] * self.solver.length, points[:, 0] * self.duration, parameter)
 
     def scaled(self, parameter):
         return 2 * (parameter - self.low) / (self.high - self.low) - 1
 
-    def residual(self, u: Callable, points: Float[Array, "b n 2"], scaled: Float[Array, "b"]) -> Float[Array, "b n"]:
+    def residual(self, u: Callable, points: Float[Array, " b n 2"], scaled: Float[Array, " b"]) -> Float[Array, " b n"]:
         """The square of T u_t - T (k u_x)_x, T the duration, for u(points) that maps each point by itself."""
         parameter = (self.low + (scaled + 1) / 2 * (self.high - self.low))[:, None]
         along_t, along_x = (jnp.zeros_like(points).at[..., axis].set(1.0) for axis in (0, 1))
@@ -121,7 +121,7 @@ PAPER = {
 }
 
 
-def make_functions(family: Family, parameters: Float[Array, "function"], seed: int) -> Functions:
+def make_functions(family: Family, parameters: Float[Array, " function"], seed: int) -> Functions:
     """Exact values on random grids of 10 times by 10 places, in the paper's way: all uniform, but the times of the
     context one in each tenth."""
 

@@ -33,7 +33,7 @@ class Functions(NamedTuple):
         target, target_u: as for the context.
     """
 
-    parameter: Float[Array, "function"]
+    parameter: Float[Array, " function"]
     context: Float[Array, "function context 2"]
     context_u: Float[Array, "function context"]
     target: Float[Array, "function target 2"]
@@ -148,7 +148,7 @@ class Member(nnx.Module):
     def __init__(self, width: int = 128, depth: int = 4, *, rngs: nnx.Rngs):
         self.network = Perceptron([3, *[width] * depth, 2], Activation("gelu"), rngs=rngs)
 
-    def predict(self, parameter: Float[Array, "b"], points: Float[Array, "b m 2"]) -> Normal:
+    def predict(self, parameter: Float[Array, " b"], points: Float[Array, " b m 2"]) -> Normal:
         parameter = jnp.broadcast_to(parameter[:, None, None], (*points.shape[:2], 1))
         return gaussian(self.network(jnp.concatenate([2 * points - 1, parameter], -1)))
 
@@ -183,7 +183,7 @@ def likelihood_loss(model: Member, functions: Functions, key: jax.Array) -> jax.
     return -model.predict(functions.parameter, functions.target).log_density(functions.target_u).mean()
 
 
-def divergence(p: Normal, q: Normal) -> Float[Array, "b"]:
+def divergence(p: Normal, q: Normal) -> Float[Array, " b"]:
     """The Kullback-Leibler divergence of p from q, summed over the last axis."""
     ratio = jnp.square(p.std / q.std)
     return 0.5 * (ratio + jnp.square((p.mean - q.mean) / q.std) - 1 - jnp.log(ratio)).sum(-1)

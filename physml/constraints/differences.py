@@ -56,7 +56,7 @@ class Differences:
         self.plain = even and not self.open and exists is None
         self.spectral = series and self.plain and all(axis.periodic for axis in self.axes.values())
 
-    def slope(self, field: Float[Array, "batch *space"], place: int) -> Float[Array, "batch *space"]:
+    def slope(self, field: Float[Array, " batch *space"], place: int) -> Float[Array, " batch *space"]:
         """The difference along one of `places`."""
         if self.spectral:
             return self._inverse(1j * self._waves(place, field.dtype) * rfftn(field, self.places), field.dtype)
@@ -80,7 +80,7 @@ class Differences:
             faces = jnp.concatenate([ends[0], faces, ends[1]], place)
         return jnp.diff(faces, axis=place) / _column(self.lengths[place], place, field.dtype)
 
-    def divergence(self, velocity: Float[Array, "batch component *space"]) -> Float[Array, "batch *space"]:
+    def divergence(self, velocity: Float[Array, " batch component *space"]) -> Float[Array, " batch *space"]:
         """The sum over components of the differences along their axes."""
         if self.spectral:
             spectrum = rfftn(velocity, self.places)
@@ -210,12 +210,12 @@ class Differences:
 
 def conjugate_gradients(
     operator: Callable,
-    source: Float[Array, "batch *space"],
+    source: Float[Array, " batch *space"],
     precondition: Callable,
     relative: float,
     least: Any,
     most: int,
-) -> Float[Array, "batch *space"]:
+) -> Float[Array, " batch *space"]:
     """x with operator(x) = source, for a symmetric operator that is nowhere negative, as is `precondition`.
 
     Every sample for itself, unlike `jax.scipy.sparse.linalg.cg`, whose sums run over the batch (and which cannot be

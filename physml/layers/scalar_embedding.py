@@ -13,7 +13,7 @@ from physml.layers.pointwise import gelu
 LONGEST = 10000.0  # period of the slowest wave over 2 pi
 
 
-def sinusoidal(values: Float[Array, "batch"], channels: int) -> Float[Array, "batch channels"]:
+def sinusoidal(values: Float[Array, " batch"], channels: int) -> Float[Array, " batch channels"]:
     """`[cos(f_j value), sin(f_j value)]` with `f_j = 10000^(-j / half)`, j = 0 .. half - 1, half = channels // 2.
 
     float32; an odd number of channels ends with a zero. Vaswani et al. 2017, arXiv:1706.03762, section 3.5, in the

@@ -56,11 +56,11 @@ class System(Solver):
     def cells(self) -> int:
         return len(self.channels)
 
-    def rates(self, state: Float[ArrayLike, "component"], **values: Any) -> Float[ArrayLike, "component"]:
+    def rates(self, state: Float[ArrayLike, " component"], **values: Any) -> Float[ArrayLike, " component"]:
         """The time derivative; `values` are the numbers `parameters`."""
         raise NotImplementedError
 
-    def initial(self, key: jax.Array, **parameters: Any) -> Float[ArrayLike, "component"]:
+    def initial(self, key: jax.Array, **parameters: Any) -> Float[ArrayLike, " component"]:
         """A random state around `center`."""
         center = jnp.asarray(self.center, float)
         return center + self.initial_spread * jax.random.normal(key, center.shape, float)
@@ -72,11 +72,11 @@ class System(Solver):
         step = rk4(lambda state: self.rates(state, **values), given["time_step"] / self.substeps)
         return lambda state: jax.lax.fori_loop(0, self.substeps, lambda _, s: step(s), jnp.asarray(state))
 
-    def observe(self, state: Float[ArrayLike, "component"]) -> Float[ArrayLike, "component"]:
+    def observe(self, state: Float[ArrayLike, " component"]) -> Float[ArrayLike, " component"]:
         """The state."""
         return state
 
-    def resume(self, frame: Float[ArrayLike, "component"], **parameters: Any) -> Float[ArrayLike, "component"]:
+    def resume(self, frame: Float[ArrayLike, " component"], **parameters: Any) -> Float[ArrayLike, " component"]:
         """The frame."""
         return jnp.asarray(frame)
 

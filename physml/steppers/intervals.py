@@ -69,7 +69,7 @@ class Interval(Direct):
         scale = self.scale(context.lead)
         return previous + output * scale.reshape(scale.shape[0], *[1] * (output.ndim - 2), scale.shape[1])
 
-    def scale(self, lead: Float[Array, "batch"]) -> Float[Array, "batch channel"]:
+    def scale(self, lead: Float[Array, " batch"]) -> Float[Array, " batch channel"]:
         """Root mean square of the increments over steps of length `lead`, in physical units."""
         intervals = self.config.intervals
         nearest = jnp.argmin(abs(lead[:, None] / self.spec.time_step - jnp.asarray(intervals)), axis=1)

@@ -117,7 +117,7 @@ class Refiner(Direct):
         state: Float[ArrayLike, "batch history *space channel"],
         frame: Float[ArrayLike, "batch *space channel"],
         context: Context,
-        step: Int[ArrayLike, "batch"],
+        step: Int[ArrayLike, " batch"],
         noise: Float[ArrayLike, "batch *space channel"],
     ) -> "DenoisingProblem":
         """The training problem whose solution leads to the true next `frame` (physical units), see `denoise`."""
@@ -228,7 +228,7 @@ def denoise(
     history: Float[ArrayLike, "batch *space channels"],
     target: Float[ArrayLike, "batch *space out"],
     parameters: Float[ArrayLike, "batch numbers"],
-    step: Int[ArrayLike, "batch"],
+    step: Int[ArrayLike, " batch"],
     noise: Float[ArrayLike, "batch *space out"],
 ) -> DenoisingProblem:
     """The training problem at a `step` per sample, drawn uniformly from 0 .. K, and standard normal `noise`.

@@ -88,7 +88,9 @@ class StreamFunction(Residual):
         return previous + increment
 
 
-def unit_curl(stream: Float[Array, "batch *space"], differences: Differences) -> Float[Array, "batch component *space"]:
+def unit_curl(
+    stream: Float[Array, " batch *space"], differences: Differences
+) -> Float[Array, " batch component *space"]:
     """The curl of a stream function whose waves are each multiplied by the length that gives the flow their own size.
 
     The mean square of the flow is that of `stream`, except for what no difference sees: means and Nyquist modes. Walls

@@ -1,7 +1,7 @@
 """The verbs on runs: train one, open one. A run is a folder that describes itself.
 
 runs/NAME/{config.yaml, spec.json, start_from.json, environment.json, log.txt, metrics.jsonl, checkpoints/STEP/, model/,
-           scores.nc, scores.json, sample.nc, report.html}
+           scores.nc, scores.json, sample.nc, report.html}; scores of other splits in scores-SPLIT.nc and so on
 """
 
 import contextlib

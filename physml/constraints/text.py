@@ -5,7 +5,7 @@ from typing import Any
 
 from physml import constraints
 from physml.coding import from_dict, override
-from physml.errors import ConfigError
+from physml.errors import ConfigError, suggest
 
 
 def from_text(text: str) -> Any:
@@ -14,8 +14,10 @@ def from_text(text: str) -> Any:
     CHANNELS, separated by commas, are the first field of the constraint. Raises ConfigError for what is unknown.
     """
     name, *rest = text.strip().split(":")
+    if name not in constraints.CONSTRAINTS:
+        raise ConfigError(f"There is no constraint {name!r}, of {text!r}." + suggest(name, constraints.CONSTRAINTS))
     data: dict[str, Any] = {"name": name}
-    if rest and "=" not in rest[0] and name in constraints.CONSTRAINTS:
+    if rest and "=" not in rest[0]:
         first = dataclasses.fields(constraints.CONSTRAINTS[name])[0].name
         data[first] = [part.strip() for part in rest.pop(0).split(",") if part.strip()]
     wrong = [part for part in rest if "=" not in part]

@@ -128,13 +128,13 @@ def _choose_metrics(names, forecasts, climatology, spec: Spec, gaussian: bool) -
         and any(f"{name}_seeps_threshold" in climatology.variables for name in spec.names),
     }
     needed = {
-        "climatology": "compares with a climatology, but none is given: pass `climatology=`",
+        "climatology": "compares with a climatology, but none is given: pass `climatology=` (--climatology FILE)",
         "ensemble": "scores ensembles, but no prediction has a dimension of two members or more",
         "gaussian": "scores standard deviations, but no prediction has variables NAME_std beside all of its fields",
         "uncertainty": "scores uncertainty, but no prediction has two members or more, or variables NAME_std beside "
         "its fields",
         "seeps": "needs a climatology with the variables NAME_seeps_threshold and NAME_seeps_dry_fraction of a "
-        "predicted precipitation: pass `climatology=`",
+        "predicted precipitation: pass `climatology=` (--climatology FILE)",
     }
     every = {**METRICS, **FORECAST_METRICS}
     for name in names or ():
@@ -153,7 +153,7 @@ def _known_floors(floors: Sequence[str], climatology) -> tuple[str, ...]:
                 f"{name!r} is no floor of labelled forecasts." + suggest(name, (PERSISTENCE, CLIMATOLOGY))
             )
         if name == CLIMATOLOGY and climatology is None:
-            raise ConfigError("The floor 'climatology' needs one: pass `climatology=`.")
+            raise ConfigError("The floor 'climatology' needs one: pass `climatology=` (--climatology FILE).")
     return tuple(floors)
 
 

@@ -24,6 +24,7 @@ from physml.metrics.metric import Measure
 from physml.parallel.fft import rfftn
 
 KILOMETERS_PER_DEGREE = 6371.0 * np.pi / 180
+UNEVEN = 0.05  # by how much of their spacing points may differ: rounded coordinates and Gaussian latitudes do
 NOISE = 1e-12  # share of the energy below which a float32 spectrum is rounding
 DIRECTIONS = {"latitude": ("latitude", "lat"), "longitude": ("longitude", "lon")}
 
@@ -51,10 +52,17 @@ class Shells:
 
 @functools.lru_cache(maxsize=32)
 def shells(grid: Grid) -> Shells:
-    """The shells of a grid. Raises SpecError when space has no axis longer than three points."""
+    """The shells of a grid. Raises SpecError when space has no axis longer than three points, or uneven ones."""
     axes, lengths, unit = _plane(grid)
     if not axes:
         raise SpecError(f"A grid of {grid.shape} points has no spectrum: an axis of at least four points is needed.")
+    for axis in (grid.axes[i] for i in axes):
+        gaps = np.abs(np.diff(axis.centers))
+        if np.ptp(gaps) > UNEVEN * gaps.mean():
+            raise SpecError(
+                f"A spectrum needs evenly spaced points, but those along {axis.name!r} are {gaps.min():g} to "
+                f"{gaps.max():g} apart. Interpolate the data to an even grid, or leave spectra out."
+            )
     sizes = [len(grid.axes[i]) for i in axes]
     steps = [2 * np.pi / length for length in lengths]
     parts = [np.fft.fftfreq(n, 1 / n) * step for n, step in zip(sizes, steps)]

@@ -5,7 +5,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float
 
 from physml.coding import name_of, tagged
@@ -15,8 +14,6 @@ from physml.fields import Window
 from physml.metrics.spectra import energy_spectrum, shells
 from physml.objectives.scoring import Prediction, check_inner, inner_objectives
 from physml.objectives.unrolled import Around, OneStep, Rollout, Scored
-
-UNEVEN = 0.01  # by how much of their spacing points of a spectrum may differ: Gaussian latitudes of an area do
 
 
 @dataclass(frozen=True)
@@ -87,15 +84,7 @@ class SpectralPower:
                 "SpectralPower needs fields that exist everywhere, but these have a mask. Leave the penalty out."
             )
         grid = window.spec.grid
-        plan = shells(grid)
-        for axis in (grid.axes[i] for i in plan.axes):
-            gaps = np.diff(axis.centers)
-            if np.ptp(gaps) > UNEVEN * axis.spacing:
-                raise SpecError(
-                    f"SpectralPower needs evenly spaced points, but those along {axis.name!r} are {gaps.min():g} to "
-                    f"{gaps.max():g} apart. Interpolate the data to an even grid, or leave the penalty out."
-                )
-        last = max(int(self.cut * plan.resolved), 1)
+        last = max(int(self.cut * shells(grid).resolved), 1)
         truth = jnp.asarray(window.frames)[:, stop - prediction.frames.shape[1] : stop]
         predicted, true = (energy_spectrum(f, grid)[..., 1 : last + 1] for f in (prediction.frames, truth))
         size = true + self.floor * true.sum(-1, keepdims=True)

@@ -102,8 +102,11 @@ def check_export(folder: str | Path, steps: int, batch, platforms: Sequence[str]
     if not platforms or set(platforms) - set(PLATFORMS):
         raise ConfigError(f"platforms are {tuple(platforms)}, but some of {', '.join(PLATFORMS)} were expected.")
     folder = Path(folder)
-    if folder.exists() and not (overwrite and (folder / SIGNATURE).is_file()):
-        raise CheckpointError(f"{folder} exists. Choose another folder, or pass overwrite=True to replace an export.")
+    if folder.exists():
+        if not (folder / SIGNATURE).is_file():
+            raise CheckpointError(f"{folder} exists and holds no export: it is not replaced. Choose another.")
+        if not overwrite:
+            raise CheckpointError(f"{folder} exists. Choose another, or pass overwrite=True to replace an export.")
     return folder
 
 

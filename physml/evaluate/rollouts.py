@@ -32,6 +32,7 @@ from physml.metrics import METRICS, THRESHOLDS, Measure, MomentMetric
 from physml.metrics.table import write_netcdf
 from physml.rollout import rollout
 from physml.steppers import Members
+from physml.steppers.members import drawn
 
 CLIMATOLOGY = "climatology"  # a floor of this name also serves as the climatology of skill and ACC
 SAMPLE_VALUES = 2**25  # numbers per field of sample.nc: longer rollouts are thinned
@@ -100,7 +101,7 @@ def evaluate_stepper(
     masked = first.mask is not None
     spectral = has_spectrum(spec.grid, masked)
     counts = {name: _member_count(stepper, members)}
-    models[name] = _drawn(stepper) if members else stepper
+    models[name] = drawn(stepper) if members else stepper
     chosen = choose_metrics(
         metrics, climatology=climatology is not None, spectrum=spectral, ensemble=(counts[name] or 1) > 1
     )
@@ -153,14 +154,6 @@ def _member_count(stepper: Stepper, asked: int | None) -> int | None:
         what = f"the stepper is an ensemble of {own}: use a multiple of it" if own else "at least one is needed"
         raise ConfigError(f"members is {asked}, but {what}.")
     return asked or own
-
-
-def _drawn(stepper: Stepper) -> Stepper:
-    """A Gaussian stepper, or an ensemble of them, with every step drawn; any other as it is."""
-    single = stepper.stacked if isinstance(stepper, Members) else stepper
-    if not hasattr(single, "sampled"):
-        return stepper
-    return Members(single.sampled(), stepper.count) if isinstance(stepper, Members) else single.sampled()
 
 
 def plan_starts(lengths: Sequence[int], history: int, leads: int, starts) -> list[tuple[int, int]]:

@@ -22,8 +22,9 @@ from physml.forecast.start import Start, start_of
 from physml.forecast.stores import LEAD, check_out, open_store
 from physml.interrupt import Signals
 from physml.rollout import Bounds, Chunk, Watchdog, check_spectrum, perturbed, rollout_chunks
-from physml.steppers import Distribution, Members, stack_members
+from physml.steppers import Distribution, Members
 from physml.steppers.describe import provenance
+from physml.steppers.members import drawn
 
 CHUNK_BYTES = 2**25
 PERTURBATION = 2**32 - 1  # folded into the key for initial states; steps count from 0
@@ -180,14 +181,14 @@ def _check_options(stepper, steps, chunk, key, members, perturb, perturb_kind, o
         raise ConfigError(f"steps={steps}, chunk={chunk} and members={members} count things: at least 1.")
     _check_key(key)
     own = stepper.count if isinstance(stepper, Members) else None
-    drawn = members is not None and hasattr(stepper.stacked if own else stepper, "sampled")
+    random = members is not None and drawn(stepper) is not stepper
     members = _count(stepper, members)
     if own and members % own:
         raise ConfigError(
             f"members is {members}, but the stepper is an ensemble of {own} that forecast equally often. Use a "
             f"multiple of {own}, or leave members out."
         )
-    if members is not None and key is None and (members != own or drawn or perturb is not None):
+    if members is not None and key is None and (members != own or random or perturb is not None):
         raise ConfigError(
             "members needs a key: without random numbers all members are the same. Pass jax.random.key(0)."
         )
@@ -232,13 +233,11 @@ def _as_asked(stepper, members: int | None):
     variance, unless its config says that it is drawn.
     """
     if isinstance(stepper, Members):
-        if members is not None and hasattr(stepper.stacked, "sampled"):
-            stepper = stack_members([stepper.member(i).sampled() for i in range(stepper.count)])
-        return stepper.apart()
+        return (stepper if members is None else drawn(stepper)).apart()
     if not hasattr(stepper, "distribution"):
         return stepper
     if members is not None:
-        return stepper.sampled()
+        return drawn(stepper)
     return stepper if stepper.config.sample else Distribution(stepper)
 
 

@@ -126,6 +126,14 @@ class Apart(nnx.Module):
         return dataclasses.replace(self._split(dataclasses.replace(context, key=None)), key=context.key)
 
 
+def drawn(stepper):
+    """A Gaussian stepper, or an ensemble of them, with every step drawn; any other stepper itself."""
+    single = stepper.stacked if isinstance(stepper, Members) else stepper
+    if not hasattr(single, "sampled"):
+        return stepper
+    return Members(single.sampled(), stepper.count) if isinstance(stepper, Members) else single.sampled()
+
+
 def stack_members(steppers: list) -> Members:
     """The ensemble of several steppers of one architecture and spec, e.g. of `physml.load` of several runs.
 

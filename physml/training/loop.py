@@ -186,7 +186,6 @@ def _check_stages(run: Run, stages, dataset, history: int) -> None:
     """Traces the loss of each later stage: what cannot work is refused before the first update, not hours after it."""
     for stage, _ in stages[1:]:
         frames = stage.objective.frames(history)
-        count_windows(dataset, frames, "training")
         window = stack([dataset.read(int(np.argmax(dataset.lengths)), range(frames))] * stage.batch)
         jax.eval_shape(run.build_loss(stage.objective), run.weights, run.rest, window, run.key)
 

@@ -1,6 +1,7 @@
 """Checkpoints: exact, atomic, the newest and the best, and readable after damage."""
 
 import logging
+import time
 
 import jax
 import jax.numpy as jnp
@@ -171,6 +172,19 @@ def test_an_unfinished_checkpoint_does_not_count(saved):
     with Checkpoints(saved) as checkpoints:
         assert checkpoints.steps == [2, 3]
         assert checkpoints.restore(placed())[1]["loader"] == {"step": 3}
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_what_others_are_writing_stays(saved, own):
+    """Orbax removes what a killed process left in the background."""
+    unfinished = saved / "4.orbax-checkpoint-tmp"
+    (unfinished / "state").mkdir(parents=True)
+    with Checkpoints(saved, own=own):
+        for _ in range(100 if own else 10):
+            if not unfinished.exists():
+                break
+            time.sleep(0.1)
+    assert unfinished.exists() != own
 
 
 def test_mismatches_are_a_short_table(saved):

@@ -129,26 +129,49 @@ def test_unrolled_training_runs(tmp_path):
     assert losses(result)[-1] < losses(result)[0]
 
 
-def test_the_best_weights_come_back_and_their_checkpoint_stays(tmp_path):
-    scores = iter([3.0, 1.0, 2.0, 4.0])
-    fields = {
-        "steps": 8, "validate_every": 2, "checkpoint_every": 2, "keep": 1, "monitor": "mine", "average": 0.0,
-        "optimizer": {"schedule": "constant"},
-    }  # fmt: skip
-    seen = []
+KEPT = {
+    "steps": 8, "validate_every": 2, "checkpoint_every": 2, "keep": 1, "monitor": "mine", "average": 0.0,
+    "optimizer": {"schedule": "constant"},
+}  # fmt: skip
+
+
+def scored(folder, scores, **fields):
+    """A training whose four validations give `scores`, and the parameters at each of them."""
+    scores, seen = iter(scores), []
 
     def validate(stepper):
         seen.append(jax.tree.map(np.array, nnx.state(stepper, nnx.Param)))
         return {"mine": next(scores)}
 
-    result = train(tmp_path, options={"validate": validate}, **fields)
+    return train(folder, options={"validate": validate}, **KEPT, **fields), seen
+
+
+def assert_same(parameters, stepper):
+    for a, b in zip(*map(jax.tree.leaves, (parameters, nnx.state(stepper, nnx.Param))), strict=True):
+        assert_array_equal(a, b)
+
+
+def test_the_best_weights_come_back_and_their_checkpoint_stays(tmp_path):
+    result, seen = scored(tmp_path, [3.0, 1.0, 2.0, 4.0])
     assert result.best == {"step": 4, "value": 1.0}
     assert sorted(int(path.name) for path in (tmp_path / "checkpoints").iterdir()) == [4, 8]
-    for a, b in zip(*map(jax.tree.leaves, (seen[1], nnx.state(result.stepper, nnx.Param))), strict=True):
-        assert_array_equal(a, b)
-    last = train(tmp_path, options={"validate": validate}, select="last", **fields)
-    for a, b in zip(*map(jax.tree.leaves, (seen[3], nnx.state(last.stepper, nnx.Param))), strict=True):
-        assert_array_equal(a, b)
+    assert_same(seen[1], result.stepper)
+    last, none = scored(tmp_path, [], select="last")  # of the finished run
+    assert none == []
+    assert_same(seen[3], last.stepper)
+
+
+@pytest.mark.parametrize(("mode", "scores"), [("min", [2.0, 1.0, 1.0, 3.0]), ("max", [1.0, 2.0, 2.0, 0.0])])
+def test_the_first_of_equal_scores_stays_the_best(tmp_path, mode, scores):
+    """Times of correlation are counted in steps: equal ones are usual."""
+    result, seen = scored(tmp_path, scores, monitor_mode=mode)
+    assert result.best["step"] == 4
+    assert_same(seen[1], result.stepper)
+
+
+def test_patience_needs_something_to_validate(tmp_path):
+    with pytest.raises(ConfigError, match="nothing to validate.*split 'valid'"):
+        train(tmp_path, datasets={"train": problem.Waves()}, patience=2)
 
 
 class Refusing(MSE):
@@ -158,31 +181,6 @@ class Refusing(MSE):
         if prediction.shape[1] == 3:
             raise ConfigError("three steps")
         return super().errors(prediction, truth, spec, mask)
-
-
-@pytest.mark.parametrize("mode", ["min", "max"])
-def test_the_first_of_equal_scores_stays_the_best(tmp_path, mode):
-    """Times of correlation are counted in steps: equal ones are usual."""
-    scores = iter([2.0, 1.0, 1.0, 3.0] if mode == "min" else [1.0, 2.0, 2.0, 0.0])
-    fields = {
-        "steps": 8, "validate_every": 2, "checkpoint_every": 2, "keep": 1, "monitor": "mine", "monitor_mode": mode,
-        "average": 0.0,
-    }  # fmt: skip
-    seen = []
-
-    def validate(stepper):
-        seen.append(jax.tree.map(np.array, nnx.state(stepper, nnx.Param)))
-        return {"mine": next(scores)}
-
-    result = train(tmp_path, options={"validate": validate}, **fields)
-    assert result.best["step"] == 4
-    for a, b in zip(*map(jax.tree.leaves, (seen[1], nnx.state(result.stepper, nnx.Param))), strict=True):
-        assert_array_equal(a, b)
-
-
-def test_patience_needs_something_to_validate(tmp_path):
-    with pytest.raises(ConfigError, match="nothing to validate.*split 'valid'"):
-        train(tmp_path, datasets={"train": problem.Waves()}, patience=2)
 
 
 def test_a_stage_that_cannot_work_is_refused_before_the_first(tmp_path):

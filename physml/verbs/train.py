@@ -71,7 +71,7 @@ class Training(Common):
         splits = api.open_data(experiment)
         api.check_splits(splits)
         found = {"data": {name: _size(split) for name, split in splits.items()}}
-        history, parameters = _shapes(experiment, splits["train"].spec)
+        history, parameters = _shapes(experiment, splits["train"])
         if parameters:
             count_windows(splits["train"], experiment.objective.frames(history), "training")
         return experiment, {**found, "parameters": parameters}
@@ -90,24 +90,22 @@ def _size(split: Any) -> str:
     return f"{len(split.lengths)} trajectories, {sum(split.lengths)} frames on a grid {split.spec.grid.shape}"
 
 
-def _shapes(experiment: Any, spec: Any) -> tuple[int, int]:
+def _shapes(experiment: Any, train_split: Any) -> tuple[int, int]:
     """History and trainable numbers of the stepper, of which nothing is computed. Raises ConfigError where its parts do
     not fit each other or the data.
     """
     from flax import nnx
 
-    from physml.errors import ConfigError
+    from physml import api
     from physml.normalize import Normalizer
-    from physml.steppers.describe import build_stepper, parameter_count
+    from physml.steppers.describe import parameter_count
 
-    stepper, model = experiment.stepper, experiment.model
-    if stepper.signature(spec) is None:
+    spec = train_split.spec
+    if experiment.stepper.signature(spec) is None:
         return 0, 0  # a floor
-    if model is None:
-        raise ConfigError("The experiment has no model: set `model`, e.g. model=FNOConfig(modes=(16, 16)).")
-    normalizer = Normalizer.identity(spec, intervals=getattr(stepper, "intervals", ()))
-    constraints = tuple(constraint.build(spec) for constraint in experiment.constraints)
-    built = nnx.eval_shape(lambda: build_stepper(stepper, model, spec, normalizer, constraints))
+    normalizer = Normalizer.identity(spec, intervals=getattr(experiment.stepper, "intervals", ()))
+    plain = dataclasses.replace(experiment, start_from=None, lora=None)
+    built = nnx.eval_shape(lambda: api.first_stepper(plain, train_split, normalizer=normalizer)[0])
     return built.history, parameter_count(built)
 
 

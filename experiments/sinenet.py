@@ -26,9 +26,9 @@ import numpy as np
 
 import physml
 from physml import Evaluation, Experiment, OptimizerConfig, SyntheticConfig, TrainingConfig
-from physml.api import open_run
 from physml.models import SineNetConfig
 from physml.progress import Silent
+from physml.runs import open_run
 from physml.steppers.describe import parameter_count
 
 POINTS = 32

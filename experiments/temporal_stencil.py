@@ -26,12 +26,13 @@ from flax import nnx
 
 import physml
 from physml import Evaluation, Experiment, OptimizerConfig, SyntheticConfig, TrainingConfig, Unrolled
-from physml.api import initial_stepper, open_data, open_run
+from physml.api import initial_stepper, open_data
 from physml.fields import stack
 from physml.metrics.chaos import high_correlation_time
 from physml.models import ResNetConfig
 from physml.progress import Silent
 from physml.rollout import rollout
+from physml.runs import open_run
 from physml.solvers import make_solver, vorticity_of
 from physml.steppers import LearnedInterpolationConfig, TemporalStencilConfig
 

@@ -43,8 +43,8 @@ _HOME = {
     "OptimizerConfig": "physml.training",
     "OneStep": "physml.objectives",
     "Unrolled": "physml.objectives",
-    "Run": "physml.api",
-    "open_run": "physml.api",
+    "Run": "physml.runs",
+    "open_run": "physml.runs",
     "train": "physml.api",
     "benchmark": "physml.benchmarks",
 }

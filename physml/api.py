@@ -1,89 +1,35 @@
-"""The verbs on runs: train one, open one. A run is a folder that describes itself.
-
-runs/NAME/{config.yaml, spec.json, start_from.json, environment.json, log.txt, metrics.jsonl, checkpoints/STEP/, model/,
-           scores.nc, scores.json, sample.nc, report.html}; scores of other splits in scores-SPLIT.nc and so on
-"""
+"""The verbs on runs: train one, score one; the folder of one is in `physml.runs`."""
 
 import contextlib
 import dataclasses
-import functools
-import json
 import logging
-import os
-import platform
 import re
-import shutil
-import subprocess
-import sys
 from collections.abc import Iterable
-from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import jax
 import xarray as xr
 
-import physml
 from physml import saving
 from physml.convert.named import load
 from physml.data import MixtureConfig, SyntheticConfig, XarrayDataset, fit_normalizer
 from physml.data.store import exclusive
-from physml.errors import CheckpointError, ConfigError
+from physml.errors import ConfigError
 from physml.evaluate import RolloutScores, evaluate_stepper, save_scores
-from physml.experiment import Experiment, load_experiment, to_dict, to_yaml
+from physml.experiment import Experiment, load_experiment
 from physml.layers.lora import adapted, add_lora, parameters, trained_share
 from physml.metrics.table import file_of
 from physml.parallel.mesh import Layout, on_first_process
 from physml.progress import Silent
 from physml.report import report
+from physml.runs import Run, claim, describe
 from physml.saving import LoadReport, build_stepper
 from physml.steppers import STEPPERS, Members
 from physml.steppers.describe import parameter_count
 from physml.training import fit, fit_members, spread_members
 
-START = "start_from.json"  # in a run folder: what was loaded before training
 log = logging.getLogger("physml")
-
-
-@dataclass(frozen=True)
-class Run:
-    """A finished or running experiment on disk."""
-
-    folder: Path
-
-    @functools.cached_property
-    def experiment(self) -> Experiment:
-        """The resolved experiment."""
-        return load_experiment(self.folder / "config.yaml")
-
-    @functools.cached_property
-    def stepper(self) -> Any:
-        """The trained stepper: model, normalizer and constraints."""
-        return saving.load(self.folder)
-
-    @functools.cached_property
-    def loaded(self) -> LoadReport | None:
-        """What became of the weights that training started from; None where it started from none."""
-        path = self.folder / START
-        return LoadReport.from_dict(json.loads(path.read_text())) if path.is_file() else None
-
-    @functools.cached_property
-    def scores(self) -> xr.Dataset:
-        """Scores on the test split: dims `(model, metric, channel, lead)`."""
-        path = self.folder / "scores.nc"
-        if not path.is_file():
-            raise CheckpointError(f"{self.folder} has no scores.nc: run `physml evaluate {self.folder}` first.")
-        with xr.open_dataset(path) as scores:
-            return scores.load()
-
-
-def open_run(folder: str | Path) -> Run:
-    """A run on disk. Raises CheckpointError when the folder is none."""
-    folder = Path(folder)
-    if not (folder / "config.yaml").is_file():
-        raise CheckpointError(f"{folder} is no run folder: it holds no config.yaml. Runs are made by `physml train`.")
-    return Run(folder)
 
 
 def train(
@@ -131,12 +77,12 @@ def train(
         if seeds and not parameter_count(stepper):
             raise ConfigError("seeds asks for an ensemble, but the stepper has no network: all would be the same.")
 
-        def claim():
+        def begin():
             held.enter_context(exclusive(path, wait=False))
-            _claim(path, experiment, resume, overwrite)
-            _describe(path, experiment, stepper, loaded)
+            claim(path, experiment, resume, overwrite)
+            describe(path, experiment, stepper, loaded)
 
-        on_first_process(claim)
+        on_first_process(begin)
         if parameter_count(stepper):
             progress.stage("training")
             arguments = (splits, experiment.objective, experiment.training, layout, path)
@@ -338,84 +284,3 @@ def score(run: Run, splits: dict[str, XarrayDataset], stepper: Any = None, split
     scores.attrs["split"] = split
     save_scores(scores, run.folder)
     return scores
-
-
-def environment() -> dict[str, Any]:
-    """Versions, devices and git state: what a result depends on besides its config."""
-    packages = ("physml", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "xarray", "exponax")
-    versions = {}
-    for package in packages:
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            versions[package] = None
-    return {
-        "python": sys.version.split()[0],
-        "platform": platform.platform(),
-        "cpus": os.cpu_count(),
-        "packages": versions,
-        "devices": [str(device) for device in jax.devices()],
-        "processes": jax.process_count(),
-        "git": _git_state(),
-        "command": sys.argv,
-    }
-
-
-def _git_state() -> dict[str, Any] | None:
-    def git(*words):
-        done = subprocess.run(["git", *words], capture_output=True, text=True, timeout=10, check=True)
-        return done.stdout.strip()
-
-    try:
-        return {"commit": git("rev-parse", "HEAD"), "changed": git("status", "--porcelain").splitlines()[:50]}
-    except (OSError, subprocess.SubprocessError):
-        return None
-
-
-def check_folder(path: Path, experiment: Experiment, resume: str, overwrite: bool) -> None:
-    """Raises ConfigError for a run folder that holds something else."""
-    config = path / "config.yaml"
-    if not path.exists() or not any(path.iterdir()):
-        return
-    if not config.is_file():
-        what = "so it is not overwritten" if overwrite else "so no run is begun there"
-        raise ConfigError(f"{path} is not a run folder, {what}. Choose another --name.")
-    if (overwrite and resume != "auto") or not _begun(path):
-        return
-    if resume != "auto":
-        raise ConfigError(
-            f"{path} already holds a run. Continue it with --resume auto, replace it with --overwrite, "
-            "or choose another --name."
-        )
-    before = to_dict(load_experiment(config))
-    changed = [key for key, value in to_dict(experiment).items() if before.get(key) != value]
-    allowed = {"layout", "evaluation"}  # a run continues on other devices, and may be scored otherwise
-    if set(changed) - allowed:
-        raise ConfigError(
-            f"{path} was started with other settings of {sorted(set(changed) - allowed)}: it cannot be continued "
-            "with these. Use the same settings, or choose another --name."
-        )
-
-
-def _claim(path: Path, experiment: Experiment, resume: str, overwrite: bool) -> None:
-    """Makes the run folder, in the place of an older one where that is asked for."""
-    check_folder(path, experiment, resume, overwrite)
-    if path.exists() and overwrite and resume != "auto":
-        shutil.rmtree(path)
-    path.mkdir(parents=True, exist_ok=True)
-
-
-def _begun(path: Path) -> bool:
-    """Whether a run folder has anything to lose; one whose training was refused at its start has not."""
-    records = path / "metrics.jsonl"
-    recorded = records.is_file() and records.stat().st_size > 0
-    return recorded or (path / "model").exists() or any((path / "checkpoints").glob("*"))
-
-
-def _describe(path: Path, experiment: Experiment, stepper: Any, loaded: LoadReport | None) -> None:
-    saving.write_text(path / "config.yaml", to_yaml(experiment))
-    (path / START).unlink(missing_ok=True)
-    if loaded is not None:
-        saving.write_text(path / START, json.dumps(loaded.to_dict(), indent=1))
-    saving.write_text(path / "spec.json", json.dumps(stepper.spec.to_dict()))
-    saving.write_text(path / "environment.json", json.dumps({"version": physml.__version__, **environment()}, indent=1))

@@ -94,11 +94,12 @@ class Evaluate(Common):
         return {"scores": headline(scores), "out": str(self.out) if self.out else None}
 
     def _run_folder(self) -> dict[str, Any]:
-        from physml import api
+        from physml.api import score
         from physml.errors import ConfigError
         from physml.experiment import load_experiment
         from physml.metrics.table import file_of
         from physml.report import report
+        from physml.runs import open_run
 
         for name in ("truth", "out", "climatology", "floor", "metric", "scheduler", "trajectory"):
             if getattr(self, name) not in (None, ()):
@@ -112,12 +113,12 @@ class Evaluate(Common):
                     f"--set {assignment} cannot be: {self.subject} is trained already. When it is scored, only fields "
                     "of `evaluation` and `data` can be set."
                 )
-        run = api.open_run(self.subject)
+        run = open_run(self.subject)
         experiment = load_experiment(run.experiment, self.set)
         if self.dry_run:
             return {"would score": self.subject, "split": self.split, "steps": experiment.evaluation.steps}
         run.__dict__["experiment"] = experiment
-        scores = api.score(run, experiment.data.open(), split=self.split)
+        scores = score(run, experiment.data.open(), split=self.split)
         page = report([run.folder], run.folder / file_of("report.html", self.split), split=self.split)
         return {"scores": headline(scores), "split": self.split, "report": str(page)}
 
@@ -135,14 +136,14 @@ class Report(Common):
     """The page, which ends in .html, or a folder for report.html; an older page there is replaced."""
 
     def run(self) -> dict[str, Any]:
-        from physml import api
         from physml.errors import ConfigError
+        from physml.runs import open_run
 
         if not self.runs:
             raise ConfigError("Name at least one run folder.")
         if self.out.suffix not in ("", ".html"):
             raise ConfigError(f"--out is {self.out}, but a page ends in .html.")
-        folders = [api.open_run(run).folder for run in self.runs]
+        folders = [open_run(run).folder for run in self.runs]
         if self.dry_run:
             return {"would write": str(self.out), "runs": list(map(str, folders))}
         from physml.report import report
@@ -214,11 +215,11 @@ class Doctor(Common):
         import jax
         import jax.numpy as jnp
 
-        from physml import api
         from physml.data import cache_folder
         from physml.parallel.mesh import Layout
+        from physml.runs import environment
 
-        result = api.environment()
+        result = environment()
         start = time.perf_counter()
         total = jax.jit(lambda x: (x @ x).sum())(jnp.ones((64, 64))).block_until_ready()
         result["compile and run"] = f"{time.perf_counter() - start:.2f} s"

@@ -19,6 +19,7 @@ ROWS = (  # lowest first; names on one row never import each other
     ("forecast",),
     ("training", "evaluate", "report", "convert"),
     ("experiment",),
+    ("runs",),
     ("api",),
     ("benchmarks",),
     ("verbs",),

@@ -62,10 +62,11 @@ class Training(Common):
         generated or read for that.
         """
         from physml import api
+        from physml.runs import check_folder
         from physml.training.validation import count_windows
 
         experiment, _, _ = api.prepare(experiment)
-        api.check_folder(self.out / experiment.name, experiment, self.resume, self.overwrite)
+        check_folder(self.out / experiment.name, experiment, self.resume, self.overwrite)
         if not _in_files(experiment.data):
             return experiment, {"data": "generated when training starts, so not checked"}
         splits = api.open_data(experiment)

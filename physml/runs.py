@@ -1,0 +1,150 @@
+"""A run on disk: a folder that describes itself.
+
+runs/NAME/{config.yaml, spec.json, start_from.json, environment.json, log.txt, metrics.jsonl, checkpoints/STEP/, model/,
+           scores.nc, scores.json, sample.nc, report.html}; scores of other splits in scores-SPLIT.nc and so on
+"""
+
+import functools
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import jax
+import xarray as xr
+
+import physml
+from physml import saving
+from physml.errors import CheckpointError, ConfigError
+from physml.experiment import Experiment, load_experiment, to_dict, to_yaml
+from physml.saving import LoadReport
+
+START = "start_from.json"  # what was loaded before training
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished or running experiment on disk."""
+
+    folder: Path
+
+    @functools.cached_property
+    def experiment(self) -> Experiment:
+        """The resolved experiment."""
+        return load_experiment(self.folder / "config.yaml")
+
+    @functools.cached_property
+    def stepper(self) -> Any:
+        """The trained stepper: model, normalizer and constraints."""
+        return saving.load(self.folder)
+
+    @functools.cached_property
+    def loaded(self) -> LoadReport | None:
+        """What became of the weights that training started from; None where it started from none."""
+        path = self.folder / START
+        return LoadReport.from_dict(json.loads(path.read_text())) if path.is_file() else None
+
+    @functools.cached_property
+    def scores(self) -> xr.Dataset:
+        """Scores on the test split: dims `(model, metric, channel, lead)`."""
+        path = self.folder / "scores.nc"
+        if not path.is_file():
+            raise CheckpointError(f"{self.folder} has no scores.nc: run `physml evaluate {self.folder}` first.")
+        with xr.open_dataset(path) as scores:
+            return scores.load()
+
+
+def open_run(folder: str | Path) -> Run:
+    """A run on disk. Raises CheckpointError when the folder is none."""
+    folder = Path(folder)
+    if not (folder / "config.yaml").is_file():
+        raise CheckpointError(f"{folder} is no run folder: it holds no config.yaml. Runs are made by `physml train`.")
+    return Run(folder)
+
+
+def check_folder(path: Path, experiment: Experiment, resume: str, overwrite: bool) -> None:
+    """Raises ConfigError for a run folder that holds something else."""
+    config = path / "config.yaml"
+    if not path.exists() or not any(path.iterdir()):
+        return
+    if not config.is_file():
+        what = "so it is not overwritten" if overwrite else "so no run is begun there"
+        raise ConfigError(f"{path} is not a run folder, {what}. Choose another --name.")
+    if (overwrite and resume != "auto") or not _begun(path):
+        return
+    if resume != "auto":
+        raise ConfigError(
+            f"{path} already holds a run. Continue it with --resume auto, replace it with --overwrite, "
+            "or choose another --name."
+        )
+    before = to_dict(load_experiment(config))
+    changed = [key for key, value in to_dict(experiment).items() if before.get(key) != value]
+    allowed = {"layout", "evaluation"}  # a run continues on other devices, and may be scored otherwise
+    if set(changed) - allowed:
+        raise ConfigError(
+            f"{path} was started with other settings of {sorted(set(changed) - allowed)}: it cannot be continued "
+            "with these. Use the same settings, or choose another --name."
+        )
+
+
+def claim(path: Path, experiment: Experiment, resume: str, overwrite: bool) -> None:
+    """Makes the run folder, in the place of an older one where that is asked for."""
+    check_folder(path, experiment, resume, overwrite)
+    if path.exists() and overwrite and resume != "auto":
+        shutil.rmtree(path)
+    path.mkdir(parents=True, exist_ok=True)
+
+
+def _begun(path: Path) -> bool:
+    """Whether a run folder has anything to lose; one whose training was refused at its start has not."""
+    records = path / "metrics.jsonl"
+    recorded = records.is_file() and records.stat().st_size > 0
+    return recorded or (path / "model").exists() or any((path / "checkpoints").glob("*"))
+
+
+def describe(path: Path, experiment: Experiment, stepper: Any, loaded: LoadReport | None) -> None:
+    """Writes what a run is of: its settings, its fields, its surroundings, and what it started from."""
+    saving.write_text(path / "config.yaml", to_yaml(experiment))
+    (path / START).unlink(missing_ok=True)
+    if loaded is not None:
+        saving.write_text(path / START, json.dumps(loaded.to_dict(), indent=1))
+    saving.write_text(path / "spec.json", json.dumps(stepper.spec.to_dict()))
+    saving.write_text(path / "environment.json", json.dumps({"version": physml.__version__, **environment()}, indent=1))
+
+
+def environment() -> dict[str, Any]:
+    """Versions, devices and git state: what a result depends on besides its config."""
+    packages = ("physml", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "xarray", "exponax")
+    versions = {}
+    for package in packages:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            versions[package] = None
+    return {
+        "python": sys.version.split()[0],
+        "platform": platform.platform(),
+        "cpus": os.cpu_count(),
+        "packages": versions,
+        "devices": [str(device) for device in jax.devices()],
+        "processes": jax.process_count(),
+        "git": _git_state(),
+        "command": sys.argv,
+    }
+
+
+def _git_state() -> dict[str, Any] | None:
+    def git(*words):
+        done = subprocess.run(["git", *words], capture_output=True, text=True, timeout=10, check=True)
+        return done.stdout.strip()
+
+    try:
+        return {"commit": git("rev-parse", "HEAD"), "changed": git("status", "--porcelain").splitlines()[:50]}
+    except (OSError, subprocess.SubprocessError):
+        return None

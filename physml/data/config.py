@@ -1,8 +1,6 @@
-"""Which data, which fields, which split: `DataConfig`, and what a path opens to."""
+"""Which data, which fields, which split: `DataConfig`."""
 
 import dataclasses
-import inspect
-import json
 import math
 import os
 from dataclasses import dataclass, field
@@ -12,112 +10,17 @@ import numpy as np
 import xarray as xr
 
 from physml.data import axes as ax
-from physml.data import clock as ck
 from physml.data import netcdf
 from physml.data.channels import resolve
 from physml.data.dataset import XarrayDataset
-from physml.data.formats import FORMATS, recognize
 from physml.data.labelled import source_of, spec_of
-from physml.data.place import Place
+from physml.data.opening import read_files
 from physml.data.remote import is_url
+from physml.data.splits import check_apart, check_disjoint, cut_time, cut_trajectory, frames_of, own_split
 from physml.errors import ConfigError, DataError, SpecError, suggest
 from physml.fields import Axis, Spec
 
 SPLITS = ("train", "valid", "test")
-
-
-def read_files(path, format: str | None = None, rename: dict[str, str] | None = None, **options) -> xr.Dataset:
-    """Opens a path lazily, with dimensions as in the file except that `trajectory` and `time` have those names."""
-    if format is not None and format not in FORMATS:
-        raise ConfigError(f"There is no data format {format!r}." + suggest(format, FORMATS))
-    storage = options.get("storage_options")
-    format = format or recognize(path, storage)
-    if format is not None and FORMATS[format].recognizes is not None:
-        ds = _read_benchmark(path, format, options)
-    else:
-        ds = _read_plain(netcdf.expand(path, storage), format, options)
-    source = source_of(ds)
-    if rename:
-        if unknown := set(rename) - set(ds.variables) - set(ds.dims):
-            raise DataError(
-                f"{source} has no {min(unknown)!r} to rename." + suggest(min(unknown), [*ds.variables, *ds.dims])
-            )
-        try:
-            ds = ds.rename(rename)
-        except ValueError as error:  # xarray has one for every kind of clash
-            raise DataError(
-                f"{source} cannot be renamed by {rename}: {error}. Choose names that it does not have yet: it has "
-                f"{', '.join(sorted({*map(str, ds.variables), *map(str, ds.dims)}))}."
-            ) from error
-    ds = netcdf.name_dimensions(ds)
-    ds.encoding["source"] = source
-    return ds
-
-
-def _read_plain(files: list[str], format: str | None, options: dict) -> xr.Dataset:
-    def opener(file):
-        own = format or netcdf.detect(file, options.get("storage_options"))
-        _check_options(own, options)
-        return FORMATS[own].open(file, **options)
-
-    return opener(files[0]) if len(files) == 1 else netcdf.open_many(files, opener)
-
-
-def _read_benchmark(path, format: str, options: dict) -> xr.Dataset:
-    """The data set at one place."""
-    if not isinstance(path, str | os.PathLike):
-        raise ConfigError(f"{format} is opened from one file or folder, but {netcdf.as_text(path)} was given.")
-    place = Place(path, options.pop("storage_options", None))
-    chunks = options.pop("chunks", None)
-    _check_options(format, options)
-    ds = FORMATS[format].open(place, **options)
-    ds.attrs.setdefault("format", format)
-    ds.encoding["source"] = str(place)
-    return ds.chunk(chunks) if chunks else ds
-
-
-def _check_options(format: str, options: dict) -> None:
-    """Raises ConfigError for options that the format does not have."""
-    _, *known = inspect.signature(FORMATS[format].open).parameters
-    if unknown := set(options) - set(known):
-        raise ConfigError(f"{format} has no option {min(unknown)!r}." + suggest(min(unknown), known))
-
-
-def open_dataset(path, format: str | None = None, **options) -> xr.Dataset:
-    """Opens data lazily: a file, a folder, a glob, a list of them, or an fsspec URL.
-
-    netCDF and zarr: fields get dimensions `trajectory`, `time`, then space (names, order and direction as in the file);
-    `time` is left out where the file has none. Several files are joined along time, or along trajectory where their
-    times are equal. The formats of benchmarks: dimensions `trajectory, time, <space>` as far as the data have them,
-    spatial ones named `x y z` or `level latitude longitude`, components as `velocity_x`.
-
-    Args:
-        path: where the data are.
-        format: a key of `FORMATS`; told by the content when None.
-        options: `rename={"old": "new"}` for dimensions and variables with unusual names, `storage_options` for URLs,
-            `chunks` (dask; the chunks of the file by default); `decode_times=False` and `group` for netCDF and zarr;
-            else those of the format, such as `split="train"`.
-
-    Raises DataError when the path is missing, is of no known format, is damaged, or mixes grids.
-    """
-    ds = read_files(path, format, **options)
-    source = source_of(ds)
-    ds = ds if options.get("chunks") else netcdf.in_chunks(ds)
-    if ds.attrs.get("format") not in FORMATS:
-        ds = _with_leading(ds)
-    ds.encoding["source"] = source
-    return ds
-
-
-def _with_leading(ds: xr.Dataset) -> xr.Dataset:
-    """With dimensions `trajectory, time` before the others."""
-    if "time" in ds.coords and ds["time"].ndim == 0:
-        ds = ds.expand_dims("time")
-    if "trajectory" not in ds.dims:
-        fields = [n for n, v in ds.data_vars.items() if v.ndim and ("time" in v.dims or "time" not in ds.dims)]
-        ds = ds.assign({name: ds[name].expand_dims("trajectory") for name in fields})
-    leading = [dim for dim in ("trajectory", "time") if dim in ds.dims]
-    return ds.transpose(*leading, ...)
 
 
 @dataclass(frozen=True)
@@ -201,18 +104,20 @@ class DataConfig:
         if not splits:
             raise ConfigError("No split is given. Set train, valid and test.")
         if self.split_by == "format":
-            own = {name: _own_split(name, bounds) for name, bounds in splits.items()}
-            _check_apart({name: list(option.values()) for name, option in own.items()}, "the split of the format")
+            own = {name: own_split(name, bounds) for name, bounds in splits.items()}
+            check_apart({name: list(option.values()) for name, option in own.items()}, "the split of the format")
             parts = {name: self.select(self.read(self.path, **option)) for name, option in own.items()}
         elif self._by_file(splits):
-            _check_apart({name: self._files(bounds) for name, bounds in splits.items()}, "the file")
+            check_apart({name: self._files(bounds) for name, bounds in splits.items()}, "the file")
             parts = {name: self.select(self.read(bounds)) for name, bounds in splits.items()}
         else:
             whole = self.select(self.read(self.path))
             by_time = self._by_time(whole, splits)
-            cut = _cut_time if by_time else self._cut_trajectory
-            parts = {name: cut(whole, name, bounds) for name, bounds in splits.items()}
-            _check_disjoint(parts, whole, by_time)
+            if by_time:
+                parts = {name: cut_time(whole, name, bounds) for name, bounds in splits.items()}
+            else:
+                parts = {name: cut_trajectory(whole, name, bounds, self.split_seed) for name, bounds in splits.items()}
+            check_disjoint(parts, whole, by_time)
         return self._datasets(parts)
 
     def read(self, path, **options) -> xr.Dataset:
@@ -292,32 +197,6 @@ class DataConfig:
             return not any(t.endswith((".txt", ".json", ".npy")) for t in texts)
         return ds.sizes.get("trajectory", 1) == 1 and ax.time_dim(ds) is not None
 
-    def _cut_trajectory(self, ds: xr.Dataset, name: str, bounds: tuple) -> xr.Dataset:
-        source, total = source_of(ds), ds.sizes.get("trajectory", 1)
-        order = np.arange(total)
-        if self.split_seed is not None:
-            order = np.random.default_rng(self.split_seed).permutation(total)
-        if len(bounds) == 1 and isinstance(bounds[0], str):
-            chosen = _listed(bounds[0], total)
-        else:
-            low, high = _numbers(bounds, total, name, "trajectories")
-            chosen = np.sort(order[low:high])
-        if "trajectory" not in ds.dims:
-            if len(chosen) == 0:
-                raise DataError(
-                    f"{source} has one trajectory, so split {name!r} by trajectory is empty. Use split_by='time'."
-                )
-            return ds
-        if len(chosen) == 0:
-            raise DataError(f"Split {name!r} = {bounds} holds none of the {total} trajectories of {source}.")
-        if "trajectory" not in ds.dims:
-            return ds
-        ds = ds.isel(trajectory=ax.as_slice(chosen)).assign_coords(
-            {} if "trajectory" in ds.variables else {"trajectory": ("trajectory", chosen)}
-        )
-        ds.encoding["source"] = source
-        return ds
-
     def _datasets(self, parts: dict[str, xr.Dataset]) -> dict[str, XarrayDataset]:
         """One spec for all splits; a split on another grid (a zero-shot test) keeps its own grid."""
         result: dict[str, XarrayDataset] = {}
@@ -326,7 +205,7 @@ class DataConfig:
             own = self.spec(ds)
             if first is None:
                 first = own
-            if len(_frames(ds)) < 2:  # one frame has no step of its own
+            if len(frames_of(ds)) < 2:  # one frame has no step of its own
                 own = dataclasses.replace(own, time_step=first.time_step, time_unit=first.time_unit)
             first.on(own.grid).check_same(own, mine=f"split {next(iter(parts))!r}", theirs=f"split {name!r}")
             try:
@@ -336,130 +215,6 @@ class DataConfig:
                 own = first.on(own.grid)
             result[name] = XarrayDataset(ds, own, self.mask)
         return result
-
-
-def _own_split(name: str, bounds: tuple) -> dict[str, str]:
-    if len(bounds) != 1 or not isinstance(bounds[0], str):
-        raise ConfigError(f"Split {name!r} = {bounds}, but split_by='format' wants a name of the format: ('{name}',).")
-    return {"split": bounds[0]}
-
-
-def _frames(ds: xr.Dataset) -> ck.Clock:
-    return ck.clock(ds, ax.time_dim(ds))
-
-
-def _cut_time(ds: xr.Dataset, name: str, bounds: tuple) -> xr.Dataset:
-    source = source_of(ds)
-    times = _frames(ds)
-    dim = ax.time_dim(ds)
-    if dim is None:
-        raise DataError(f"{source} has no time dimension to split. Use split_by='trajectory' or one path per split.")
-    if any(isinstance(bound, str) for bound in bounds):
-        chosen = _between(ds, dim, times, bounds, name, source)
-    else:
-        _check_not_years(bounds, times, name)
-        chosen = range(*_numbers(bounds, len(times), name, "frames"))
-    if len(chosen) == 0:
-        raise DataError(f"Split {name!r} = {bounds} holds no frame of {source}, whose times are {_extent(times)}.")
-    ds = ds.isel({dim: slice(chosen[0], chosen[-1] + 1)})
-    ds.encoding["source"] = source
-    return ds
-
-
-def _check_not_years(bounds: tuple, times: ck.Clock, name: str) -> None:
-    """Raises ConfigError for numbers that are years of the data: 2001 unquoted would silently mean frame 2001."""
-    if times.calendar is None or any(isinstance(bound, float) for bound in bounds):
-        return
-    years = [int(str(label)[:4]) for label in (times.labels[0], times.labels[-1])]
-    if all(years[0] <= bound <= years[1] for bound in bounds):
-        raise ConfigError(
-            f"Split {name!r} = {bounds} are numbers, which count frames, but they look like years of the data "
-            f"({_extent(times)}). Quote them: ('{bounds[0]}', '{bounds[-1]}')."
-        )
-
-
-def _extent(times: ck.Clock) -> str:
-    return f"{times.labels[0]} .. {times.labels[-1]} ({len(times)} frames)"
-
-
-def _between(ds: xr.Dataset, dim: str, times: ck.Clock, bounds: tuple, name: str, source: str) -> np.ndarray:
-    """Frames whose labels lie in [low, high], partial dates such as "2001" included whole, as in `xr.Dataset.sel`."""
-    if len(bounds) not in (1, 2):
-        raise ConfigError(f"Split {name!r} = {bounds}, but one or two times were expected.")
-    low, high = (bounds[0], bounds[-1])
-    index = xr.DataArray(np.arange(len(times)), dims=dim, coords={dim: ds[dim].variable})
-    try:
-        if times.calendar is None:
-            low, high = float(low), float(high)
-        return index.sel({dim: slice(low, high)}).values
-    except (KeyError, ValueError, TypeError) as error:
-        raise ConfigError(
-            f"Split {name!r} = {bounds} cannot be read as times ({error}). {source} has {_extent(times)}; write for "
-            "example "
-            f"('{str(times.labels[0])[:10]}', '{str(times.labels[-1])[:10]}')."
-        ) from error
-
-
-def _numbers(bounds: tuple, total: int, name: str, what: str) -> tuple[int, int]:
-    """Half-open bounds from numbers or fractions."""
-    if len(bounds) != 2 or any(isinstance(b, str) for b in bounds):
-        raise ConfigError(f"Split {name!r} = {bounds}, but (first, end) as two numbers or two fractions was expected.")
-    low, high = bounds
-    if isinstance(low, float) or isinstance(high, float):
-        if not 0 <= low <= high <= 1:
-            raise ConfigError(f"Split {name!r} = {bounds}: fractions must satisfy 0 <= first <= end <= 1.")
-        return round(low * total), round(high * total)
-    if not 0 <= low < high <= total:
-        raise ConfigError(
-            f"Split {name!r} = {bounds} does not lie in the {total} {what} that there are: use 0 <= first < end <= "
-            f"{total}."
-        )
-    return int(low), int(high)
-
-
-def _listed(path: str, total: int) -> np.ndarray:
-    """Trajectory numbers from a text file (one per line), a JSON list or a .npy array."""
-    try:
-        if path.endswith(".npy"):
-            numbers = np.load(path, allow_pickle=False)
-        else:
-            with open(path, encoding="utf-8") as file:
-                text = file.read()
-            numbers = np.array(json.loads(text) if path.endswith(".json") else text.split(), dtype=np.int64)
-    except FileNotFoundError as error:
-        raise DataError(f"There is no index file {path}.") from error
-    except (ValueError, OverflowError, UnicodeDecodeError) as error:
-        raise DataError(f"{path} is not a list of whole numbers: {error}.") from error
-    numbers = np.asarray(numbers).ravel()
-    if numbers.dtype.kind not in "iu":
-        raise DataError(f"{path} holds {numbers.dtype} numbers; trajectory numbers are integers.")
-    if len(numbers) and (numbers.min() < 0 or numbers.max() >= total):
-        raise DataError(f"{path} lists trajectory {int(numbers.max())}, but the data have {total} (0..{total - 1}).")
-    return numbers.astype(np.int64)
-
-
-def _check_disjoint(parts: dict[str, xr.Dataset], whole: xr.Dataset, by_time: bool) -> None:
-    """Raises ConfigError when two splits share frames or trajectories: scores would be too good."""
-    seen: dict[object, str] = {}
-    dim = ax.time_dim(whole) if by_time else "trajectory"
-    if dim is None or dim not in next(iter(parts.values())).variables:
-        return
-    for name, ds in parts.items():
-        for label in np.asarray(ds[dim].values).tolist():
-            if seen.setdefault(label, name) != name:
-                text = f"frame {ds[dim].values[0]}" if by_time else f"trajectory {label}"
-                raise ConfigError(f"Splits {seen[label]!r} and {name!r} overlap: both hold {text}. Make them disjoint.")
-
-
-def _check_apart(members: dict[str, list[str]], what: str) -> None:
-    """Raises ConfigError when two splits name the same: scores would be too good."""
-    seen: dict[str, str] = {}
-    for split, names in members.items():
-        for name in names:
-            if seen.setdefault(name, split) != split:
-                raise ConfigError(
-                    f"Splits {seen[name]!r} and {split!r} overlap: both hold {what} {name!r}. Make them disjoint."
-                )
 
 
 def _block_mean(ds: xr.Dataset, axes: dict[str, Axis], size: int) -> xr.Dataset:

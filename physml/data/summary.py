@@ -8,8 +8,8 @@ import xarray as xr
 from physml.contracts import Dataset
 from physml.data import axes as ax
 from physml.data import clock as ck
-from physml.data.config import read_files
 from physml.data.labelled import source_of
+from physml.data.opening import read_files
 from physml.data.sidecar import totals
 from physml.errors import DataError
 from physml.normalize import Normalizer

@@ -1,6 +1,5 @@
 """Rollouts that are stopped and go on bit for bit at constant memory, their diagnostics; all steppers in the shell."""
 
-import importlib
 import json
 import os
 import signal
@@ -20,13 +19,13 @@ from numpy.testing import assert_allclose, assert_array_equal
 from physml import cli, saving
 from physml.data import spec_of
 from physml.errors import CheckpointError, ConfigError, DataError, DivergedError, Interrupted, SpecError
-from physml.forecast import blow_ups, forecast, stability
+from physml.forecast import blow_ups, forecast, loop, stability
+from physml.forecast import start as starting
 from physml.forecast.resume import MARK
 from physml.metrics import energy_spectrum
 from physml.rollout import named, restore, rollout_chunks
 from physml.steppers import STEPPERS
 
-run = importlib.import_module("physml.forecast.run")
 SUFFIXES = (".zarr", ".nc")
 
 
@@ -81,7 +80,7 @@ def data():
 
 @pytest.fixture(autouse=True)
 def save_often(monkeypatch):
-    monkeypatch.setattr(run, "SAVE_EVERY", 2)
+    monkeypatch.setattr(loop, "SAVE_EVERY", 2)
 
 
 def same(path, reference):
@@ -244,10 +243,9 @@ class Pushed(nnx.Module):
 
 @pytest.mark.parametrize("small", [True, False], ids=["every step", "some steps"])
 def test_other_forcing_later_on_is_another_rollout(data, tmp_path, monkeypatch, small):
-    start = importlib.import_module("physml.forecast.start")
-    monkeypatch.setattr(start, "BLOCK", 200)
+    monkeypatch.setattr(starting, "BLOCK", 200)
     if not small:
-        monkeypatch.setattr(start, "SMALL", 0)
+        monkeypatch.setattr(starting, "SMALL", 0)
 
     def forcing(late):
         values = np.ones((40, 16), "f4")
@@ -276,16 +274,15 @@ def test_other_forcing_later_on_is_another_rollout(data, tmp_path, monkeypatch, 
 
 
 def test_much_forcing_is_not_read_before_the_start(data, tmp_path, monkeypatch):
-    start = importlib.import_module("physml.forecast.start")
-    monkeypatch.setattr(start, "SMALL", 2**12)
+    monkeypatch.setattr(starting, "SMALL", 2**12)
     frames = np.random.default_rng(0).standard_normal((2001, 16)).astype("f4")
     forcing = xr.Dataset({"f": (("time", "x"), frames)}, {"time": np.arange(2001.0), "x": data.x})
     spec = spec_of(data.assign(f=data.u.isel(trajectory=0)), ["u"], forcing=["f"])
-    begun = start.start_of(Pushed(spec), data.isel(time=[0]), 2000, forcing, None)
-    read, real = [], start.Forcing._read
-    monkeypatch.setattr(start.Forcing, "_read", lambda self, *span: read.append(span) or real(self, *span))
+    begun = starting.start_of(Pushed(spec), data.isel(time=[0]), 2000, forcing, None)
+    read, real = [], starting.Forcing._read
+    monkeypatch.setattr(starting.Forcing, "_read", lambda self, *span: read.append(span) or real(self, *span))
     assert begun.forcing.digest()
-    assert sum(last - first for first, last in read) <= start.SAMPLES + 1
+    assert sum(last - first for first, last in read) <= starting.SAMPLES + 1
     assert (1999, 2000) in read
 
 
@@ -423,18 +420,18 @@ def test_every_stepper_rolls_out_and_goes_on_from_the_shell(capsys, tmp_path, na
     assert told["blow-ups"]["diverged"] == 0
     assert {"energy drift", "small scales"} == set(next(iter(told["stability"].values())))
 
-    real = run._Run._write_ledger
+    real = loop.Loop._write_ledger
 
     def interrupted(self, waiting):
         if waiting[-1].start == 2:
             os.kill(os.getpid(), signal.SIGTERM)
         real(self, waiting)
 
-    monkeypatch.setattr(run._Run, "_write_ledger", interrupted)
+    monkeypatch.setattr(loop.Loop, "_write_ledger", interrupted)
     code, _, err = call(capsys, *words, tmp_path / "parts.zarr")
     assert code == 75
     assert "after step 6 of 9 on SIGTERM" in json.loads(err)["error"]
-    monkeypatch.setattr(run._Run, "_write_ledger", real)
+    monkeypatch.setattr(loop.Loop, "_write_ledger", real)
     code, _, err = call(capsys, *words, tmp_path / "parts.zarr", "--resume", "auto")
     assert code == 0, err
     with xr.open_zarr(tmp_path / "whole.zarr", consolidated=False) as whole:

@@ -1,12 +1,10 @@
 """`forecast`: from labelled initial states to labelled predictions, watched, in chunks, to memory or to a file."""
 
-import contextlib
-import hashlib
 import operator
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import numpy as np
@@ -14,14 +12,14 @@ import xarray as xr
 from flax import nnx
 
 from physml.data.labelled import from_frames
-from physml.errors import ConfigError, DivergedError, Interrupted, SpecError
+from physml.errors import ConfigError, DivergedError, SpecError
 from physml.fields import Window
 from physml.forecast import resume as resuming
-from physml.forecast.ledgers import SPECTRUM_STEP, Labels, spectrum_coordinates
+from physml.forecast.ledgers import SPECTRUM_STEP, spectrum_coordinates
+from physml.forecast.loop import Loop
 from physml.forecast.start import Start, start_of
 from physml.forecast.stores import LEAD, check_out, open_store
-from physml.interrupt import Signals
-from physml.rollout import Bounds, Chunk, Watchdog, check_spectrum, perturbed, rollout_chunks
+from physml.rollout import Watchdog, check_spectrum, perturbed, rollout_chunks
 from physml.steppers import Distribution, Members
 from physml.steppers.describe import provenance
 from physml.steppers.members import drawn
@@ -29,7 +27,6 @@ from physml.steppers.members import drawn
 CHUNK_BYTES = 2**25
 PERTURBATION = 2**32 - 1  # folded into the key for initial states; steps count from 0
 STD = "_std"  # behind the name of a variable whose standard deviation it is
-SAVE_EVERY = 8  # chunks from one saved state of an unfinished rollout to the next
 
 
 def forecast(
@@ -120,7 +117,7 @@ def forecast(
     store = open_store(out, _labels(start, stepper.spec, members), coords, overwrite, resume)
     with store.alone():
         saved = resuming.load(store.folder, owner) if resume == "auto" else None
-        run = _Run(
+        loop = Loop(
             store, stepper.spec, stepper, names, members, owner, saved, on_divergence, limit, steps, spectrum_every
         )
         try:
@@ -129,13 +126,14 @@ def forecast(
                 stepper, window, steps, chunk, key, forcing=read, spectrum_every=spectrum_every,
                 resume=saved and (saved.step, saved.arrays),
             )  # fmt: skip
-            leads = run(pieces, progress)
+            leads = loop(pieces, progress)
             sizes = {LEAD: leads, **({SPECTRUM_STEP: leads // spectrum_every + 1} if spectrum_every else {})}
-            attrs = {**model, **_divergences(run.watch), "steps_asked": str(steps), "stopped_early": int(leads < steps)}
+            attrs = {**model, **_divergences(loop.watch)}
+            attrs |= {"steps_asked": str(steps), "stopped_early": int(leads < steps)}
             attrs |= {resuming.MARK: resuming.mark(owner)} if owner else {}
-            return store.finish(sizes, run.labels.completed(run.watch.good), attrs)
+            return store.finish(sizes, loop.labels.completed(loop.watch.good), attrs)
         except BaseException as error:
-            store.abort(keep=run.saved and not isinstance(error, DivergedError))
+            store.abort(keep=loop.saved and not isinstance(error, DivergedError))
             raise
 
 
@@ -323,126 +321,6 @@ def _lead_coordinates(start: Start) -> dict[str, xr.Variable]:
         "lead": xr.Variable(("lead",), start.leads, {"long_name": "lead time"}),
         "time": xr.Variable(("lead",), start.valid, start.valid_attrs),
     }
-
-
-@dataclass
-class _Run:
-    """The loop over chunks: watches, writes and saves.
-
-    Attributes:
-        saved: the state that the rollout goes on from; later whether one is on disk.
-        watch: set by the first chunk. labels: of the ledger, too.
-    """
-
-    store: Any
-    spec: Any
-    stepper: Any
-    names: tuple[str, ...]
-    members: int | None
-    owner: dict[str, str]
-    saved: Any
-    on_divergence: str
-    limit: float | None
-    steps: int
-    spectrum_every: int | None
-    watch: Watchdog | None = None
-    labels: Labels | None = None
-
-    def __call__(self, pieces, progress) -> int:
-        """How many leads were kept."""
-        waiting: list[Chunk] = []
-        with Signals() if self.store.folder else contextlib.nullcontext() as signals:
-            for piece in pieces:
-                if self.watch is None:
-                    self._begin(piece)
-                count, stopped = self._write(piece)
-                done = piece.start + count
-                waiting.append(_cut(piece, count, self.spectrum_every))
-                finished = stopped or done == self.steps
-                asked = signals is not None and signals.received
-                if finished or asked or len(waiting) == SAVE_EVERY:
-                    self._write_ledger(waiting)
-                    waiting = []
-                    if self.store.folder and not finished:
-                        resuming.save(self.store.folder, self.owner, done, piece.state, self.store.names, self.watch)
-                        self.saved = True
-                if progress:
-                    progress(done, self.steps)
-                if stopped:
-                    return done
-                if asked and not finished:
-                    raise Interrupted(
-                        f"The rollout stopped after step {done} of {self.steps} on {asked}. Its state is saved in "
-                        f'{self.store.folder}. Continue it with resume="auto" (--resume auto).'
-                    )
-        return self.steps
-
-    def _begin(self, piece: Chunk) -> None:
-        bounds = Bounds.of(self.stepper, piece.initial, self.limit)
-        self.watch = Watchdog(self.spec, bounds, self.names)
-        self.labels = Labels(self.spec, piece.initial, bounds, self.members)
-        if self.saved:
-            self.saved.put_into(self.watch)
-        elif self.spectrum_every:
-            self.store.extend(SPECTRUM_STEP, 0, self.labels.spectra(piece.initial.spectrum[:, None]))
-
-    def _write(self, piece: Chunk) -> tuple[int, bool]:
-        """Writes the good frames of a chunk; returns how many, and whether the rollout ends there."""
-        watch, frames, count = self.watch, piece.frames, piece.frames.shape[1]
-        found = watch.read(piece.start, frames, piece.ledger)
-        if piece.std is not None:
-            frames = np.concatenate([frames, piece.std], -1)
-        if self.members and self.members > 1 and piece.start == 0:
-            self._check_members(frames)
-        if self.on_divergence == "raise":
-            watch.raise_first(found)
-        if self.on_divergence == "stop" and watch.events:
-            frames = np.array(frames)
-            for sample in watch.events:
-                frames[sample, max(watch.good[sample] - piece.start, 0) :] = np.nan
-            if watch.everything_failed:
-                count = _last_good(watch) - piece.start
-        if count:
-            self.store.write(piece.start + 1, frames[:, :count])
-        return count, self.on_divergence == "stop" and watch.everything_failed
-
-    def _check_members(self, frames: np.ndarray) -> None:
-        """Raises ConfigError for two that are equal, unless they are lost already."""
-        first: dict[bytes, int] = {}
-        for member, part in enumerate(np.split(frames, self.members)):
-            if not np.isfinite(part).any():
-                continue
-            same = first.setdefault(hashlib.sha256(np.ascontiguousarray(part)).digest(), member)
-            if same != member:
-                raise ConfigError(
-                    f"Members {same} and {member} of {self.members} are the same: the stepper draws no random numbers. "
-                    "Perturb the initial state (perturb=0.01), use a stepper trained with as many seeds, or leave "
-                    "members out."
-                )
-
-    def _write_ledger(self, waiting: list[Chunk]) -> None:
-        first, every = waiting[0].start, self.spectrum_every
-        ledger = jax.tree.map(lambda *parts: np.concatenate(parts, axis=1), *(chunk.ledger for chunk in waiting))
-        if ledger.mean.shape[1]:
-            self.store.extend(LEAD, first, self.labels.totals(ledger))
-        if every and ledger.spectrum.shape[1]:
-            self.store.extend(SPECTRUM_STEP, first // every + 1, self.labels.spectra(ledger.spectrum))
-
-
-def _cut(piece: Chunk, count: int, every: int | None) -> Chunk:
-    """The first `count` leads of a chunk's ledger, without the frames."""
-    spectrum, ledger = piece.ledger.spectrum, replace(piece.ledger, spectrum=None)
-    ledger = jax.tree.map(lambda array: array[:, :count], ledger)
-    if every:
-        ledger = replace(ledger, spectrum=spectrum[:, : (piece.start + count) // every - piece.start // every])
-    return replace(piece, frames=piece.frames[:, :0].copy(), ledger=ledger, state=None, std=None)
-
-
-def _last_good(watch: Watchdog) -> int:
-    last = int(watch.good.max())
-    if not last:
-        raise DivergedError(f"Nothing can be kept. {next(iter(watch.events.values())).message}")
-    return last
 
 
 def _divergences(watch: Watchdog) -> dict[str, str]:

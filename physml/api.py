@@ -20,6 +20,8 @@ from physml.evaluate import RolloutScores, evaluate_stepper, save_scores
 from physml.experiment import Experiment, load_experiment
 from physml.layers.lora import adapted, add_lora, parameters, trained_share
 from physml.metrics.table import file_of
+from physml.objectives.scoring import check_objective
+from physml.objectives.suits import check_leads, check_variance
 from physml.parallel.mesh import Layout, on_first_process
 from physml.progress import Silent
 from physml.report import report
@@ -116,7 +118,12 @@ def prepare(experiment: Experiment) -> tuple[Experiment, Any, Layout]:
     layout = spread_members(layout, len(seeds)) if seeds else layout
     layout.check_batch(experiment.training.batch)
     source = open_source(experiment)
-    return complete(experiment, source), source, layout
+    experiment = complete(experiment, source)
+    check_objective(experiment.objective, "The experiment")
+    check_variance(experiment.stepper, experiment.objective)
+    if source is None:
+        check_leads(experiment.stepper, experiment.objective)
+    return experiment, source, layout
 
 
 def check_splits(splits: dict[str, Any]) -> None:

@@ -95,6 +95,19 @@ def check_choices(config: Any) -> None:
             raise ConfigError(f"{name} is {value!r}, which it cannot be.{suggest(value, valid)}")
 
 
+def check_fields(config: Any) -> None:
+    """Checks the fields of a dataclass against their annotations and settles them: lists, ranges and arrays become
+    tuples, numpy scalars numbers. Those tied to a registry are left alone. Raises ConfigError as `from_dict`.
+    """
+    hints = typing.get_type_hints(type(config))
+    for field in dataclasses.fields(config):
+        if _REGISTRY not in field.metadata:
+            value = getattr(config, field.name)
+            if isinstance(value, range) or getattr(value, "ndim", 0):
+                value = list(value)
+            object.__setattr__(config, field.name, from_dict(hints[field.name], value, field.name))
+
+
 def from_dict(target: Any, data: Any, path: str = "config") -> Any:
     """Builds `target` from plain containers.
 

@@ -7,7 +7,7 @@ import pytest
 
 from physml.errors import ConfigError
 from physml.experiment import Evaluation, Experiment, load_experiment, to_yaml
-from physml.objectives import Curriculum, Unrolled
+from physml.objectives import Curriculum
 from physml.training import TrainingConfig
 
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
@@ -36,7 +36,6 @@ def test_what_python_writes_is_checked_like_what_yaml_holds():
     """Python checks no types: a float for a count failed in the middle of a training or after it."""
     for field, said in (
         ({"training": TrainingConfig(steps=3e4)}, r"training\.steps is 30000\.0 \(float\).*integer"),
-        ({"objective": Unrolled(steps=2.0)}, r"objective\.steps is 2\.0"),
         ({"model": object()}, "not registered"),
     ):
         with pytest.raises(ConfigError, match=said):
@@ -50,6 +49,13 @@ def test_evaluation_names_are_checked():
         Evaluation(floors=("persistance",))
     with pytest.raises(ConfigError, match="rmse"):
         Evaluation(metrics=("rsme",))
+    assert Evaluation(floors="persistence", metrics="rmse") == Evaluation(floors=("persistence",), metrics=("rmse",))
+
+
+def test_members_of_an_evaluation_are_counted():
+    assert load_experiment(Experiment(), ["evaluation.members=4"]).evaluation == Evaluation(members=4)
+    with pytest.raises(ConfigError, match="members >= 0"):
+        Evaluation(members=-1)
 
 
 def test_yaml_is_never_executed(tmp_path):

@@ -221,7 +221,7 @@ def test_steppers_that_do_not_fit_are_refused():
     ):
         with pytest.raises(SpecError, match=message):
             AllToAll(7)(config.build(SPEC, _Same(), Normalizer.identity(SPEC)), window, jax.random.key(0))
-    with pytest.raises(SpecError, match="holds 7 frames, but AllToAll needs 8"):
+    with pytest.raises(SpecError, match="holds 7 frames, but the 8 of AllToAll are needed"):
         value(AllToAll(8), window)
     with pytest.raises(ConfigError, match="got no key"):
         AllToAll(7)(stepper(), window, None)

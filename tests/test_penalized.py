@@ -237,7 +237,7 @@ def test_what_cannot_work_is_refused():
             return jnp.zeros(()), {}
 
     for wrong, message in (
-        ({"penalties": ()}, "at least one penalty"), ({"objective": Curriculum()}, "Put the Penalized into"),
+        ({"penalties": ()}, "one or more in a tuple"), ({"objective": Curriculum()}, "Put the Penalized into"),
         ({"objective": NoisyInputs(NoFrames())}, "NoFrames does not offer"),
         ({"objective": Denoising()}, "Denoising does not offer"),
     ):  # fmt: skip

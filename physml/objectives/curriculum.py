@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
 
-from physml.coding import tagged
+from physml.coding import check_fields, tagged
 from physml.errors import ConfigError
 from physml.fields import Window
 from physml.objectives.scoring import check_inner, inner_objectives
@@ -41,8 +41,8 @@ class Curriculum:
     Attributes:
         objective: what is trained; the `steps` of it, or of the objective inside it, are replaced.
         steps: of each stage.
-        updates: of each stage but the last, which goes on to the end (one number: of each of these). Empty: all stages
-            are equally long.
+        updates: of each stage but the last, which goes on to the end (one number, as in (100,), is that of each of
+            these). Empty: all stages are equally long.
         shrink: a stage of n steps has batches of training.batch / (n + 1) windows, rounded down to what devices and
             `accumulate` divide, so that memory stays about the same.
         rates: factor of the learning rate in each stage; empty: 1.
@@ -57,6 +57,7 @@ class Curriculum:
     validation_steps: int = 0
 
     def __post_init__(self):
+        check_fields(self)
         check_inner(self.objective, type(self).__name__)
         if not self.steps:
             raise ConfigError("steps is empty, but a curriculum has at least one stage.")

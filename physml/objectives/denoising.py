@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Float
 
-from physml.errors import ConfigError, SpecError
+from physml.errors import ConfigError
 from physml.fields import ArrayLike, Window
 from physml.metrics.losses import MSE
-from physml.objectives.scoring import averages
+from physml.objectives.scoring import averages, check_window
 from physml.steppers.refiner import Refiner
 
 
@@ -41,11 +41,7 @@ class Denoising:
         if key is None:
             raise ConfigError("The objective `denoising` draws noise, but key is None. Pass key=jax.random.key(0).")
         history = stepper.history
-        if window.length < self.frames(history):
-            raise SpecError(
-                f"The window holds {window.length} frames, but {history} (history) + 1 are needed. "
-                "Cut windows of `objective.frames(stepper.history)` frames."
-            )
+        check_window(window, self.frames(history), f"{history} (history) + 1")
         of_step, of_noise, of_model = jax.random.split(key, 3)
         context = window.context(0, history, of_model)
         state = stepper.encode(jnp.asarray(window.frames[:, :history]), context)

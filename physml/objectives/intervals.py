@@ -12,8 +12,8 @@ from physml.fields import Window
 from physml.metrics.losses import LOSSES, MSE, Loss
 from physml.normalize import check_intervals
 from physml.objectives.noise import Noisy
-from physml.objectives.pairs import check_length, pick
-from physml.objectives.scoring import Prediction, Space, predict, score, settle
+from physml.objectives.pairs import pick
+from physml.objectives.scoring import Prediction, Space, check_window, predict, score, settle
 from physml.objectives.unrolled import Rollout, Scored
 from physml.steppers.intervals import averaged
 
@@ -58,7 +58,7 @@ class RandomInterval(Rollout):
         window; ConfigError without a key.
         """
         stepper = self._single(stepper)
-        check_length(self, stepper, window)
+        check_window(window, self.frames(stepper.history), f"the {self.frames(stepper.history)} of RandomInterval")
         if key is None:
             raise ConfigError("RandomInterval draws an interval for every sample, but got no key. Give one.")
         draw, noise = jax.random.split(key)
@@ -76,11 +76,12 @@ class RandomInterval(Rollout):
         return score(self, stepper, window, prediction.frames, leads, normalize_increment=units)
 
     def _single(self, stepper):
-        intervals = getattr(getattr(stepper, "config", None), "intervals", None)
+        config = getattr(stepper, "config", None)
+        intervals = getattr(config, "intervals", None)
         if intervals is None:
             raise SpecError(
-                f"RandomInterval needs a stepper with a scale of increments for every interval, but got a "
-                f"{type(stepper).__name__}. Use IntervalConfig(intervals={self.intervals})."
+                "RandomInterval needs a stepper with a scale of increments for every interval, but got that of "
+                f"{config or type(stepper).__name__}. Use IntervalConfig(intervals={self.intervals})."
             )
         if missing := [interval for interval in self.intervals if interval not in intervals]:
             raise SpecError(

@@ -7,7 +7,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from physml.coding import check_choices
+from physml.coding import check_fields
 from physml.errors import ConfigError
 from physml.fields import Window
 from physml.metrics.calibration import gaussian_crps, log_likelihood
@@ -50,7 +50,7 @@ class Likelihood(Rollout):
     remat: bool = False
 
     def __post_init__(self):
-        check_choices(self)
+        check_fields(self)
         if self.steps < 1:
             raise ConfigError(f"steps is {self.steps}, but a rollout has at least 1.")
         if not 0 <= self.beta <= 1 or (self.beta and self.rule != "log_likelihood"):

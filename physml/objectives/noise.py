@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from physml.coding import check_choices, tagged
+from physml.coding import check_fields, tagged
 from physml.errors import ConfigError
 from physml.fields import Context, Window
 from physml.objectives.denoising import Denoising
@@ -39,7 +39,7 @@ class NoisyInputs(Around):
     walk: bool = False
 
     def __post_init__(self):
-        check_choices(self)
+        check_fields(self)
         check_inner(self.objective, type(self).__name__)
         if isinstance(self.objective, Denoising):
             raise ConfigError(

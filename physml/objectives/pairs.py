@@ -13,7 +13,7 @@ from physml.coding import tagged
 from physml.errors import ConfigError, SpecError
 from physml.fields import ArrayLike, Window
 from physml.metrics.losses import LOSSES, MSE, Loss
-from physml.objectives.scoring import Prediction, Space, predict, score, settle
+from physml.objectives.scoring import Prediction, Space, check_window, predict, score, settle
 from physml.objectives.unrolled import Rollout, Scored
 
 
@@ -82,7 +82,7 @@ class AllToAll(Rollout):
         window; ConfigError where pairs are to be drawn without a key.
         """
         self._check(stepper)
-        check_length(self, stepper, window)
+        check_window(window, self.frames(stepper.history), f"the {self.frames(stepper.history)} of AllToAll")
         picked = pick(window, self._frames(stepper.history, window.frames.shape[0], key))
         return picked, None if key is None else jax.random.fold_in(key, 1)
 
@@ -98,8 +98,8 @@ class AllToAll(Rollout):
         wanted = f"DirectConfig(lead=True, longest_lead={self.longest_lead})"
         if not getattr(config, "lead", False) or not hasattr(config, "longest_lead"):
             raise SpecError(
-                f"AllToAll trains steps of many lengths, but {type(config or stepper).__name__} does not tell the "
-                f"network how long a step is. Use {wanted}."
+                f"AllToAll trains steps of many lengths, but {config or type(stepper).__name__} is not meant for them, "
+                f"or does not tell the network how long a step is. Use {wanted}."
             )
         if stepper.history == 0:
             raise SpecError(f"AllToAll steps from frame to frame, but the stepper has history 0. Use {wanted}.")
@@ -139,13 +139,3 @@ def pick(window: Window, index: Int[ArrayLike, "batch draws frames"]) -> Window:
     moving = {name: frames(getattr(window, name)) for name in ("frames", "times", "calendar", "forcing")}
     still = {name: whole(getattr(window, name)) for name in ("parameters", "static", "mask")}
     return dataclasses.replace(window, **moving, **still)
-
-
-def check_length(objective, stepper, window: Window) -> None:
-    """Raises SpecError for a window that is shorter than the objective needs."""
-    wanted = objective.frames(stepper.history)
-    if window.length < wanted:
-        raise SpecError(
-            f"The window holds {window.length} frames, but {type(objective).__name__} needs {wanted}. "
-            "Cut windows of `objective.frames(stepper.history)` frames."
-        )

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from physml.coding import name_of, tagged
+from physml.coding import check_fields, name_of, tagged
 from physml.constraints import CONSTRAINTS
 from physml.errors import ConfigError, SpecError
 from physml.fields import Window
@@ -31,6 +31,7 @@ class ConstraintPenalty:
     scale: float = 1.0
 
     def __post_init__(self):
+        check_fields(self)
         _check_positive(self, "weight", "scale")
         if not (hasattr(self.constraint, "violation") or hasattr(self.constraint, "build")):
             raise ConfigError(
@@ -71,6 +72,7 @@ class SpectralPower:
     floor: float = 1e-6
 
     def __post_init__(self):
+        check_fields(self)
         _check_positive(self, "weight", "cut", "floor")
         if self.cut > 1:
             raise ConfigError(f"cut is {self.cut}, but it is a fraction of the complete shells: at most 1.")
@@ -120,8 +122,16 @@ class Penalized(Around):
                 f"Penalized needs the frames of a rollout, which {type(self.innermost).__name__} does not offer. Use "
                 "one_step, unrolled, pushforward, all_to_all, random_interval, likelihood, or noisy_inputs of these."
             )
-        if not self.penalties:
-            raise ConfigError(f"Penalized needs at least one penalty. Use one of {sorted(PENALTIES)}.")
+        if not isinstance(self.penalties, tuple | list) or not self.penalties:
+            raise ConfigError(
+                f"penalties are {self.penalties!r}, but one or more in a tuple were expected: of {sorted(PENALTIES)}."
+            )
+        for penalty in self.penalties:
+            if isinstance(penalty, type) or not callable(penalty) or not hasattr(penalty, "weight"):
+                constraint = hasattr(penalty, "violation") or hasattr(penalty, "build")
+                advice = "Put it into ConstraintPenalty(...)" if constraint else "Write SpectralPower(weight=0.1)"
+                raise ConfigError(f"penalties hold {penalty!r}, which is no penalty. {advice}.")
+        object.__setattr__(self, "penalties", tuple(self.penalties))
 
     def score(self, stepper, window: Window, prediction: Prediction) -> Scored:
         """As of the inner objective, with the parts of the sum as {"part": {"data": ..., PENALTY: ...}}."""

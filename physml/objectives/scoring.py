@@ -1,13 +1,14 @@
 """What objectives share: steps through which gradients flow, and the comparison of frames with the truth."""
 
 from collections.abc import Mapping
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from physml.coding import check_fields
 from physml.errors import ConfigError, SpecError
 from physml.fields import Window
 from physml.metrics.losses import resolve
@@ -36,17 +37,43 @@ def check_inner(objective, owner: str) -> None:
             f"{owner} cannot hold a {type(objective).__name__}, which changes while training goes on. "
             f"Put the {owner} into the {type(objective).__name__}."
         )
+    check_objective(objective, owner)
+
+
+def check_objective(objective, owner: str) -> None:
+    """Raises ConfigError for what is no objective."""
+    if isinstance(objective, type):
+        raise ConfigError(f"{owner} was given the class {objective.__name__}: write {objective.__name__}().")
     if not callable(objective) or not hasattr(objective, "frames"):
         raise ConfigError(
-            f"{owner} holds {objective!r}, which is no objective. Use one of {sorted(inner_objectives())}."
+            f"{owner} was given {objective!r}, which is no objective. Use one of {sorted(inner_objectives())} of "
+            "physml.objectives."
         )
 
 
 def settle(objective) -> None:
-    """Finds a loss that was given by name. Raises ConfigError for an unknown loss or space."""
+    """Finds a loss that was given by name. Raises ConfigError for an unknown loss and values of another kind."""
     object.__setattr__(objective, "loss", resolve(objective.loss))
-    if objective.space not in get_args(Space):
-        raise ConfigError(f"space is {objective.space!r}, but it must be one of {get_args(Space)}.")
+    check_fields(objective)
+
+
+def check_window(window: Window, wanted: int, what: str) -> None:
+    """Raises SpecError for a window without a batch axis, or with less than the `wanted` frames; `what` are these."""
+    if window.frames.ndim != len(window.spec.grid.axes) + 3:
+        raise SpecError(
+            f"The window's frames are {window.frames.shape}, but (batch, time, *space, channel) was expected. Put "
+            "single windows together with physml.fields.stack([window])."
+        )
+    if window.length < wanted:
+        raise SpecError(
+            f"The window holds {window.length} frames, but {what} are needed. "
+            "Cut windows of `objective.frames(stepper.history)` frames."
+        )
+    if window.spec.forcing and window.forcing.shape[1] < wanted:
+        raise SpecError(
+            f"Forcing {[c.name for c in window.spec.forcing]} is given for {window.forcing.shape[1]} frames, but "
+            f"{what} are needed. Give it for every frame of the window."
+        )
 
 
 def predict(
@@ -70,11 +97,7 @@ def predict(
     frames at once.
     """
     history = stepper.history
-    if window.length < history + steps:
-        raise SpecError(
-            f"The window holds {window.length} frames, but {history} (history) + {steps} (steps) are needed. "
-            "Cut windows of `objective.frames(stepper.history)` frames."
-        )
+    check_window(window, history + steps, f"{history} (history) + {steps} (steps)")
     _check_bundle(getattr(stepper, "bundle", 1), steps - skip, skip, truncate)
     graphdef, running, variables = nnx.split(stepper, nnx.BatchStat, ...)
 

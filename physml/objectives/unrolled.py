@@ -11,7 +11,7 @@ from physml.coding import tagged
 from physml.errors import ConfigError
 from physml.fields import ArrayLike, Window
 from physml.metrics.losses import LOSSES, MSE, Loss
-from physml.objectives.scoring import Prediction, Space, predict, score, settle
+from physml.objectives.scoring import Prediction, Space, check_window, predict, score, settle
 
 WARM_UP = 2**31 - 1
 Scored = tuple[Float[ArrayLike, ""], dict[str, jax.Array]]
@@ -29,7 +29,9 @@ class Rollout:
 
     def draw(self, stepper, window: Window, key) -> tuple[Window, Any]:
         """The frames that are rolled out, to the last one that is scored, and the random numbers of the steps."""
-        return window.slice(0, self.frames(stepper.history)), key
+        history, wanted = stepper.history, self.frames(stepper.history)
+        check_window(window, wanted, f"{history} (history) + {wanted - history} (steps)")
+        return window.slice(0, wanted), key
 
 
 class Around(Rollout):

@@ -18,12 +18,12 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from physml.data.loader import Loader
-from physml.errors import ConfigError, DataError, DivergedError
+from physml.errors import ConfigError, DivergedError
 from physml.fields import stack
 from physml.parallel.mesh import Layout
 from physml.steppers import Members, stack_members
 from physml.training.journal import Journal
-from physml.training.loop import check_options, plan_stages, run_stages
+from physml.training.loop import check_options, check_parts, plan_stages, run_stages
 from physml.training.optimizers import TrainingConfig
 from physml.training.report import Report
 from physml.training.run import Run, copied, local
@@ -79,13 +79,13 @@ def fit_members(
     loss in validation is not finite; with `config.patience` one that does not improve keeps its best weights. Members
     are spread over the devices: `layout.member` of them, or by default as many as divide both members and devices.
 
-    The other arguments are those of `fit`. Raises what `fit` raises, DivergedError only when no member is left, and
+    The other arguments are those of `fit`; scores by rollouts (`RolloutScores`) take the layout that
+    `spread_members(layout, S)` gives. Raises what `fit` raises, DivergedError only when no member is left, and
     ConfigError for seeds that are no S different numbers, several processes, or devices that do not divide the members.
     """
     seeds = tuple(seeds)
     _check_seeds(steppers, seeds)
-    if "train" not in datasets:
-        raise DataError(f'There is no "train" split, only {sorted(datasets)}.')
+    check_parts(steppers[0], datasets, objective)
     layout = spread_members(layout, len(seeds))
     history, dataset = steppers[0].history, datasets["train"]
     total = config.total_steps(count_windows(dataset, objective.frames(history), "training"))

@@ -155,11 +155,13 @@ def _count(value: float, steps: int) -> int:
     return round(value * steps) if value < 1 else round(value)
 
 
-VECTORS = ("bias", "scale", "shift")  # what the last name of a parameter contains that is no matrix, though stacked
+# Paths of vectors, which may be stacked.
+VECTORS = re.compile(r"(bias|scale|shift)[^.]*$|(^|\.)length$|norms?\.(\d+\.)?weight$")
 
 
-def _is_matrix(path: str, leaf) -> bool:
-    return jnp.ndim(leaf) > 1 and not any(word in path.rsplit(".", 1)[-1] for word in VECTORS)
+def is_matrix(path: str, leaf) -> bool:
+    """Whether `decay="matrices"` decays a parameter."""
+    return jnp.ndim(leaf) > 1 and not VECTORS.search(path)
 
 
 def _by_path(function: Callable, params):
@@ -180,10 +182,10 @@ def _decays(config: OptimizerConfig) -> list[optax.GradientTransformation]:
         own = None if number is None else config.groups[number].weight_decay
         if own is not None:
             return own == value
-        return config.weight_decay == value and (config.decay == "all" or _is_matrix(path, leaf))
+        return config.weight_decay == value and (config.decay == "all" or is_matrix(path, leaf))
 
     if not config.groups:
-        mask = functools.partial(_by_path, _is_matrix) if config.decay == "matrices" else None
+        mask = functools.partial(_by_path, is_matrix) if config.decay == "matrices" else None
         return [optax.add_decayed_weights(config.weight_decay, mask)] if config.weight_decay else []
     return [
         optax.add_decayed_weights(value, functools.partial(_by_path, functools.partial(has, value)))

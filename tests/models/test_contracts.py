@@ -1,5 +1,6 @@
 """What every architecture promises. A new entry of `MODELS` needs a line in `SMALL` and gets all of these checks."""
 
+import collections
 import dataclasses
 import functools
 from dataclasses import dataclass, field
@@ -15,8 +16,10 @@ from physml.contracts import Model
 from physml.errors import PhysmlError
 from physml.fields import Axis, Grid, Signature
 from physml.layers.spectral import ComplexParam
+from physml.layers.stack import Stack
 from physml.models import MODELS
 from physml.parallel.mesh import Layout
+from physml.training.optimizers import is_matrix
 
 
 @dataclass(frozen=True)
@@ -415,3 +418,15 @@ def test_what_is_evaluated_is_what_is_differentiated(row):
     ahead, behind = (run(model, fields + sign * step * direction, scalars) for sign in (1, -1))
     secant = np.sum(weights * (ahead - behind)) / (2 * step)
     np.testing.assert_allclose(np.sum(gradient * direction), secant, rtol=0.02)
+
+
+@over(ROWS | VARIANTS)
+def test_decay_of_matrices_spares_vectors(row):
+    """Those of equal blocks too, which have a leading axis, one more for every `Stack` that they are in."""
+    model, axes = nnx.eval_shape(row.build), collections.Counter()
+    for path, module in nnx.iter_modules(model):
+        if isinstance(module, Stack):
+            axes.update((*path, "blocks", *inner) for inner, _ in nnx.to_flat_state(nnx.state(module.blocks)))
+    for path, leaf in nnx.to_flat_state(nnx.state(model, nnx.Param)):
+        if leaf.ndim - axes[path] < 2:
+            assert not is_matrix(".".join(map(str, path)), leaf), path

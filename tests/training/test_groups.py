@@ -49,13 +49,17 @@ def test_a_rate_of_zero_freezes_and_the_first_match_counts():
 
 
 def test_decays_of_matrices_spare_stacked_vectors():
-    tree = {"norm": {"scale": jnp.ones((3, 2)), "weight": jnp.ones((3, 2))}, "mlp": {"query_bias": jnp.ones((3, 2))}}
+    tree = {
+        "norm": {"scale": jnp.ones((3, 2)), "weight": jnp.ones((3, 2))},
+        "mlp": {"query_bias": jnp.ones((3, 2)), "weight": jnp.ones((3, 2, 2))},
+    }
     transform = OptimizerConfig(weight_decay=0.1, decay="matrices").build(10)
     zero = jax.tree.map(jnp.zeros_like, tree)
     changes, _ = transform.update(zero, transform.init(tree), tree)
     assert not np.any(changes["norm"]["scale"])
     assert not np.any(changes["mlp"]["query_bias"])
-    assert np.all(changes["norm"]["weight"] < 0)
+    assert not np.any(changes["norm"]["weight"])
+    assert np.all(changes["mlp"]["weight"] < 0)
 
 
 def test_groups_without_members_are_errors_that_show_names():

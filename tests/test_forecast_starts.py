@@ -1,5 +1,6 @@
 """Where forecasts start and what they are labelled with: kinds of time, forcing, lengths of trajectories, files."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -9,8 +10,9 @@ from numpy.testing import assert_allclose, assert_array_equal
 
 from physml.data import XarrayDataset, open_dataset, spec_of
 from physml.data import clock as ck
-from physml.errors import DataError, SpecError
+from physml.errors import ConfigError, DataError, SpecError
 from physml.forecast import forecast
+from physml.normalize import Normalizer
 from physml.steppers import STEPPERS
 from physml.verbs.common import frames_until
 
@@ -177,6 +179,153 @@ def test_the_calendar_is_that_of_the_predicted_frame(history):
     assert_allclose(result.u[0, :, 0], result.time.dt.hour, atol=1e-4)
     trained = XarrayDataset(data, stepper.spec).read(0, range(2, 7))  # as a window tells it, from its first frame on
     assert_allclose(24 * trained.calendar[:, 1], result.time.dt.hour, atol=1e-4)
+
+
+# --- labels of trajectories -------------------------------------------------------------------------------------------
+
+
+def labelled_forcing(labels):
+    """One per trajectory, which holds its label times 100 and the number of the frame."""
+    field = 100 * np.array(labels)[:, None, None] + np.arange(20.0)[:, None] + np.zeros(8)
+    coords = {"trajectory": labels, "time": np.arange(20.0), "x": np.arange(8) / 8}
+    return xr.Dataset({"f": (("trajectory", "time", "x"), field.astype("f4"))}, coords)
+
+
+@pytest.mark.parametrize("labels", [[30, 10], [20, 30, 10], [20], [10, 20, 30]])
+def test_forcing_is_taken_by_the_label_of_the_trajectory(labels):
+    data, forcing = waves(np.arange(20.0), 3).assign_coords(trajectory=[10, 20, 30]), labelled_forcing([10, 20, 30])
+    initial = data.sel(trajectory=labels).isel(time=[2])
+    result = forecast(Tells(forced(data)), initial, 4, forcing=forcing)
+    assert_array_equal(result.u[:, :, 0], 100 * np.array(labels)[:, None] + np.arange(3, 7))
+    assert_array_equal(result.trajectory, labels)
+    shared = forcing.drop_vars("trajectory").isel(trajectory=[0])
+    result = forecast(Tells(forced(data)), initial, 4, forcing=shared)
+    assert_array_equal(result.u[:, 0, 0], [1003] * len(labels))
+    single = forecast(Tells(forced(data)), data.sel(trajectory=20).isel(time=[2]), 4, forcing=forcing)
+    assert_array_equal(single.u[:, 0, 0], [2003])
+    with pytest.raises(SpecError, match=r"forcing has no trajectory 5, .*10, 20, 30.*drop_vars\('trajectory'\)"):
+        forecast(Tells(forced(data)), initial.assign_coords(trajectory=[5, *labels[1:]]), 4, forcing=forcing)
+
+
+@pytest.mark.parametrize("suffix", [".zarr", ".nc"])
+def test_forcing_by_label_is_read_from_files(tmp_path, suffix):
+    data = waves(np.arange(20.0), 3).assign_coords(trajectory=[7, 8, 9])
+    forcing, path = labelled_forcing([1, 2, 3]).assign_coords(trajectory=[9, 7, 8]), tmp_path / f"f{suffix}"
+    forcing.to_zarr(path, consolidated=False) if suffix == ".zarr" else forcing.to_netcdf(path)
+    initial, out = data.isel(time=[2], trajectory=[1, 2, 0]), tmp_path / "out.zarr"
+    result = forecast(Tells(forced(data)), initial, 4, forcing=open_dataset(path), out=out, chunk=3)
+    assert_array_equal(result.u[:, :, 0], 100 * np.array([[3], [1], [2]]) + np.arange(3, 7))
+    assert_array_equal(result.trajectory, [8, 9, 7])
+
+
+@pytest.mark.parametrize("labels", [None, [7, 7]], ids=["none", "twice"])
+def test_forcing_without_labels_is_taken_by_position(labels):
+    data, forcing = waves(np.arange(20.0)), labelled_forcing([1, 2]).drop_vars("trajectory")
+    forcing = forcing if labels is None else forcing.assign_coords(trajectory=labels)
+    initial = data.isel(time=[0]).assign_coords(trajectory=[2, 1])
+    result = forecast(Tells(forced(data)), initial, 2, forcing=forcing)
+    assert_array_equal(result.u[:, 0, 0], [101, 201])
+    with pytest.raises(SpecError, match="forcing has 2 trajectories, but initial has 1"):
+        forecast(Tells(forced(data)), initial.isel(trajectory=[0]), 2, forcing=forcing)
+
+
+# --- going on from a forecast -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["time", "valid_time"])
+@pytest.mark.parametrize("times", [np.arange(4) * 6.0, dates(4)], ids=["numbers", "dates"])
+def test_one_frame_of_a_forecast_keeps_its_valid_time(times, name):
+    data = waves(times, units=None if times.dtype.kind == "M" else "hours")
+    whole = forecast(persistence(data), data, 6)
+    frame = forecast(persistence(data), data, 3).isel(lead=-1).rename({} if name == "time" else {"time": name})
+    assert_array_equal(forecast(persistence(data), frame, 3).time, whole.time[3:])
+    last = frame.drop_vars(name).drop_vars("lead")
+    assert_array_equal(forecast(persistence(data), frame.drop_vars(name), 2).time, np.arange(1, 3) * 21600.0)
+    assert_array_equal(forecast(persistence(data), last, 2).time, np.arange(1, 3) * 21600.0)
+
+
+def test_a_time_that_is_a_duration_goes_on():
+    data = waves(np.arange(4) * np.timedelta64(6, "h").astype("m8[ns]"))
+    for initial in (data, data.isel(time=-1)):
+        assert_array_equal(forecast(persistence(data), initial, 2).time, np.arange(4, 6) * np.timedelta64(6, "h"))
+
+
+class Grows(nnx.Module):
+    """Every step adds the field itself times a number, and the noise of its key."""
+
+    def __init__(self, spec, history=1, noise=0.0):
+        self.spec, self.history, self.noise = spec, history, noise
+
+    def encode(self, frames, context):
+        return frames[:, -1]
+
+    def advance(self, state, context):
+        state = jnp.roll(1.1 * state, 1, axis=1) + 0.1 * context.parameters.sum(-1)[:, None, None]
+        return state + self.noise * jax.random.normal(context.key, state.shape) if self.noise else state
+
+    def decode(self, state):
+        return state
+
+
+@pytest.fixture
+def ensemble():
+    """Three members of two labelled trajectories, as a forecast gives them, with a parameter of each trajectory."""
+    data = waves(np.arange(4.0)).assign_coords(trajectory=[10, 20])
+    members = xr.concat([data.isel(time=[3]) + 0.5 * m for m in range(3)], xr.Variable("member", [4, 5, 6]))
+    return members.assign(nu=("trajectory", np.array([1, 2], "f4")))
+
+
+@pytest.mark.parametrize("suffix", [None, ".zarr", ".nc"])
+def test_members_go_on_from_their_own_states(ensemble, tmp_path, suffix):
+    stepper = Grows(spec_of(ensemble.isel(member=0), ["u"], parameters=["nu"]))
+    expected = xr.concat([forecast(stepper, ensemble.isel(member=m), 6) for m in range(3)], ensemble.member)
+    out = suffix and tmp_path / f"f{suffix}"
+    half = forecast(stepper, ensemble, 3, out=out, chunk=2).load()
+    assert half.u.dims == ("member", "trajectory", "lead", "x")
+    assert_array_equal(half.member, [4, 5, 6])
+    assert_array_equal(half.trajectory, [10, 20])
+    half.close()
+    half = (half if out is None else open_dataset(out)).assign(nu=ensemble.nu)  # (trajectory, member) from a file
+    for initial, members in ((half, None), (half.isel(lead=-1), 3), (half.transpose("x", "lead", ...), None)):
+        result = forecast(stepper, initial, 3, members=members).transpose("member", "trajectory", "lead", "x", ...)
+        assert_allclose(result.u, expected.u[:, :, 3:], rtol=1e-6)
+        assert_allclose(result.ledger_mean_u, expected.ledger_mean_u[:, :, 3:], rtol=1e-5)
+        assert_array_equal(result.time, np.arange(7.0, 10))
+        assert_array_equal(result.member, [4, 5, 6])
+    one = forecast(stepper, half.isel(trajectory=1), 3)
+    assert one.u.dims == ("member", "trajectory", "lead", "x")
+    assert_allclose(one.u[:, 0], expected.u[:, 1, 3:], rtol=1e-6)
+
+
+def test_members_of_the_initial_state_are_not_made_again(ensemble):
+    stepper, key = Grows(spec_of(ensemble.isel(member=0), ["u"], parameters=["nu"])), jax.random.key(0)
+    for members in (1, 2, 6):
+        with pytest.raises(ConfigError, match=rf"members is {members}, but initial has 3.*Leave members out"):
+            forecast(stepper, ensemble, 2, members=members, key=key)
+    noisy = Grows(stepper.spec, noise=0.1)
+    assert len({noise.values.tobytes() for noise in forecast(noisy, ensemble * 0, 2, key=key).u}) == 3
+    same = forecast(stepper, ensemble.isel(member=[0, 0]), 2).u
+    assert_array_equal(same[0], same[1])
+    noisy.normalizer = Normalizer(noisy.spec, [0.0], [2.0], [1.0])
+    moved = (
+        forecast(noisy, ensemble * 0, 1, key=key, perturb=0.5, members=3).u
+        - forecast(noisy, ensemble * 0, 1, key=key).u
+    )
+    assert len({one.values.tobytes() for one in moved.stack(one=("member", "trajectory")).transpose("one", ...)}) == 6
+    with pytest.raises(ConfigError, match="members needs a key"):
+        forecast(noisy, ensemble, 2, perturb=0.5)
+    land = ensemble.where(ensemble.x > 0.3).assign(nu=ensemble.nu)
+    found = forecast(Tells(stepper.spec, "hour"), land, 2, masked=True)
+    assert_array_equal(found.u.isnull().all(("member", "trajectory", "lead")), ensemble.x <= 0.3)
+
+
+def test_members_share_the_forcing_of_their_trajectory(ensemble):
+    spec = spec_of(ensemble.isel(member=0).assign(f=ensemble.u[0, 0]), ["u"], forcing=["f"])
+    forcing = labelled_forcing([20, 10])
+    result = forecast(Tells(spec), ensemble, 3, forcing=forcing)
+    assert_array_equal(result.u[:, :, :, 0], np.array([[[1004, 1005, 1006], [2004, 2005, 2006]]] * 3))
+    with pytest.raises(SpecError, match=r"forcing.*'f' has a dimension 'member'.*isel\(member=0\)"):
+        forecast(Tells(spec), ensemble, 3, forcing=forcing.expand_dims(member=3))
 
 
 # --- trajectories of different length ---------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from flax import nnx
 from numpy.testing import assert_allclose, assert_array_equal
 
 from physml import cli, saving
-from physml.data import spec_of
+from physml.data import open_dataset, spec_of
 from physml.errors import CheckpointError, ConfigError, DataError, DivergedError, Interrupted, SpecError
 from physml.forecast import blow_ups, forecast, loop, stability
 from physml.forecast import start as starting
@@ -317,7 +317,7 @@ def test_twenty_thousand_steps_need_the_memory_of_five_thousand(tmp_path):
     program = f"""
 import resource, sys
 import numpy as np, xarray as xr
-from physml.data import spec_of
+from physml.data import open_dataset, spec_of
 from physml.forecast import forecast
 from physml.steppers import STEPPERS
 fields = np.random.default_rng(0).random((1, 2, 64, 64)).astype("f4")
@@ -393,6 +393,64 @@ def test_the_summary_tells_how_a_rollout_ends(data, tmp_path, out):
     assert forecast(Fading(spec_of(data)), data, 3, spectrum_every="auto").sizes["spectrum_step"] == 4
     with pytest.raises(ConfigError, match="spectrum_every is 0"):
         forecast(stepper, point, 3, spectrum_every=0)
+
+
+@pytest.mark.parametrize("out", [None, "f.zarr", "f.nc"])
+def test_the_summary_follows_selections(data, tmp_path, out):
+    """Every trajectory of every member drifts at a rate of its own: the summary of a part is that of its median."""
+
+    class Drifting(nnx.Module):
+        def __init__(self, spec):
+            self.spec, self.history = spec, 1
+
+        def encode(self, frames, context):
+            return frames[:, -1], 1 + 0.01 * jnp.arange(1, len(frames) + 1)[:, None, None]
+
+        def advance(self, state, context):
+            return state[0] * state[1], state[1]
+
+        def decode(self, state):
+            return state[0]
+
+    rates = (1 + 0.01 * np.arange(1, 10).reshape(3, 3)) ** 2
+    members = xr.concat([data + m for m in (0, 3, 10)], "member")
+    path = out and tmp_path / out
+    result = forecast(Drifting(spec_of(data)), members, 6, out=path, chunk=4, spectrum_every=1)
+    if path:
+        result.close()
+        result = open_dataset(path)
+        assert result.steps_completed.dims == ("trajectory", "member")
+
+    def told(part, name="energy drift"):
+        return stability(part)["u"][name]
+
+    assert_allclose(told(result), np.median(rates**6) - 1, rtol=1e-3)
+    for member in range(3):
+        one = result.isel(member=member)
+        assert_allclose(told(one), np.median(rates[member] ** 6) - 1, rtol=1e-3)
+        assert_allclose(told(one, "small scales"), np.median(rates[member] ** 6), rtol=1e-3)
+        assert_allclose(told(one.isel(trajectory=2)), rates[member, 2] ** 6 - 1, rtol=1e-3)
+        assert_allclose(told(one.isel(trajectory=[2])), rates[member, 2] ** 6 - 1, rtol=1e-3)
+        assert blow_ups(one)["trajectories"] == 3
+    assert_allclose(told(result.isel(trajectory=[2, 0], member=[1])), np.median(rates[1, [0, 2]] ** 6) - 1, rtol=1e-3)
+    one = result.isel(member=1, trajectory=1)
+    assert_allclose(told(one.isel(lead=slice(0, 3)), "small scales"), rates[1, 1] ** 3, rtol=1e-3)
+    for lead, last in ((slice(0, 3), 3), (slice(2, 5), 5), ([-1], 6), (2, 3), (slice(None, None, -2), 6)):
+        assert_allclose(told(one.isel(lead=lead)), rates[1, 1] ** last - 1, rtol=1e-3)
+    energy = result.ledger_energy_u.mean("member").isel(lead=-1) / result.ledger_initial_energy_u.mean("member") - 1
+    assert_allclose(told(result.mean("member")), np.median(energy), rtol=1e-3)
+    assert blow_ups(one.isel(lead=0))["diverged"] == 0
+    for part in (result.mean("lead"), result.isel(lead=[]), result.drop_vars("ledger_initial_energy_u")):
+        with pytest.raises(DataError, match="no lead|older physml"):
+            stability(part)
+
+
+def test_a_lost_trajectory_is_summarized_up_to_its_end_whatever_is_selected(data):
+    result = forecast(Odd(spec_of(data), breaks=(1, 5)), data, 9, on_divergence="flag")
+    lost, energy = result.isel(trajectory=[1]), result.ledger_energy_u[1]
+    first = float(result.ledger_initial_energy_u[1])
+    for part, last in ((lost, 3), (lost.isel(lead=slice(2, None)), 3), (lost.isel(lead=[0, 2, 7]), 2)):
+        assert_allclose(stability(part)["u"]["energy drift"], float(energy[last]) / first - 1, rtol=1e-3)
 
 
 def call(capsys, *words):

@@ -15,6 +15,7 @@ from physml.normalize import Normalizer
 from physml.rollout import (
     Bounds,
     Watchdog,
+    direct_leads,
     ensemble,
     ensemble_devices,
     perturbed,
@@ -388,3 +389,22 @@ def test_stacked_steppers_are_one_stepper(spec, window):
     assert not np.array_equal(first, second)
     with pytest.raises(ConfigError, match="batch of 3 cannot be shared by 2"):
         rollout(noisy.apart(), window, 1, jax.random.key(0))
+
+
+def test_a_dataset_is_no_window(tiny):
+    """Nor is an array: what takes windows says so, and what takes datasets."""
+    import xarray as xr
+
+    data, stepper = xr.Dataset({"u": ("x", np.zeros(8))}), Shift(tiny.spec())
+    for call in (
+        lambda given: rollout(stepper, given, 5),
+        lambda given: rollout_chunks(stepper, given, 5, 2),
+        lambda given: rollout_stride(stepper, given, 5, 1),
+        lambda given: direct_leads(stepper, given, [1]),
+        lambda given: ensemble(stepper, given, 5, jax.random.split(jax.random.key(0))),
+        lambda given: ensemble_devices(stepper, given, 5, jax.random.split(jax.random.key(0))),
+        lambda given: perturbed(given, jax.random.key(0), 3, 0.1),
+    ):
+        for given, kind in ((data, "Dataset"), (data.u, "DataArray"), (np.zeros(8), "ndarray")):
+            with pytest.raises(ConfigError, match=f"{kind}.*physml.data.to_window.*physml.forecast"):
+                call(given)

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from physml.fields import Spec
+from physml.fields import Channel, Spec
 from physml.metrics.spectra import shells
 from physml.rollout import Bounds, Ledger
 
@@ -19,6 +19,7 @@ QUANTITIES = {
     "maximum": "maximum over the cells",
 }
 SQUARED = ("energy", "variance")
+TIME_STEP = "ledger_time_step"
 SPECTRUM_STEP = "spectrum_step"  # dimension of the steps whose energy spectrum is kept; 0 is the initial state
 
 
@@ -42,16 +43,14 @@ class Labels:
         """`ledger_QUANTITY_VARIABLE (trajectory, lead)`."""
         variables = {}
         for quantity, meaning in QUANTITIES.items():
-            values, initial = (np.asarray(getattr(x, quantity)) for x in (ledger, self.initial))
+            values = np.asarray(getattr(ledger, quantity))
             for i, channel in enumerate(self.spec.channels):
                 attrs: dict[str, Any] = {"long_name": f"{meaning}: {channel.name}"}
                 column = self.fold(values[..., i])
                 if quantity == "finite":
                     column = column.astype(np.int8)
                 else:
-                    unit = channel.unit and (f"({channel.unit})2" if quantity in SQUARED else channel.unit)
-                    attrs |= {"units": unit} if unit else {}
-                    attrs |= {"initial": initial[:, i].astype(np.float64)}
+                    attrs |= _units(quantity, channel)
                     if self.bounds.scale is not None:
                         attrs |= {"training_center": float(self.bounds.center[i])}
                         attrs |= {"training_scale": float(self.bounds.scale[i])}
@@ -70,10 +69,26 @@ class Labels:
         about |= {"units": plan.unit} if plan.unit else {}
         return xr.Dataset(variables, {"wavenumber": ("wavenumber", plan.wavenumbers, about)})
 
-    def completed(self, good: np.ndarray) -> xr.Dataset:
-        """`steps_completed (trajectory)`."""
+    def summary(self, good: np.ndarray, step) -> xr.Dataset:
+        """`steps_completed (trajectory)`, the ledger of the initial state, `ledger_initial_QUANTITY_VARIABLE
+        (trajectory)`, and the lead time of one `step`.
+        """
         attrs = {"long_name": "steps before the trajectory diverged (all of them if it did not)"}
-        return xr.Dataset({"steps_completed": (self.dims, self.fold(good.astype(np.int32)), attrs)})
+        variables: dict[str, Any] = {"steps_completed": (self.dims, self.fold(good.astype(np.int32)), attrs)}
+        for quantity in QUANTITIES:
+            if quantity == "finite":
+                continue
+            values = np.asarray(getattr(self.initial, quantity), np.float64)
+            for i, channel in enumerate(self.spec.channels):
+                attrs = {"long_name": f"{QUANTITIES[quantity]} of the initial state: {channel.name}"}
+                attrs |= _units(quantity, channel)
+                variables[f"ledger_initial_{quantity}_{channel.name}"] = (self.dims, self.fold(values[:, i]), attrs)
+        variables[TIME_STEP] = ((), step, {"long_name": "lead time of one step"})
+        return xr.Dataset(variables)
+
+
+def _units(quantity: str, channel: Channel) -> dict[str, str]:
+    return {"units": f"({channel.unit})2" if quantity in SQUARED else channel.unit} if channel.unit else {}
 
 
 def spectrum_coordinates(leads: np.ndarray, every: int | None) -> dict[str, xr.Variable]:

@@ -23,6 +23,7 @@ class Loop:
     """Watches, writes and saves the chunks of a rollout.
 
     Attributes:
+        distinct: whether no two members may be the same.
         saved: the state that the rollout goes on from; later whether one is on disk.
         watch: set by the first chunk. labels: of the ledger, too.
     """
@@ -38,6 +39,7 @@ class Loop:
     limit: float | None
     steps: int
     spectrum_every: int | None
+    distinct: bool = True
     watch: Watchdog | None = None
     labels: Labels | None = None
 
@@ -85,7 +87,7 @@ class Loop:
         found = watch.read(piece.start, frames, piece.ledger)
         if piece.std is not None:
             frames = np.concatenate([frames, piece.std], -1)
-        if self.members and self.members > 1 and piece.start == 0:
+        if self.distinct and self.members and self.members > 1 and piece.start == 0:
             self._check_members(frames)
         if self.on_divergence == "raise":
             watch.raise_first(found)

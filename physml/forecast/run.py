@@ -17,7 +17,7 @@ from physml.fields import Window
 from physml.forecast import resume as resuming
 from physml.forecast.ledgers import SPECTRUM_STEP, spectrum_coordinates
 from physml.forecast.loop import Loop
-from physml.forecast.start import Start, start_of
+from physml.forecast.start import Start, members_of, start_of
 from physml.forecast.stores import LEAD, check_out, open_store
 from physml.rollout import Watchdog, check_spectrum, perturbed, rollout_chunks
 from physml.steppers import Distribution, Members
@@ -54,9 +54,10 @@ def forecast(
     Returns the variables of the stepper with dimensions `(trajectory, lead, *space)` in the names, order, direction,
     units and attributes of `initial`; `lead` is the time since the start, `time` the instant a frame is valid at.
     Beside them the ledger, `ledger_QUANTITY_VARIABLE (trajectory, lead)` (finite, mean, energy, variance, minimum,
-    maximum; initial value and training range as attributes), and `steps_completed (trajectory)`, the steps before a
-    divergence. Attributes name the model, its config hash and the version. A Gaussian stepper alone also gives standard
-    deviations, `VARIABLE_std`; when `members` are asked for, of an ensemble of them too, it is drawn from.
+    maximum; training range as attributes), that of the initial state, `ledger_initial_QUANTITY_VARIABLE (trajectory)`,
+    the lead time of one step, `ledger_time_step`, and `steps_completed (trajectory)`, the steps before a divergence.
+    Attributes name the model, its config hash and the version. A Gaussian stepper alone also gives standard deviations,
+    `VARIABLE_std`; when `members` are asked for, of an ensemble of them too, it is drawn from.
 
     With `out` the state is saved beside it, in `OUT.partial`, every few chunks and when SIGTERM or SIGINT asks to stop;
     the same call with `resume="auto"` then gives bit for bit what an uninterrupted one gives.
@@ -65,17 +66,20 @@ def forecast(
         stepper: what `physml.load` gives.
         initial: one frame when the stepper's history is 1, else at least `history` frames, of which the last are taken;
             one or several trajectories. Where its variable `frames` counts those of each trajectory, from the first
-            one of `initial` on, padding behind them is not read.
+            one of `initial` on, padding behind them is not read. Along a dimension `member` are the states of an
+            ensemble, each of which goes on.
         out: a .zarr or .nc path to stream to; memory then does not grow with `steps`, and the result is opened lazily.
         chunk: frames computed between two looks at the ledger, and per storage chunk.
         key: typed PRNG key of a stochastic stepper, jax.random.key(0) if not given.
         members: an ensemble of so many along dimension `member`. An ensemble of steppers (`Experiment.seeds`,
             `physml.stack_members`) gives its own members without being asked, or the same number of each; one stepper
-            needs a key and random numbers: its own, or `perturb`. No two of them may be the same.
+            needs a key and random numbers: its own, or `perturb`. No two of them may be the same. An `initial` with
+            members gives these without being asked.
         perturb: standard deviation of random fields that are added to the initial state of every member, in units of
             the scale of the training data; for other sizes see `physml.perturbed`.
         perturb_kind: "smooth" fields, with a correlation length of a tenth of each axis, or "white" ones.
-        forcing: prescribed fields at every valid time, when the stepper has forcing.
+        forcing: prescribed fields at every valid time, when the stepper has forcing: one for all trajectories, or of
+            each, found by label where `initial` and `forcing` have unique ones, else by position.
         on_divergence: "raise" a DivergedError that names step, variable and place, leaving nothing behind; "stop" a bad
             trajectory there (NaN from then on), and everything when none is left, keeping the good part; "flag" only.
         limit: standard deviations beyond the training data and the initial state that count as diverged; None: only
@@ -94,14 +98,18 @@ def forecast(
     Interrupted after SIGTERM or SIGINT (with `out`).
     """
     steps, chunk, members = _whole("steps", steps), _whole("chunk", chunk), _whole("members", members)
-    _check_options(stepper, steps, chunk, key, members, perturb, perturb_kind, on_divergence, out, resume)
+    _check_number("limit", limit)
+    own = members_of(initial, stepper)
+    _check_options(stepper, steps, chunk, key, members, own, perturb, perturb_kind, on_divergence, out, resume)
     key = jax.random.key(0) if key is None else key
     start = start_of(stepper, initial, steps, forcing, masked)
     model = provenance(stepper)
-    stepper, members = _for_inference(_as_asked(stepper, members)), _count(stepper, members)
-    window, names = _with_members(start.window, members), _member_names(start, members)
+    stepper, members = _for_inference(_as_asked(stepper, members)), _count(stepper, members, own)
+    window = start.window if own else _with_members(start.window, members)
+    labels = np.arange(members or 0) if start.members is None else start.members
+    names = _member_names(start, labels)
     if perturb is not None:
-        window = _perturbed(window, start.window, stepper, key, members, perturb, perturb_kind)
+        window = _perturbed(window, start.window, stepper, key, 1 if own else members, perturb, perturb_kind)
     chunk = min(chunk or _default_chunk(window), steps)
     spectrum_every = _spectrum_every(spectrum_every, window, steps)
     coords = _lead_coordinates(start) | spectrum_coordinates(start.leads, spectrum_every)
@@ -114,12 +122,13 @@ def forecast(
         owner = resuming.identity(model, window, start.valid[0], key, forced, **options)
     if resume == "auto" and not overwrite and (done := resuming.finished(out, owner)) is not None:
         return done
-    store = open_store(out, _labels(start, stepper.spec, members), coords, overwrite, resume)
+    store = open_store(out, _labels(start, window.mask, stepper.spec, labels), coords, overwrite, resume)
     with store.alone():
         saved = resuming.load(store.folder, owner) if resume == "auto" else None
         loop = Loop(
-            store, stepper.spec, stepper, names, members, owner, saved, on_divergence, limit, steps, spectrum_every
-        )
+            store, stepper.spec, stepper, names, members, owner, saved, on_divergence, limit, steps, spectrum_every,
+            distinct=not own,
+        )  # fmt: skip
         try:
             store.begin(saved.names if saved else [])
             pieces = rollout_chunks(
@@ -131,7 +140,7 @@ def forecast(
             attrs = {**model, **_divergences(loop.watch)}
             attrs |= {"steps_asked": str(steps), "stopped_early": int(leads < steps)}
             attrs |= {resuming.MARK: resuming.mark(owner)} if owner else {}
-            return store.finish(sizes, loop.labels.completed(loop.watch.good), attrs)
+            return store.finish(sizes, loop.labels.summary(loop.watch.good, start.leads[0]), attrs)
         except BaseException as error:
             store.abort(keep=loop.saved and not isinstance(error, DivergedError))
             raise
@@ -143,7 +152,8 @@ def check_forecast(
     spectrum_every: int | Literal["auto"] | None,
 ) -> None:  # fmt: skip
     """What `forecast` checks before it computes; raises what it raises."""
-    _check_options(stepper, steps, chunk, key, members, perturb, perturb_kind, on_divergence, out, resume)
+    own = members_of(initial, stepper)
+    _check_options(stepper, steps, chunk, key, members, own, perturb, perturb_kind, on_divergence, out, resume)
     start = start_of(stepper, initial, steps, forcing, None)
     _spectrum_every(spectrum_every, start.window, steps)
     if not (resume == "auto" and Path(out).exists()):
@@ -157,12 +167,18 @@ def _whole(name: str, value):
         raise ConfigError(f"{name} is {value!r}, but a whole number was expected.") from None
 
 
-def _count(stepper, members: int | None) -> int | None:
-    """How many members there will be: those asked for, else the ensemble's own."""
-    return stepper.count if members is None and isinstance(stepper, Members) else members
+def _check_number(name: str, value) -> None:
+    if value is not None and (np.ndim(value) or np.asarray(value).dtype.kind not in "iuf"):
+        raise ConfigError(f"{name} is {value!r}, but a number was expected.")
 
 
-def _check_options(stepper, steps, chunk, key, members, perturb, perturb_kind, on_divergence, out, resume) -> None:
+def _count(stepper, members: int | None, own: int | None) -> int | None:
+    """How many members there will be: those asked for, else those of the initial state or of the stepper."""
+    return members or own or (stepper.count if isinstance(stepper, Members) else None)
+
+
+def _check_options(stepper, steps, chunk, key, members, own, perturb, perturb_kind, on_divergence, out, resume) -> None:
+    """`own` counts the members of the initial state."""
     if not hasattr(stepper, "advance"):
         raise ConfigError(
             f"{type(stepper).__name__} has no names and units, so it cannot forecast. Give a stepper, as physml.load "
@@ -178,18 +194,25 @@ def _check_options(stepper, steps, chunk, key, members, perturb, perturb_kind, o
     if steps < 1 or (chunk is not None and chunk < 1) or (members is not None and members < 1):
         raise ConfigError(f"steps={steps}, chunk={chunk} and members={members} count things: at least 1.")
     _check_key(key)
-    own = stepper.count if isinstance(stepper, Members) else None
-    random = members is not None and drawn(stepper) is not stepper
-    members = _count(stepper, members)
-    if own and members % own:
+    if own and members not in (None, own):
         raise ConfigError(
-            f"members is {members}, but the stepper is an ensemble of {own} that forecast equally often. Use a "
-            f"multiple of {own}, or leave members out."
+            f"members is {members}, but initial has {own}, each of which goes on from its own state. Leave members "
+            "out, or give one of them: initial.isel(member=0)."
         )
-    if members is not None and key is None and (members != own or random or perturb is not None):
+    steppers = stepper.count if isinstance(stepper, Members) else None
+    random = members is not None and drawn(stepper) is not stepper
+    members = _count(stepper, members, own)
+    if steppers and members % steppers:
+        raise ConfigError(
+            f"members is {members}, but the stepper is an ensemble of {steppers} that forecast equally often. Use a "
+            f"multiple of {steppers}, or leave members out."
+        )
+    given = members in (own, steppers)
+    if members is not None and key is None and (not given or random or perturb is not None):
         raise ConfigError(
             "members needs a key: without random numbers all members are the same. Pass jax.random.key(0)."
         )
+    _check_number("perturb", perturb)
     if perturb is not None and (members is None or not 0 < perturb < np.inf):
         raise ConfigError(
             f"perturb is {perturb} and members {members}, but perturbations have a size above 0 and make members: say "
@@ -275,22 +298,19 @@ def _tiled(array, members: int | None) -> np.ndarray:
     return array if members is None else np.tile(array, (members, *[1] * (np.ndim(array) - 1)))
 
 
-def _member_names(start: Start, members: int | None) -> tuple[str, ...]:
-    batch = start.window.frames.shape[0]
-    names = start.names or tuple(str(i) for i in range(batch))
-    return names if members is None else tuple(f"{name}, member {m}" for m in range(members) for name in names)
+def _member_names(start: Start, labels: np.ndarray) -> tuple[str, ...]:
+    names = start.names or tuple(str(i) for i in range(start.batch))
+    return tuple(f"{name}, member {m}" for m in labels for name in names) if len(labels) else names
 
 
-def _labels(start: Start, spec, members: int | None):
+def _labels(start: Start, mask, spec, labels: np.ndarray):
     """`(frames, first step) -> dataset`: names, coordinates and attributes put back on, masked cells NaN again.
 
-    Further channels behind those of `spec` are their standard deviations.
+    Further channels behind those of `spec` are their standard deviations. `labels` are those of the members, if any.
     """
-    mask = None if start.window.mask is None else np.asarray(start.window.mask)[:, None] == 0
+    missing = None if mask is None else np.asarray(mask)[:, None] == 0
 
     def named(frames: np.ndarray, first: int) -> xr.Dataset:
-        if mask is not None:
-            frames = np.where(mask, np.nan, frames)
         times = start.valid[first - 1 : first - 1 + frames.shape[1]]
         return from_frames(frames, spec, start.like, times, first=first)
 
@@ -303,17 +323,18 @@ def _labels(start: Start, spec, members: int | None):
             result[f"{name}{STD}"] = (std.dims, std.values, {"long_name": f"standard deviation of {name}", **units})
         return result
 
-    if members is None:
-        return one
-
-    def several(frames: np.ndarray, first: int) -> xr.Dataset:
-        parts = [one(part, first) for part in np.split(frames, members)]
-        coordinate = xr.Variable(("member",), np.arange(members), {"long_name": "ensemble member"})
+    def every(frames: np.ndarray, first: int) -> xr.Dataset:
+        if missing is not None:
+            frames = np.where(np.tile(missing, frames.shape[-1] // len(spec.channels)), np.nan, frames)
+        if not len(labels):
+            return one(frames, first)
+        parts = [one(part, first) for part in np.split(frames, len(labels))]
+        coordinate = xr.Variable(("member",), labels, {"long_name": "ensemble member"})
         return xr.concat(parts, "member", data_vars="all", coords="minimal", compat="override").assign_coords(
             member=coordinate
         )
 
-    return several
+    return every
 
 
 def _lead_coordinates(start: Start) -> dict[str, xr.Variable]:

@@ -5,6 +5,7 @@ import os
 from dataclasses import dataclass, replace
 
 import numpy as np
+import pandas as pd
 import xarray as xr
 
 from physml.data import axes as ax
@@ -16,6 +17,8 @@ from physml.errors import ConfigError, DataError, SpecError
 from physml.fields import Spec, Window
 
 SMALL, BLOCK, SAMPLES = 2**26, 2**22, 16  # bytes of forcing that are read at once to know it again; or else steps of it
+MEMBER = "member"  # dimension of the members of an ensemble
+LEADS = ("lead", "lead_time")  # durations, not instants
 SAME_TIME = 0.01  # steps that two times may differ by
 
 
@@ -24,11 +27,13 @@ class Start:
     """What a rollout needs, and what its result is labelled with.
 
     Attributes:
-        window: the history, batched over trajectories; times and calendar reach to the last lead.
-        like: the dataset of these frames, whose labels the forecast takes over.
+        window: the history, batched over trajectories (over members, then them); times and calendar reach to the last
+            lead.
+        like: the dataset of these frames (of one member), whose labels the forecast takes over.
         leads: lead times of all steps. valid: the instants they are valid at. valid_attrs: what these are.
-        forcing: the prescribed fields; None when there are none.
-        names: what messages call the trajectories.
+        forcing: the prescribed fields, the same for all members; None when there are none.
+        batch: trajectories. names: what messages call them.
+        members: labels of the members that the initial state has; None when it has none.
     """
 
     window: Window
@@ -37,7 +42,9 @@ class Start:
     valid: np.ndarray
     valid_attrs: dict[str, str]
     forcing: "Forcing | None"
+    batch: int
     names: tuple[str, ...]
+    members: np.ndarray | None
 
 
 @dataclass(frozen=True)
@@ -92,19 +99,41 @@ def start_of(stepper, initial: xr.Dataset, steps: int, forcing: xr.Dataset | Non
             "expected. Open one with physml.open_dataset, or use array.to_dataset(name=...)."
         )
     spec = stepper.spec
-    like = _history(initial, spec, stepper.history)
-    window = _window(like, spec, stepper.history)
+    whole, count = _history(initial, spec, stepper.history), members_of(initial, stepper)
+    like = whole.isel({MEMBER: 0}, drop=True) if count else whole
+    window = _window(_members_as_trajectories(whole, spec) if count else whole, spec, stepper.history)
     if window.mask is not None and not _allows_missing(stepper, masked):
         raise _missing_values(window)
     times = ck.clock(like, time_of(like, base_of(like, spec.names[0])))
     _check_clock(times, spec, stepper)
     valid = ck.after(times, steps, spec.time_step)
     window = _with_clock(window, times, valid, stepper.history)
-    batch = window.frames.shape[0]
-    source = like if forcing is None else forcing
-    prescribed = _forcing(source, spec, times, valid, batch, forcing is None)
+    batch = window.frames.shape[0] // (count or 1)
+    source = whole if forcing is None else forcing
+    prescribed = _forcing(source, spec, times, valid, batch, None if forcing is None else like)
     leads = ck.lead_labels(times, steps, spec.time_step)
-    return Start(window, like, leads, valid, ck.valid_attrs(times), prescribed, _names(like, batch))
+    members = np.asarray(whole[MEMBER].values) if count else None
+    return Start(window, like, leads, valid, ck.valid_attrs(times), prescribed, batch, _names(like, batch), members)
+
+
+def members_of(initial: xr.Dataset, stepper) -> int | None:
+    """How many members the fields of `initial` have along a dimension of that name; None when they have none."""
+    if not isinstance(initial, xr.Dataset) or MEMBER not in initial.dims or not hasattr(stepper, "spec"):
+        return None
+    bases = {base_of(initial, name) for name in stepper.spec.names} - {None}
+    return initial.sizes[MEMBER] if any(MEMBER in initial.variables[base].dims for base in bases) else None
+
+
+def _members_as_trajectories(ds: xr.Dataset, spec: Spec) -> xr.Dataset:
+    """One trajectory for each of each member, member by member."""
+    names = [channel.name for channel in (*spec.channels, *spec.static, *spec.parameters)]
+    bases = {base_of(ds, name) for name in names} - {None}
+    dims = {dim for base in bases for dim in ds.variables[base].dims if ax.role(ds, dim) == "trajectory"}
+    both = [MEMBER, *sorted(dims - {MEMBER})]
+    bare = ds.drop_vars({*both, "trajectory"}, errors="ignore")
+    return bare.stack({"trajectory of a member": both}, create_index=False).rename(
+        {"trajectory of a member": "trajectory"}
+    )
 
 
 def _history(initial: xr.Dataset, spec: Spec, history: int) -> xr.Dataset:
@@ -149,9 +178,10 @@ def _real_frames(initial: xr.Dataset, dim: str) -> int:
 
 def _as_one_frame(initial: xr.Dataset, variables: set[str]) -> xr.Dataset:
     scalars = [name for name, c in initial.coords.items() if c.ndim == 0 and ax.NAMES.get(str(name).lower()) == "time"]
-    if not scalars:
+    instants = [name for name in scalars if str(name).lower() not in LEADS]
+    if not instants:
         return initial
-    time = initial[scalars[0]]
+    time = initial[next((name for name in ("valid_time", "time") if name in instants), instants[0])]
     frame = initial.drop_vars(scalars)
     frame = frame.assign({name: frame[name].expand_dims("time") for name in variables})
     return frame.assign_coords(time=("time", time.values.reshape(1), time.attrs))
@@ -229,20 +259,33 @@ def _names(like: xr.Dataset, batch: int) -> tuple[str, ...]:
     return ()
 
 
-def _forcing(source: xr.Dataset, spec: Spec, times: ck.Clock, valid, batch: int, from_initial: bool) -> Forcing | None:
-    """The prescribed fields, after checking that they cover every valid time."""
+def _forcing(source: xr.Dataset, spec: Spec, times: ck.Clock, valid, batch: int, like) -> Forcing | None:
+    """The prescribed fields, after checking that they cover every valid time; those of the trajectories of `like`,
+    which is None when the fields come from there.
+    """
     if not spec.forcing:
         return None
     names = [channel.name for channel in spec.forcing]
-    if from_initial and (
+    if like is None and (
         any(base_of(source, n) is None for n in names) or time_of(source, base_of(source, names[0])) is not None
     ):
         raise DataError(
             f"The model needs the forcing {names} at every valid time, {valid[0]} to {valid[-1]}, and initial ends "
             "before them. Pass forcing=dataset that holds it over that range."
         )
-    reader = Reader(source, replace(spec, channels=spec.forcing, forcing=(), static=(), parameters=()))
+    for base in {base_of(source, name) for name in names} - {None}:
+        if MEMBER in source.variables[base].dims:
+            raise SpecError(
+                f"The forcing {base!r} has a dimension {MEMBER!r}, but members share their forcing. Give that of one, "
+                f"forcing.isel({MEMBER}=0), or make members trajectories: "
+                f"forcing.rename({MEMBER}='trajectory'), and initial too."
+            )
+    fields = replace(spec, channels=spec.forcing, forcing=(), static=(), parameters=())
+    reader = Reader(source, fields)
     reader.check_units()
+    order = None if like is None else _by_label(source, reader.trajectory_dim, like, batch)
+    if order is not None and not np.array_equal(order, np.arange(reader.trajectories)):
+        reader = Reader(source.isel({reader.trajectory_dim: ax.as_slice(order)}), fields)
     if reader.trajectories not in (1, batch):
         raise SpecError(
             f"The forcing has {reader.trajectories} trajectories, but initial has {batch}. Give one, or one for each."
@@ -250,6 +293,26 @@ def _forcing(source: xr.Dataset, spec: Spec, times: ck.Clock, valid, batch: int,
     if reader.time_dim is None:
         return Forcing(reader, np.zeros(len(valid), int), batch)
     return Forcing(reader, _positions(reader, times, valid, spec.time_step), batch)
+
+
+def _by_label(source: xr.Dataset, dim: str | None, like: xr.Dataset, batch: int) -> np.ndarray | None:
+    """Where the `batch` trajectories of `like` lie in the forcing; None unless the labels of both tell.
+
+    Raises SpecError for those that are not there.
+    """
+    if dim is None or any(dim not in ds.variables for ds in (source, like)):
+        return None
+    known, wanted = (pd.Index(ds.variables[dim].values.ravel()) for ds in (source, like))
+    if not known.is_unique or not wanted.is_unique or len(wanted) != batch:
+        return None
+    found = known.get_indexer(wanted)
+    if (found < 0).any():
+        raise SpecError(
+            f"The forcing has no {dim} {', '.join(map(str, wanted[found < 0][:10]))}, which initial has: it has "
+            f"{', '.join(map(str, known[:10]))}{', ...' if len(known) > 10 else ''}. Give forcing for all of initial, "
+            f"or leave the labels out, forcing.drop_vars({dim!r}), to take it by position."
+        )
+    return found
 
 
 def _positions(reader: Reader, times: ck.Clock, valid: np.ndarray, step: float) -> np.ndarray:

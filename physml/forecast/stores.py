@@ -181,7 +181,7 @@ class Zarr(_File):
         coords = {n: c.variable for n, c in piece.coords.items() if dim not in c.dims and n not in there}
         coords |= {n: c for n, c in self.coords.items() if self.group is None}
         # Every call replaces all attributes of the store.
-        attrs = piece.attrs if self.group is None else dict(self.group.attrs)
+        attrs = piece.attrs if self.group is None else {**self.group.attrs, **piece.attrs}
         template = _plainly(xr.Dataset(variables, coords, attrs))
         mode = "w-" if self.group is None else "a"
         template.to_zarr(self.partial, mode=mode, compute=False, zarr_format=3, consolidated=False, encoding=encoding)
@@ -237,7 +237,7 @@ class Netcdf(_File):
         names, attrs = xr.conventions.encode_dataset_coordinates(piece.isel({dim: slice(0)}).assign_coords(along))
         if self.file is None:
             self.file = netCDF4.Dataset(self.partial, "w", format="NETCDF4")
-            self.file.setncatts(_plain(attrs))
+        self.file.setncatts(_plain(attrs))
         for name, variable in names.items():
             if name in self.file.variables:
                 continue

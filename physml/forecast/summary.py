@@ -4,14 +4,14 @@ import numpy as np
 import xarray as xr
 
 from physml.errors import DataError
-from physml.forecast.ledgers import SPECTRUM_STEP
+from physml.forecast.ledgers import SPECTRUM_STEP, TIME_STEP
 from physml.metrics.spectra import NOISE
 
-PREFIX = "ledger_energy_"
+PREFIX, INITIAL = "ledger_energy_", "ledger_initial_energy_"
 
 
 def stability(prediction: xr.Dataset) -> dict[str, dict[str, float | None]]:
-    """By variable of a forecast, the median over its trajectories (and members):
+    """By variable of a forecast, or of a selection of it, the median over its trajectories (and members):
 
     - "energy drift": change of the area-weighted mean square from the initial state to the last good frame, relative to
       the initial one;
@@ -20,14 +20,13 @@ def stability(prediction: xr.Dataset) -> dict[str, dict[str, float | None]]:
 
     Raises DataError for a dataset that `physml.forecast` did not make.
     """
-    completed = _completed(prediction)
+    steps, completed = _steps(prediction), _completed(prediction)
+    completed = np.minimum(completed, steps.max())
     result = {}
     for name in _variables(prediction):
-        energy = _folded(prediction[PREFIX + name], ("lead",))
-        initial = np.ravel(np.asarray(prediction[PREFIX + name].attrs["initial"], np.float64))
-        last = np.where(completed > 0, energy[np.arange(len(energy)), np.maximum(completed - 1, 0)], initial)
-        with np.errstate(divide="ignore", invalid="ignore"):
-            drift = (last - initial) / initial
+        energy, initial = _at_least(prediction[PREFIX + name], "lead"), prediction[INITIAL + name].compute()
+        last, place = _last(energy, steps, completed, "lead")
+        drift = (last.where(place >= 0, initial) - initial) / initial
         result[name] = {"energy drift": _median(drift), "small scales": _small_scales(prediction, name, completed)}
     return result
 
@@ -37,43 +36,60 @@ def blow_ups(prediction: xr.Dataset) -> dict[str, int | None]:
 
     Raises DataError for a dataset that `physml.forecast` did not make.
     """
-    completed = _completed(prediction)
-    asked = int(prediction.attrs.get("steps_asked", prediction.sizes["lead"]))
+    completed = _completed(prediction).values.ravel()
+    asked = int(prediction.attrs.get("steps_asked", prediction.sizes.get("lead", 1)))
     steps = completed[completed < asked] + 1
     found = (int(steps.min()), int(np.median(steps))) if len(steps) else (None, None)
     return {"trajectories": len(completed), "diverged": len(steps), "first at step": found[0], "median": found[1]}
 
 
-def _completed(prediction: xr.Dataset) -> np.ndarray:
+def _completed(prediction: xr.Dataset) -> xr.DataArray:
     if "steps_completed" not in prediction or not _variables(prediction):
         raise DataError("The dataset holds no ledger: it is no forecast. Make one with physml.forecast or rollout.")
-    return np.ravel(prediction["steps_completed"].values)
+    return prediction["steps_completed"].compute()
 
 
 def _variables(prediction: xr.Dataset) -> list[str]:
     return [str(name).removeprefix(PREFIX) for name in prediction.data_vars if str(name).startswith(PREFIX)]
 
 
-def _folded(array: xr.DataArray, last: tuple[str, ...]) -> np.ndarray:
-    """All leading dimensions in one."""
-    array = array.transpose(..., *last)
-    return np.asarray(array.values, np.float64).reshape(-1, *array.shape[-len(last) :])
+def _steps(prediction: xr.Dataset) -> xr.DataArray:
+    """The number of the step of every lead."""
+    _completed(prediction)
+    if TIME_STEP not in prediction or any(INITIAL + name not in prediction for name in _variables(prediction)):
+        raise DataError(
+            f"The forecast lacks {TIME_STEP} or {INITIAL}VARIABLE, which an older physml did not write. Keep them, or "
+            "make the forecast again."
+        )
+    if "lead" not in prediction.coords or not prediction["lead"].size:
+        raise DataError("The forecast has no lead times left, so it has no end. Keep at least one: isel(lead=[-1]).")
+    return _at_least(np.rint(prediction["lead"] / prediction[TIME_STEP]), "lead").compute()
 
 
-def _small_scales(prediction: xr.Dataset, name: str, completed: np.ndarray) -> float | None:
+def _at_least(array: xr.DataArray, dim: str) -> xr.DataArray:
+    return array if dim in array.dims else array.expand_dims(dim)
+
+
+def _last(array: xr.DataArray, steps: xr.DataArray, completed: xr.DataArray, dim: str) -> tuple[xr.DataArray, ...]:
+    """The values of the last one of the `steps` along `dim` that is good, and its place; -1 where none is."""
+    good = steps <= completed
+    place = xr.where(good, steps, -1).argmax(dim)
+    return array.compute().isel({dim: place}), place.where(good.any(dim), -1)
+
+
+def _small_scales(prediction: xr.Dataset, name: str, completed: xr.DataArray) -> float | None:
     variable = f"ledger_spectrum_{name}"
     if variable not in prediction:
         return None
     resolved = int(prediction["wavenumber"].attrs["resolved_shells"])
-    spectra = _folded(prediction[variable], (SPECTRUM_STEP, "wavenumber"))
-    steps = prediction[SPECTRUM_STEP].values
-    row = np.searchsorted(steps, completed, side="right") - 1  # the last one of a good frame
-    high = spectra[:, :, resolved // 2 + 1 : resolved + 1].sum(-1)
-    first, last = high[:, 0], high[np.arange(len(high)), row]
-    there = first > NOISE * spectra[:, 0].sum(-1)
-    return _median(np.divide(last, first, out=np.full(len(high), np.nan), where=there & (row > 0)))
+    spectra = _at_least(prediction[variable], SPECTRUM_STEP).compute()
+    steps = _at_least(prediction[SPECTRUM_STEP], SPECTRUM_STEP).reset_coords(drop=True)
+    high = spectra.isel(wavenumber=slice(resolved // 2 + 1, resolved + 1)).sum("wavenumber", skipna=False)
+    total, first = (array.isel({SPECTRUM_STEP: 0}, drop=True) for array in (spectra.sum("wavenumber"), high))
+    last, place = _last(high, steps, completed, SPECTRUM_STEP)
+    return _median((last / first).where((first > NOISE * total) & (place > 0)))
 
 
-def _median(values: np.ndarray) -> float | None:
-    values = values[np.isfinite(values)]
+def _median(array: xr.DataArray) -> float | None:
+    values = array.values[np.isfinite(array.values)]
     return float(f"{np.median(values):.4g}") if len(values) else None

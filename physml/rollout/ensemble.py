@@ -9,7 +9,7 @@ from flax import nnx
 
 from physml.errors import ConfigError
 from physml.fields import Window
-from physml.rollout.scan import rollout
+from physml.rollout.scan import check_kind, rollout
 
 
 def ensemble(stepper, window: Window, steps: int, keys=None, *, remat: bool | str = "none"):
@@ -50,6 +50,7 @@ def ensemble_devices(stepper, window: Window, steps: int, keys=None, *, remat: b
 
 def _plan(stepper, window: Window, keys):
     """(graph, numbers, member axes of numbers, frames and keys, how many members there are)."""
+    check_kind(window)
     inner = getattr(stepper, "stacked", None)
     graph, state = nnx.split(stepper if inner is None else inner)
     batched = window.frames.ndim == 4 + window.spec.grid.ndim

@@ -9,7 +9,7 @@ import numpy as np
 
 from physml.errors import ConfigError, SpecError
 from physml.fields import Window
-from physml.rollout.scan import rollout
+from physml.rollout.scan import check_kind, rollout
 
 
 def direct_leads(stepper, window: Window, leads: Sequence[float], key=None):
@@ -23,6 +23,7 @@ def direct_leads(stepper, window: Window, leads: Sequence[float], key=None):
     SpecError for a stepper that does not know the lead and for forcing that ends before, ConfigError for a lead that it
     was not trained for.
     """
+    check_kind(window)
     leads = [float(lead) for lead in leads]
     if not leads:
         raise ConfigError("leads are empty: give at least one, in time steps of the data.")
@@ -61,6 +62,7 @@ def rollout_stride(stepper, window: Window, steps: int, stride: int, key=None, *
     Raises ConfigError for a stride that the stepper was not trained for, SpecError for a stepper that is not told the
     length of a step or takes several frames, which lie one frame apart, and for forcing that ends before.
     """
+    check_kind(window)
     history = stepper.history
     if not float(stride).is_integer() or stride < 1:
         raise ConfigError(f"stride is {stride}, but it counts frames: a whole number, 1 or more.")

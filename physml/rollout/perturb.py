@@ -10,6 +10,7 @@ import numpy as np
 
 from physml.errors import ConfigError, SpecError
 from physml.fields import Grid, Window
+from physml.rollout.scan import check_kind
 
 KINDS = ("smooth", "white")
 
@@ -33,6 +34,7 @@ def perturbed(
 
     Raises ConfigError for what cannot be drawn, SpecError when `scale` has not one number per channel.
     """
+    check_kind(window)
     if members < 1 or kind not in KINDS or not 0 < length <= 1:
         raise ConfigError(
             f"members={members}, kind={kind!r} and length={length} were given, but at least 1 member, one of "

@@ -37,6 +37,7 @@ def rollout(stepper, window: Window, steps: int, key=None, *, remat: bool | str 
 
 def check_window(stepper, window: Window, steps: int | None) -> None:
     """Raises SpecError when a window cannot start a rollout of `steps` (None: forcing comes from elsewhere)."""
+    check_kind(window)
     history = stepper.history
     if window.frames.shape[1] < history:
         raise SpecError(
@@ -47,6 +48,15 @@ def check_window(stepper, window: Window, steps: int | None) -> None:
         raise SpecError(
             f"Forcing {[c.name for c in window.spec.forcing]} is given for {window.forcing.shape[1]} frames, but "
             f"{history + steps} are needed: {history} of history and {steps} steps. Give more, or take fewer steps."
+        )
+
+
+def check_kind(window) -> None:
+    """Raises ConfigError for what is no window."""
+    if not isinstance(window, Window):
+        raise ConfigError(
+            f"A {type(window).__name__} was given, but a Window was expected. Make one of a dataset with "
+            "physml.data.to_window(dataset, stepper.spec), or use physml.forecast, which takes datasets."
         )
 
 

@@ -169,7 +169,10 @@ class Spec:
         )  # fmt: skip
 
     def check_same(self, other: "Spec", *, mine: str = "the model", theirs: str = "the data") -> None:
-        """Raises SpecError naming the first difference that matters: channels, units, grid, time step."""
+        """Raises SpecError naming the first difference that matters: channels, units, grid, time step.
+
+        Units are compared where both sides name one.
+        """
         for group in ("channels", "forcing", "static", "parameters"):
             a, b = getattr(self, group), getattr(other, group)
             if [c.name for c in a] != [c.name for c in b]:
@@ -196,6 +199,11 @@ class Spec:
                     f"Axis {a.name!r} spans {a.centers[0]:g}..{a.centers[-1]:g} in {mine}, but "
                     f"{b.centers[0]:g}..{b.centers[-1]:g} in {theirs}. Interpolate the data to the grid of {mine}."
                 )
+        if self.time_unit and other.time_unit and self.time_unit != other.time_unit:
+            raise SpecError(
+                f"Time is in {self.time_unit!r} in {mine}, but in {other.time_unit!r} in {theirs}. "
+                f"Convert the times of {theirs} to {self.time_unit!r}."
+            )
         if not math.isclose(self.time_step, other.time_step, rel_tol=1e-4):
             raise SpecError(
                 f"{mine} steps {self.time_step:g} {self.time_unit}, but frames of {theirs} are "

@@ -250,10 +250,50 @@ def test_what_cannot_be_exported_says_why(tiny, tmp_path, spec, window):
         ({"batch": "any"}, "batch 'any'"),
         ({"platforms": ("gpu",)}, "platforms are .*rocm"),
         ({"platforms": ()}, "platforms are"),
+        ({"platforms": "gpu"}, r"platforms are \('gpu',\)"),
+        ({"steps": "3"}, "steps is '3'"),
+        ({"steps": 2.5}, "steps is 2.5"),
+        ({"steps": True}, "steps is True"),
+        ({"batch": True}, "batch True"),
+        ({"batch": "4"}, "batch '4'"),
+        ({"batch": 4.0}, "batch 4.0"),
     ):
         with pytest.raises(ConfigError, match=match):
             export(plain, tmp_path / "e", **options)
     assert sorted(os.listdir(tmp_path)) == ["four"]
+
+
+def test_whole_numbers_of_any_kind(spec, tmp_path):
+    plain = Part(spec, lambda state: 2 * state)
+    program = load_exported(export(plain, tmp_path / "e", steps=np.int32(2), batch=np.int64(2), platforms="cpu"))
+    about = program.signature
+    assert (about["steps"], about["batch"], about["platforms"]) == (2, 2, ["cpu"])
+    assert program(frames=np.ones((2, 1, 8, 6, 2))).shape == (2, 2, 8, 6, 2)
+
+
+def test_only_steppers_are_exported(tiny, spec, tmp_path):
+    for other in (tiny.model(2, 2), ResidualConfig(), ResidualConfig, None):
+        with pytest.raises(ConfigError, match="is no stepper.*physml.load"):
+            export(other, tmp_path / "e")
+    assert not os.listdir(tmp_path)
+
+
+def test_keys_of_either_kind(tmp_path):
+    """Typed keys and their words draw the same."""
+    stepper = every_stepper.stepper_of("refiner")
+    program = load_exported(export(stepper, tmp_path / "e", platforms=("cpu",)))
+    given = {entry["name"]: np.ones([2 if s == "batch" else s for s in entry["shape"]], entry["dtype"])
+             for entry in program.signature["inputs"]}  # fmt: skip
+    key = jax.random.key(3)
+    typed = program(**given | {"key": key})
+    assert_array_equal(typed, program(**given | {"key": jax.random.key_data(key)}))
+    assert_array_equal(jax.jit(lambda key: program(**given | {"key": key}))(key).shape, typed.shape)
+    with pytest.raises(ConfigError, match="key is 0, but|key has shape"):
+        program(**given | {"key": 0})
+    with pytest.raises(ConfigError, match="key has shape"):
+        program(**given | {"key": jax.random.key(0, impl="rbg")})
+    with pytest.raises(ConfigError, match="frames is a random key, but numbers"):
+        program(**given | {"frames": key})
 
 
 def test_the_loader_refuses_what_is_damaged(spec, tmp_path):
@@ -272,6 +312,9 @@ def test_the_loader_refuses_what_is_damaged(spec, tmp_path):
         ({"frames": np.ones((2, 1, 8, 6, 2)), "time": 0}, "'time'"),
         ({"frames": np.ones((2, 1, 8, 7, 2))}, r"shape \(2, 1, 8, 7, 2\), but \(2, 1, 8, 6, 2\)"),
         ({"frames": np.float32(1)}, "frames has shape"),
+        ({"frames": np.ones((0, 1, 8, 6, 2))}, "frames has shape .*at least one sample"),
+        ({"frames": "abc"}, "frames is a str, but numbers"),
+        ({"frames": [[1.0], [1.0, 2.0]]}, "frames is a list, but numbers"),
     ):
         with pytest.raises(ConfigError, match=match):
             program(**given)

@@ -7,6 +7,7 @@ call it. It belongs to the jax versions that read it (jax promises six months); 
 
 import hashlib
 import json
+import operator
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -49,7 +50,7 @@ def export(
     *,
     steps: int = 1,
     batch: int | Literal["symbolic"] = "symbolic",
-    platforms: Sequence[str] = ("cpu", "cuda", "tpu"),
+    platforms: str | Sequence[str] = ("cpu", "cuda", "tpu"),
     overwrite: bool = False,
 ) -> Path:
     """Writes a program that predicts `steps` frames, `(batch, steps, *space, channel)`, into `folder`.
@@ -69,7 +70,13 @@ def export(
     CheckpointError when the folder exists. Warns about a program of one step that forecasts something else when it is
     called again with what it predicted: that of a stepper that carries more than frames from step to step.
     """
+    if isinstance(stepper, type) or not hasattr(stepper, "advance"):
+        raise ConfigError(
+            f"{getattr(stepper, '__name__', type(stepper).__name__)} is no stepper. Pass what physml.load gives, or "
+            "the stepper around a model, with names, units and a normalizer: config.build(spec, model, normalizer)."
+        )
     folder = check_export(folder, steps, batch, platforms, overwrite)
+    steps, batch, platforms = _options(steps, batch, platforms)
     graph, numbers = nnx.split(stepper)
     stepper = nnx.merge(graph, numbers)
     stepper.eval()
@@ -95,12 +102,9 @@ def export(
     return folder
 
 
-def check_export(folder: str | Path, steps: int, batch, platforms: Sequence[str], overwrite: bool) -> Path:
+def check_export(folder: str | Path, steps: int, batch, platforms: str | Sequence[str], overwrite: bool) -> Path:
     """Raises what `export` raises for its options and for the folder, which it returns."""
-    if steps < 1 or not (batch == "symbolic" or (isinstance(batch, int) and batch >= 1)):
-        raise ConfigError(f"steps is {steps} and batch {batch!r}, but at least 1 (or batch='symbolic') was expected.")
-    if not platforms or set(platforms) - set(PLATFORMS):
-        raise ConfigError(f"platforms are {tuple(platforms)}, but some of {', '.join(PLATFORMS)} were expected.")
+    _options(steps, batch, platforms)
     folder = Path(folder)
     if folder.exists():
         if not (folder / SIGNATURE).is_file():
@@ -108,6 +112,29 @@ def check_export(folder: str | Path, steps: int, batch, platforms: Sequence[str]
         if not overwrite:
             raise CheckpointError(f"{folder} exists. Choose another, or pass overwrite=True to replace an export.")
     return folder
+
+
+def _options(steps, batch, platforms) -> tuple[int, int | Literal["symbolic"], tuple[str, ...]]:
+    """The same as plain numbers and names. Raises ConfigError for what they cannot be."""
+    platforms = (platforms,) if isinstance(platforms, str) else tuple(platforms)
+    if not platforms or set(platforms) - set(PLATFORMS):
+        raise ConfigError(f"platforms are {platforms}, but some of {', '.join(PLATFORMS)} were expected.")
+    numbers = [_whole(steps), "symbolic" if isinstance(batch, str) and batch == "symbolic" else _whole(batch)]
+    if None in numbers:
+        raise ConfigError(
+            f"steps is {steps!r} and batch {batch!r}, but whole numbers of at least 1 (or batch='symbolic') were "
+            "expected."
+        )
+    return *numbers, platforms
+
+
+def _whole(value) -> int | None:
+    """A number of at least 1 as int, None for anything else."""
+    try:
+        number = 0 if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        return None
+    return number if number >= 1 else None
 
 
 def _continues(stepper) -> bool:
@@ -328,14 +355,14 @@ class Program:
     exported: Any
 
     def __call__(self, **inputs):
-        """Raises ConfigError when inputs are missing, superfluous, or of another shape."""
+        """Raises ConfigError when inputs are missing, superfluous, no numbers, or of another shape."""
         names = [entry["name"] for entry in self.signature["inputs"]]
         if set(inputs) != set(names):
             raise ConfigError(f"The program takes {names}, but {sorted(inputs)} were given. Pass each by its name.")
         batch = self.signature["batch"]
         arrays = []
         for entry in self.signature["inputs"]:
-            array = jnp.asarray(inputs[entry["name"]], entry["dtype"])
+            array = _numbers(entry, inputs[entry["name"]])
             if batch == "symbolic" and "batch" in entry["shape"] and array.ndim:
                 batch = array.shape[0]
             expected = tuple(batch if size == "batch" else size for size in entry["shape"])
@@ -343,8 +370,22 @@ class Program:
                 raise ConfigError(
                     f"{entry['name']} has shape {array.shape}, but {expected} was expected: {entry['axes']}."
                 )
+            if not array.size:
+                raise ConfigError(f"{entry['name']} has shape {array.shape}, but at least one sample was expected.")
             arrays.append(array)
         return self.exported.call(*arrays)
+
+
+def _numbers(entry: dict[str, Any], value) -> jax.Array:
+    """What is given for an input, as the program takes it; of typed random keys their words."""
+    typed = isinstance(value, jax.Array) and jnp.issubdtype(value.dtype, jax.dtypes.prng_key)
+    if typed and entry["name"] == "key":
+        return jax.random.key_data(value)
+    try:
+        return jnp.asarray(value, entry["dtype"])
+    except (TypeError, ValueError, OverflowError) as error:
+        what = "random key" if typed else type(value).__name__
+        raise ConfigError(f"{entry['name']} is a {what}, but numbers were expected: {entry['axes']}.") from error
 
 
 def load_exported(folder: str | Path) -> Program:

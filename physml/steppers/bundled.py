@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from physml.coding import check_fields
 from physml.errors import ConfigError
 from physml.fields import Context, Signature, Spec
 from physml.normalize import Normalizer
@@ -38,6 +39,7 @@ class BundledConfig:
     lead: bool = False
 
     def __post_init__(self):
+        check_fields(self)
         if self.bundle < 1 or self.history < 1:
             raise ConfigError(f"bundle is {self.bundle} and history {self.history}, but both must be at least 1.")
 

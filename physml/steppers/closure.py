@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Literal
 
 import jax.numpy as jnp
 
-from physml.coding import check_choices, tagged
+from physml.coding import check_fields, tagged
 from physml.errors import ConfigError, SpecError
 from physml.fields import Context, Signature, Spec
 from physml.normalize import Normalizer
@@ -47,7 +47,7 @@ class ClosureConfig:
 
     def __post_init__(self):
         check_resumable(self.solver, whole=True)
-        check_choices(self)
+        check_fields(self)
         check_positive(self, "turns", "scale")
         if self.solver.substeps % self.shares:
             raise ConfigError(

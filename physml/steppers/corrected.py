@@ -14,9 +14,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from physml.coding import tagged
+from physml.coding import check_fields, tagged
 from physml.errors import ConfigError, SpecError
-from physml.fields import Context, Grid, Signature, Spec
+from physml.fields import Channel, Context, Grid, Signature, Spec
 from physml.normalize import Normalizer
 from physml.parallel.mesh import over_batch
 from physml.steppers.packing import count, pack
@@ -50,6 +50,7 @@ class CorrectedConfig:
 
     def __post_init__(self):
         check_resumable(self.solver)
+        check_fields(self)
         check_positive(self, "history", "scale")
 
     def signature(self, spec: Spec) -> Signature:
@@ -122,13 +123,20 @@ def check_positive(config, *names: str) -> None:
 
 
 def check_resumable(solver, *, whole: bool = False) -> None:
-    """Raises ConfigError unless the solver goes on from frames, and a loss can be differentiated through its steps.
+    """Raises ConfigError for what is no solver, and unless it goes on from frames and a loss can be differentiated
+    through its steps.
 
     `whole`: also unless frames hold every point of the solver, so that observing and resuming changes nothing.
     """
     from physml.solvers.fourier import Spectral
     from physml.solvers.solver import STEADY, Solver
 
+    if not isinstance(solver, Solver):
+        name = next((name for name, kind in solvers().items() if solver in (name, kind)), "burgers")
+        raise ConfigError(
+            f"solver is {solver!r} ({type(solver).__name__}), but the config of a solver was expected. Pass "
+            f"make_solver({name!r}, ...) of physml.solvers."
+        )
     name = type(solver).__name__
     if type(solver).resume is Solver.resume or solver.statics or solver.usual_steps == STEADY:
         Solver.resume(solver, None)  # says so
@@ -145,13 +153,24 @@ def check_resumable(solver, *, whole: bool = False) -> None:
 
 
 def check_solver(solver, spec: Spec) -> None:
-    """Raises SpecError unless the solver makes frames like those of `spec`, ConfigError for a number it lacks."""
+    """Raises SpecError unless the solver makes frames like those of `spec`, between the same boundaries and from
+    parameters in its own units; ConfigError for a number it lacks.
+    """
     axes = {axis.name: axis for axis in solver.grid.axes}
     names = [axis.name for axis in spec.grid.axes]
     grid = Grid(tuple(axes[name] for name in names)) if set(names) == set(axes) else solver.grid
-    groups = spec.forcing, spec.static, spec.parameters
-    own = Spec(grid, solver.channels, *groups, solver.time_step, spec.time_unit)
-    own.check_same(spec, mine="the solver")
+    parameters = tuple(Channel(channel.name, solver.units.get(channel.name, "")) for channel in spec.parameters)
+    time = solver.time_step, solver.time_unit or spec.time_unit
+    Spec(grid, solver.channels, spec.forcing, spec.static, parameters, *time).check_same(spec, mine="the solver")
+    for mine, theirs in zip(grid.axes, spec.grid.axes, strict=True):
+        if mine.periodic != theirs.periodic:
+            found = ("periodic", "not in") if mine.periodic else ("not periodic", "it is in")
+            around = tuple(axis.name for axis in grid.axes if axis.periodic)
+            raise SpecError(
+                f"Axis {mine.name!r} is {found[0]} in the solver, but {found[1]} the data. Give the solver the "
+                "boundary of the data (for euler: boundary='periodic' or 'wall'), or, where the file does not say what "
+                f"is true, name the periodic axes: DataConfig(periodic={around})."
+            )
     if missing := sorted(set(solver.drawn) - {channel.name for channel in spec.parameters}):
         raise ConfigError(
             f"The solver draws {missing[0]} from {getattr(solver, missing[0])} for every trajectory, but the data has "

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
-from physml.coding import tagged
+from physml.coding import check_fields, tagged
 from physml.errors import ConfigError
 from physml.fields import Context, Signature, Spec
 from physml.normalize import Normalizer
@@ -54,8 +54,10 @@ class LearnedInterpolationConfig:
         if type(self.solver) not in kinds.values():
             raise ConfigError(
                 f"{type(self).__name__} learns the interpolation of a finite-volume solver, but solver is "
-                f"{type(self.solver).__name__}. Use {', '.join(kinds)}, or the stepper `corrected` for other solvers."
+                f"{type(self.solver).__name__}. Use make_solver({next(iter(kinds))!r}, ...), or the stepper "
+                "`corrected` for other solvers."
             )
+        check_fields(self)
         check_positive(self, "calls", "scale")
         if self.taps < 2 or self.taps % 2 or self.taps > self.solver.points:
             raise ConfigError(f"taps is {self.taps}, but it must be even, from 2 to the solver's points.")
@@ -84,16 +86,15 @@ class LearnedInterpolationConfig:
 
 
 class LearnedInterpolation(Hybrid):
-    """State: the last `history` velocities on the sides of the cells, `(batch, history, *space, 2)` in physical units.
+    """State: the last `history` frames, `(batch, history, *space, channel)` in physical units.
 
-    See `physml.solvers.staggered`; none of the cells has a net outflow. Frames hold the velocity at the centers.
+    Frames hold the velocity at the centers of the cells. Every step begins with that on their sides, without net
+    outflow (see `physml.solvers.staggered`), and ends with mask and constraints at the centers.
     """
 
-    def encode(self, frames, context: Context):
-        return over_batch(jax.vmap(jax.vmap(self._in_solver_order(self.config.solver.resume))))(frames)
-
     def advance(self, state, context: Context):
-        config = self.config
+        config, faces = self.config, self.faces(state)
+        earlier = faces[:, :-1]
         steps = config.solver.substeps // config.calls
         time_step = config.solver.time_step / config.solver.substeps
         numbers = shared_parameters(config.solver, context)
@@ -102,34 +103,30 @@ class LearnedInterpolation(Hybrid):
         def march(faces, deviations, numbers):
             return config.solver.march(faces, steps, time_step, deviations, **numbers)
 
-        def call(stepper, faces):
-            past = state if config.calls == 1 else faces[:, None]
-            return over_batch(jax.vmap(march))(faces, stepper.deviations(past, context), numbers)
+        def call(stepper, now):
+            past = jnp.concatenate([earlier, now[:, None]], axis=1)
+            return over_batch(jax.vmap(march))(now, stepper.deviations(past, context), numbers)
 
-        faces = self.repeat(call, state[:, -1], config.calls)
-        if context.mask is not None or self.constraints:
-            before = self.decode(state)
-            frame = self.finish(self._points(faces), before, context)
-            faces = self.encode(frame[:, None], context)[:, 0]
-        return jnp.concatenate([state[:, 1:], faces[:, None]], axis=1)
+        moved = self.repeat(call, faces[:, -1], config.calls)
+        frame = over_batch(jax.vmap(self._in_solver_order(config.solver.observe)))(moved)
+        frame = self.finish(frame, state[:, -1], context)
+        return jnp.concatenate([state[:, 1:], frame[:, None]], axis=1)
 
-    def deviations(self, state, context: Context):
+    def faces(self, frames):
+        """The velocity on the sides of the cells, without divergence, of `frames` `(batch, frame, *space, channel)`."""
+        return over_batch(jax.vmap(jax.vmap(self._in_solver_order(self.config.solver.resume))))(frames)
+
+    def deviations(self, faces, context: Context):
         """What is added to the interpolation, `(batch, *space, flux, tap)`; sums over taps are zero."""
-        fields, scalars = pack(state[:, -1:], context, self.normalizer, 1, False, False)
-        fields = jnp.concatenate([fields, *self.past(state)], axis=-1)
+        fields, scalars = pack(faces[:, -1:], context, self.normalizer, 1, False, False)
+        fields = jnp.concatenate([fields, *self.past(faces)], axis=-1)
         weights = self.config.scale * self.ask(fields, scalars, context)
         weights = weights.reshape(*weights.shape[:-1], -1, self.config.taps)
         return weights - weights.mean(-1, keepdims=True)
 
-    def past(self, state) -> tuple:
+    def past(self, faces) -> tuple:
         """Further inputs of the network."""
         return ()
-
-    def decode(self, state):
-        return self._points(state[:, -1])
-
-    def _points(self, faces):
-        return over_batch(jax.vmap(self._in_solver_order(self.config.solver.observe)))(faces)
 
     def _in_solver_order(self, function):
         """`function` of fields of one sample (and a table of numbers), with the axes as the solver has them."""

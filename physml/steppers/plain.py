@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from physml.coding import from_dict
 from physml.errors import ConfigError, SpecError
 from physml.fields import Context, Grid, Signature, Spec
 from physml.normalize import Normalizer
@@ -21,7 +22,8 @@ class DirectConfig:
         calendar: give the network the time of year and of day.
         lead: give the network the length of the step.
         longest_lead: longest step, counted in time steps of the data, that the network is trained for; above 1 only
-            with `lead`. `AllToAll` trains up to it, `physml.rollout.direct_leads` forecasts up to it.
+            with `lead`. `AllToAll` trains up to it, `direct_leads` (`from physml.rollout import direct_leads`)
+            forecasts up to it.
     """
 
     history: int = 1
@@ -30,6 +32,8 @@ class DirectConfig:
     longest_lead: int = 1
 
     def __post_init__(self):
+        for name in ("history", "longest_lead"):
+            object.__setattr__(self, name, from_dict(int, getattr(self, name), name))
         if self.history < 0:
             raise ConfigError(f"history is {self.history}, but it counts the frames that go in: 0 or more.")
         if self.longest_lead < 1 or (self.longest_lead > 1 and not self.lead):

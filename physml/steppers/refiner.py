@@ -14,6 +14,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from physml.coding import check_fields
 from physml.errors import ConfigError
 from physml.fields import ArrayLike, Context, Signature, Spec
 from physml.normalize import Normalizer
@@ -49,6 +50,7 @@ class RefinerConfig(DirectConfig):
 
     def __post_init__(self):
         super().__post_init__()
+        check_fields(self)
         if self.history < 1:
             raise ConfigError(f"history is {self.history}, but a refiner adds to the last frame: give at least 1.")
         if not (self.weight > 0 and self.longest_time > 0):

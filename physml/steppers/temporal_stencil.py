@@ -54,10 +54,10 @@ class TemporalStencil(LearnedInterpolation):
     are in units of the increments' scale.
     """
 
-    def past(self, state) -> tuple:
-        weights = jnp.asarray(legendre_memory(self.config.history, self.config.size), state.dtype)
-        mean = jnp.tensordot(self.normalizer.normalize(state), weights[0], [[1], [0]])
-        changes = jnp.tensordot(self.normalizer.normalize_increment(state - state[:, -1:]), weights[1:], [[1], [1]])
+    def past(self, faces) -> tuple:
+        weights = jnp.asarray(legendre_memory(self.config.history, self.config.size), faces.dtype)
+        mean = jnp.tensordot(self.normalizer.normalize(faces), weights[0], [[1], [0]])
+        changes = jnp.tensordot(self.normalizer.normalize_increment(faces - faces[:, -1:]), weights[1:], [[1], [1]])
         return mean, changes.reshape(*changes.shape[:3], -1)
 
 

@@ -203,5 +203,7 @@ def test_what_cannot_work_is_refused():
     for wrong in ({"bundle": 0}, {"history": 0}):
         with pytest.raises(ConfigError, match="at least 1"):
             BundledConfig(**wrong)
+    with pytest.raises(ConfigError, match=r"bundle is 2.5 \(float\), but an integer"):
+        BundledConfig(bundle=2.5)
     with pytest.raises(ConfigError, match="needs a model"):
         BundledConfig().build(SPEC, None, NORMALIZER)

@@ -158,6 +158,8 @@ def test_refusals(hybrid):
         ClosureConfig(BURGERS, splitting="Strang")
     with pytest.raises(ConfigError, match="turns is 0"):
         ClosureConfig(BURGERS, turns=0)
+    with pytest.raises(ConfigError, match=r"turns is 0.5 \(float\), but an integer"):
+        ClosureConfig(BURGERS, turns=0.5)
     with pytest.raises(ConfigError, match="cannot start"):
         ClosureConfig(make_solver("smoke"))
     lorenz = make_solver("lorenz63")

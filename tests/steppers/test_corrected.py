@@ -10,14 +10,14 @@ from numpy.testing import assert_allclose, assert_array_equal
 
 from physml import saving
 from physml.errors import ConfigError, SpecError
-from physml.fields import Channel, Window
+from physml.fields import Channel, Grid, Spec, Window
 from physml.models import FNOConfig, ResNetConfig
 from physml.normalize import Normalizer
 from physml.objectives import Unrolled
 from physml.parallel.mesh import Layout
 from physml.rollout import rollout
-from physml.solvers import make_solver
-from physml.steppers import CorrectedConfig
+from physml.solvers import SOLVERS, make_solver
+from physml.steppers import ClosureConfig, CorrectedConfig
 from physml.steppers.corrected import check_resumable
 from physml.steppers.describe import build_stepper
 
@@ -179,7 +179,67 @@ def test_misfits_of_solver_and_data(hybrid):
             CorrectedConfig(BURGERS).signature(dataclasses.replace(spec, **change))
     with pytest.raises(ConfigError, match="Give viscosity as a number"):
         CorrectedConfig(dataclasses.replace(BURGERS, viscosity=(0.1, 0.2))).signature(spec)
-    with pytest.raises(ConfigError, match="scale is -1"):
-        CorrectedConfig(BURGERS, scale=-1)
-    with pytest.raises(ConfigError, match="history is 0"):
-        CorrectedConfig(BURGERS, history=0)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"scale": -1}, "scale is -1"),
+        ({"scale": "small"}, "scale is 'small'"),
+        ({"history": 0}, "history is 0"),
+        ({"history": 1.5}, r"history is 1.5 \(float\), but an integer"),
+        ({"history": True}, "history is True"),
+        ({"history": "2"}, "history is '2'"),
+    ],
+)
+def test_numbers_that_cannot_be(fields, message):
+    with pytest.raises(ConfigError, match=message):
+        CorrectedConfig(BURGERS, **fields)
+
+
+def test_units_of_solver_and_data():
+    """A parameter is handed to the solver as it is, and steps are counted in its unit of time."""
+    solver = make_solver("quasigeostrophic", points=16, initial_modes=2)
+    for unit in ("m s-1", ""):
+        CorrectedConfig(solver).signature(quasigeostrophic(solver, unit))
+    CorrectedConfig(solver).signature(quasigeostrophic(solver, "m s-1", time_unit=""))
+    CorrectedConfig(solver).signature(quasigeostrophic(solver, "1", "thickness_ratio"))  # the solver names no unit
+    CorrectedConfig(solver).signature(quasigeostrophic(solver, "K", "temperature"))  # which the solver does not have
+    with pytest.raises(SpecError, match="'shear' is in 'm s-1' in the solver, but in 'km h-1' in the data"):
+        CorrectedConfig(solver).signature(quasigeostrophic(solver, "km h-1"))
+    with pytest.raises(SpecError, match="Time is in 's' in the solver, but in 'h' in the data"):
+        CorrectedConfig(solver).signature(quasigeostrophic(solver, "m s-1", time_unit="h"))
+
+
+def quasigeostrophic(solver, unit, name="shear", time_unit="s"):
+    parameters = (Channel(name, unit),)
+    return Spec(solver.grid, solver.channels, (), (), parameters, solver.time_step, time_unit)
+
+
+def test_boundaries_of_solver_and_data(hybrid):
+    options = {"points": 8, "solver_points": 8, "substeps": 16, "time_step": 0.05}
+    walls = make_solver("euler", boundary="wall", **options)
+    periodic = make_solver("euler", **options)
+    for kind in (CorrectedConfig, ClosureConfig):
+        kind(walls).signature(hybrid.spec_of(walls))
+        with pytest.raises(SpecError, match="Axis 'y' is periodic in the solver, but not in the data.*boundary"):
+            kind(periodic).signature(hybrid.spec_of(walls))
+        with pytest.raises(SpecError, match="'y' is not periodic in the solver, but it is in the data"):
+            kind(walls).signature(hybrid.spec_of(periodic))
+    grid = Grid(tuple(dataclasses.replace(axis, periodic=False) for axis in BURGERS.grid.axes))
+    with pytest.raises(SpecError, match=r"DataConfig\(periodic=\('x',\)\)"):
+        CorrectedConfig(BURGERS).signature(hybrid.spec_of(BURGERS).on(grid))
+
+
+@pytest.mark.parametrize("config", [CorrectedConfig, ClosureConfig])
+@pytest.mark.parametrize(
+    ("solver", "message"),
+    [
+        ("burgers", r"solver is 'burgers' \(str\).*make_solver\('burgers', ...\)"),
+        (SOLVERS["euler"], r"solver is .*\(type\).*make_solver\('euler', ...\)"),
+        (None, r"solver is None \(NoneType\).*make_solver"),
+    ],
+)
+def test_what_is_no_solver(config, solver, message):
+    with pytest.raises(ConfigError, match=message):
+        config(solver)

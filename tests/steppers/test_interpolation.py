@@ -10,6 +10,7 @@ from flax import nnx
 from numpy.testing import assert_allclose, assert_array_equal
 
 from physml import saving
+from physml.constraints import MassFixer, Positivity
 from physml.errors import ConfigError, SpecError
 from physml.fields import Grid, Window
 from physml.models import ResNetConfig
@@ -50,7 +51,7 @@ def test_no_network_spoils_mass_momentum_or_a_uniform_flow(hybrid, kind):
         state = stepper.encode(window.frames[:, : stepper.history], window.context(0, stepper.history))
         moved = stepper.advance(state, window.context(0, stepper.history))[:, -1]
         deviation = moved - silent.advance(state, window.context(0, stepper.history))[:, -1]
-        net = jax.vmap(lambda faces: outflow(faces, solver.length / solver.points))(moved)
+        net = jax.vmap(lambda frame: outflow(to_faces(frame), solver.length / solver.points))(moved)
         return moved, deviation, net
 
     moved, deviation, net = run(frames)
@@ -182,6 +183,29 @@ def test_gradients_through_the_solver(hybrid):
         assert_allclose(jax.grad(score)(0.0), (score(1e-5) - score(-1e-5)) / 2e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_frames_keep_mask_and_constraints(hybrid, kind):
+    """Though the solver goes on from them without their divergence: every emitted frame holds what was promised."""
+    spec, config = hybrid.spec_of(FLOW), dataclasses.replace(KINDS[kind], scale=1.0)
+    frames = hybrid.frames_of(FLOW, 2) + jnp.asarray([0.3, -0.2])
+    mask = jnp.ones((2, 16, 16, 2)).at[:, 4:8, 4:8].set(0)
+    cases = (((MassFixer(("u", "v")),), mask), ((MassFixer("u"),), None), ((Positivity("u"),), None))
+    for constraints, mask in cases:
+        normalizer = Normalizer(spec, [0.0, 0.0], [1.0, 1.0], [0.3, 0.3], masked=mask is not None)
+        stepper = build_stepper(config, NET, spec, normalizer, constraints)
+        start = frames[:, : stepper.history] * (1 if mask is None else mask[:, None])
+        window = Window.of(start, spec, mask=mask)
+        predicted = hybrid.roll(stepper, window, 3)
+        assert jnp.isfinite(predicted).all()
+        if mask is not None:
+            assert not predicted[:, :, 4:8, 4:8].any()
+        every = jnp.concatenate([start[:, -1:], predicted], axis=1)
+        for step in range(3):
+            for constraint in stepper.constraints:
+                broken = constraint.violation(every[:, step + 1], every[:, step], window.context(0, stepper.history))
+                assert_allclose(broken, 0, atol=1e-6)  # float32: rounding of a mean of order one
+
+
 @pytest.mark.slow
 def test_training_sharpens_the_scheme(hybrid):
     """Towards a spectral flow, which is less damped."""
@@ -211,6 +235,17 @@ def test_refusals(hybrid):
         LearnedInterpolationConfig(make_solver("kolmogorov"))
     with pytest.raises(ConfigError, match="taps is 3"):
         LearnedInterpolationConfig(FLOW, taps=3)
+    with pytest.raises(ConfigError, match=r"taps is 4.0 \(float\), but an integer"):
+        LearnedInterpolationConfig(FLOW, taps=4.0)
+    with pytest.raises(ConfigError, match="calls is 0.5"):
+        LearnedInterpolationConfig(FLOW, calls=0.5)
+    with pytest.raises(ConfigError, match="size is 2.5"):
+        TemporalStencilConfig(FLOW, size=2.5)
+    with pytest.raises(ConfigError, match=r"solver is str. Use make_solver\('staggered_flow', ...\)"):
+        LearnedInterpolationConfig("staggered_flow")
+    grid = Grid(tuple(dataclasses.replace(axis, periodic=False) for axis in FLOW.grid.axes))
+    with pytest.raises(SpecError, match="is periodic in the solver, but not in the data"):
+        LearnedInterpolationConfig(FLOW).signature(hybrid.spec_of(FLOW).on(grid))
     with pytest.raises(ConfigError, match="calls is 3"):
         LearnedInterpolationConfig(FLOW, calls=3)
     with pytest.raises(ConfigError, match="history is 1"):

@@ -149,5 +149,9 @@ def test_other_mismatches_are_refused(tiny, spec):
         DirectConfig(history=0).signature(spec)
     with pytest.raises(ConfigError, match="history is -1"):
         DirectConfig(history=-1)
+    with pytest.raises(ConfigError, match=r"history is 1.5 \(float\), but an integer"):
+        ResidualConfig(history=1.5)
+    with pytest.raises(ConfigError, match=r"longest_lead is '4' \(str\), but an integer"):
+        DirectConfig(lead=True, longest_lead="4")
     with pytest.raises(ConfigError, match="Use `direct`"):
         ResidualConfig(history=0)

@@ -386,6 +386,7 @@ def test_scores_and_forecasts_bring_a_key(tiny, spec):
     [
         ({"history": 0}, "history is 0"),
         ({"refinements": 0}, "at least one refinement"),
+        ({"refinements": 1.5}, r"refinements is 1.5 \(float\), but an integer"),
         ({"minimum": 0.0}, "between 0 and 1"),
         ({"weight": 0.0}, "weight is 0.0"),
         ({"longest_time": -1.0}, "longest_time -1.0"),

@@ -35,6 +35,7 @@ _HOME = {
     "export": "physml.saving.exported",
     "load_exported": "physml.saving.exported",
     "evaluate": "physml.evaluate",
+    "predictability": "physml.evaluate",
     "report": "physml.report",
     "Evaluation": "physml.experiment",
     "Experiment": "physml.experiment",

@@ -283,6 +283,7 @@ def score(run: Run, splits: dict[str, XarrayDataset], stepper: Any = None, split
         batch=settings.batch,
         floors=floors,
         metrics=settings.metrics or None,
+        members=settings.members or None,
         spectrum_leads=settings.spectrum_leads or None,
         key=jax.random.key(run.experiment.seed),
         sample=run.folder / file_of("sample.nc", split),

@@ -128,22 +128,26 @@ class Report(Common):
     """One self-contained page about one run, or comparing several.
 
     Example: physml report runs/narrow runs/wide --out comparison.html
+    Example: physml report scores.nc
     """
 
     runs: Words
-    """Run folders."""
+    """Run folders, or files of scores (.nc) as `physml evaluate --out` writes them."""
     out: Path = Path("report.html")
     """The page, which ends in .html, or a folder for report.html; an older page there is replaced."""
 
     def run(self) -> dict[str, Any]:
         from physml.errors import ConfigError
+        from physml.metrics.table import load_scores
         from physml.runs import open_run
 
         if not self.runs:
-            raise ConfigError("Name at least one run folder.")
+            raise ConfigError("Name at least one run folder, or file of scores.")
         if self.out.suffix not in ("", ".html"):
             raise ConfigError(f"--out is {self.out}, but a page ends in .html.")
-        folders = [open_run(run).folder for run in self.runs]
+        folders = [Path(run) if run.endswith(".nc") else open_run(run).folder for run in self.runs]
+        for file in (folder for folder in folders if folder.suffix == ".nc" and not folder.is_dir()):
+            load_scores(file)
         if self.dry_run:
             return {"would write": str(self.out), "runs": list(map(str, folders))}
         from physml.report import report

@@ -18,6 +18,7 @@ from physml import coding
 from physml.constraints import CONSTRAINTS
 from physml.data import DataConfig, MixtureConfig, SyntheticConfig
 from physml.errors import ConfigError, PhysmlError
+from physml.evaluate.statistics import as_names
 from physml.evaluate.validation import PREFIX, RolloutValidation
 from physml.layers.lora import LoRA
 from physml.metrics import METRICS
@@ -44,6 +45,8 @@ class Evaluation:
         metrics: names of `physml.metrics.METRICS`; empty means all that apply to the data.
         spectrum_leads: leads (counted in frames) whose energy spectrum is kept; empty means first, middle and last.
         batch: start frames that are rolled out at once.
+        members: realizations of a stochastic stepper (a refiner) from every start, which are scored as an ensemble; 0:
+            a single one, and of an ensemble of seeds its own members.
     """
 
     steps: int = 20
@@ -52,10 +55,13 @@ class Evaluation:
     metrics: tuple[str, ...] = ()
     spectrum_leads: tuple[int, ...] = ()
     batch: int = 32
+    members: int = 0
 
     def __post_init__(self):
-        if self.steps < 1 or self.batch < 1 or self.starts < 0:
-            raise ConfigError(f"evaluation needs steps >= 1, batch >= 1 and starts >= 0, but got {self}.")
+        for name in ("floors", "metrics"):
+            object.__setattr__(self, name, as_names(getattr(self, name)))
+        if self.steps < 1 or self.batch < 1 or self.starts < 0 or self.members < 0:
+            raise ConfigError(f"evaluation needs steps >= 1, batch >= 1, starts >= 0 and members >= 0, but got {self}.")
         metrics = {**METRICS, **ENSEMBLE_METRICS}
         for names, registry, what in ((self.floors, STEPPERS, "floor"), (self.metrics, metrics, "metric")):
             for name in names:

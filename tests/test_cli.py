@@ -15,6 +15,7 @@ import xarray as xr
 
 from physml import cli, open_dataset
 from physml.data.store import exclusive
+from physml.evaluate import predictability
 from physml.report.page import number
 
 ALL = {**cli.VERBS, **{f"data {name}": verb for name, verb in cli.DATA_VERBS.items()}}
@@ -459,6 +460,47 @@ def test_fields_with_land_and_forcing_roll_out_from_any_time(capsys, tmp_path):
     code, _, err = call(capsys, *words, "--steps", 26, "--overwrite")
     assert code == 2
     assert "take at most 25 steps" in err
+
+
+def test_ensembles_say_from_when_on_they_are_inaccurate_and_are_scored(capsys, trained, tmp_path):
+    data, ahead, scores = tmp_path / "burgers.nc", tmp_path / "ahead.zarr", tmp_path / "scores.nc"
+    words = ["data", "generate", "burgers", "--out", data, "--trajectories", 2, "--steps", 12, "--set", "points=32"]
+    assert call(capsys, *words, "--quiet")[0] == 0
+    words = ["rollout", trained / "runs/tiny", "--initial", data, "--at", "#3", "--steps", 6, "--out", ahead, "--json"]
+    code, out, err = call(capsys, *words, "--members", 4, "--perturb", 0.01)
+    assert code == 0, err
+    agreed = predictability(open_dataset(ahead))
+    times, capped = agreed["inaccurate_from_u"].values, agreed["inaccurate_from_u_capped"].values
+    mean = (times / np.timedelta64(1, "s") if times.dtype.kind == "m" else times).mean()
+    shown = json.loads(out)["likely inaccurate from"]["u"]
+    assert shown.startswith(">= ") == capped.any()
+    assert float(shown.removeprefix(">= ").removesuffix(" s")) == pytest.approx(mean, rel=1e-4)
+    single = call(capsys, *words, "--overwrite", "--out", tmp_path / "single.zarr")[1]
+    assert "likely inaccurate from" not in json.loads(single)
+
+    words = ["evaluate", ahead, "--truth", data, "--floor", "persistence", "--out", scores, "--json"]
+    code, out, err = call(capsys, *words)
+    assert code == 0, err
+    with xr.open_dataset(scores, decode_timedelta=True) as ds:
+        cells, expected = json.loads(out)["scores"], ds.load().sel(model="model", channel="u")
+    for metric in ("crps_fair", "spread_skill"):
+        first = expected["score"].sel(metric=metric).isel(lead=0)
+        assert cells["model"]["u"][metric]["step 1"] == pytest.approx(float(first), rel=1e-4)
+    assert "spread_skill" not in cells["persistence"]["u"]
+    for threshold, shown in cells["model"]["u"]["high-correlation time"].items():
+        one = expected.sel(threshold=float(threshold.removeprefix("> ")))
+        assert str(shown).startswith(">= ") == bool(one["correlation_time_capped"])
+
+    page = tmp_path / "page.html"
+    assert call(capsys, "report", scores, "--out", page, "--dry-run")[0] == 0
+    assert not page.exists()
+    code, _, err = call(capsys, "report", scores, "--out", page)
+    assert code == 0, err
+    assert "rmse" in page.read_text().lower()
+    for wrong, said in ((data, "holds no scores"), (tmp_path / "none.nc", "no scores at")):
+        code, _, err = call(capsys, "report", wrong, "--out", page, "--dry-run")
+        assert code == 2
+        assert said in err
 
 
 def test_a_page_is_html(capsys, trained):

@@ -15,16 +15,21 @@ import xarray as xr
 from flax import nnx
 from numpy.testing import assert_allclose
 
-from physml.data import XarrayDataset, from_frames, spec_of
+from physml import api
+from physml.data import SyntheticConfig, XarrayDataset, from_frames, spec_of
 from physml.errors import ConfigError, DataError, SpecError
 from physml.evaluate import evaluate, evaluate_stepper, load_scores, plan_starts, save_scores, to_rows
 from physml.evaluate.statistics import blocks_of_starts
+from physml.experiment import Evaluation, Experiment
 from physml.fields import Window
 from physml.forecast import forecast
 from physml.metrics import METRICS, Measure
+from physml.models import FNOConfig
 from physml.normalize import Normalizer
-from physml.steppers import GaussianConfig, stack_members
+from physml.objectives import Denoising
+from physml.steppers import GaussianConfig, RefinerConfig, stack_members
 from physml.steppers.floors import ClimatologyConfig, ExtrapolationConfig, PersistenceConfig
+from physml.training import TrainingConfig
 
 
 class Trajectories:
@@ -293,6 +298,37 @@ def test_wrong_options_are_refused(dataset, tiny):
         evaluate_stepper(model, dataset, 2)
 
 
+def test_numbers_and_names_may_be_of_any_kind(dataset):
+    """One text is one name, one number one threshold, and numbers of numpy are numbers."""
+    model, plan = Blowup(dataset.spec), [(0, 1), (1, 5)]
+    one = evaluate(model, dataset, leads=np.int64(2), starts=np.int64(2), metrics="rmse", thresholds=0.8)
+    same = evaluate(model, dataset, leads=2, starts=2, metrics=("rmse",), thresholds=(0.8,))
+    xr.testing.assert_equal(one, same)
+    assert plan_starts((9, 9), 1, 2, np.array(plan)) == plan == plan_starts((9, 9), 1, 2, plan)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"leads": "5"}, "leads is '5', but a whole number"),
+        ({"leads": 2.5}, r"leads is 2\.5, but a whole number"),
+        ({"starts": "all"}, "starts is 'all', but a whole number"),
+        ({"starts": [1, 2]}, r"starts is \[1, 2\], but a number of starts"),
+        ({"starts": [(0, 1), (2,)]}, r"starts is \[\(0, 1\), \(2,\)\], but a number of starts"),
+        ({"starts": []}, "starts is empty"),
+        ({"level": 95}, "level is 95, but a share between 0 and 1"),
+        ({"draws": 0}, "draws is 0"),
+        ({"thresholds": "high"}, "thresholds are 'high'"),
+    ],
+)
+def test_numbers_that_are_none_are_named(dataset, labelled, options, message):
+    with pytest.raises(ConfigError, match=message):
+        evaluate(Blowup(dataset.spec), dataset, **{"leads": 2, "metrics": "rmse", **options})
+    if "starts" not in options:
+        with pytest.raises(ConfigError, match=message):
+            evaluate(forecast_of(labelled, [3, 50], 4), labelled, metrics="rmse", **options)
+
+
 def test_stochastic_rollouts_follow_their_key(dataset):
     class Noisy(Blowup):
         def advance(self, state, context):
@@ -470,6 +506,14 @@ def test_the_last_input_is_found_across_a_gap(labelled):
         evaluate(prediction, truth.isel(time=slice(9, None)), floors=("persistence",), metrics=("mae",))
 
 
+def test_one_text_is_one_name(labelled):
+    scores = evaluate(forecast_of(labelled, [3, 50], 4), labelled, metrics="rmse", floors="persistence")
+    assert scores["metric"].values.tolist() == ["rmse"]
+    assert scores["model"].values.tolist() == ["model", "persistence"]
+    with pytest.raises(ConfigError, match="no metric 'rmsee'"):
+        evaluate(forecast_of(labelled, [3], 2), labelled, metrics="rmsee")
+
+
 def test_only_the_first_leads_are_scored_where_asked(labelled):
     prediction = forecast_of(labelled, [3, 50], 4, shift=1.0)
     some, every = (evaluate(prediction, labelled, leads=leads, metrics=("mae",)) for leads in (2, None))
@@ -606,7 +650,7 @@ import sys, json, numpy as np, jax
 from physml.parallel.mesh import start_distributed
 start_distributed()
 sys.path.insert(0, sys.argv[1])
-from test_evaluate import Trajectories
+from test_evaluate import Blowup, Trajectories
 from physml.evaluate import evaluate_stepper
 from physml.fields import Axis, Channel, Grid, Spec, Window
 from physml.steppers.floors import PersistenceConfig
@@ -621,6 +665,14 @@ shared = jax.process_count() > 1
 scores = evaluate_stepper(PersistenceConfig().fit(data), data, 2, batch=4, metrics=("rmse",), processes=shared)
 names = ("score", "score_low", "energy", "pairs")
 print("SCORES", json.dumps([scores[name].values.tolist() for name in names]), flush=True)
+class Noisy(Blowup):
+    def advance(self, state, context):
+        return state[0] + jax.random.normal(context.key, state[0].shape), state[1]
+still = Trajectories(spec, Tiny, still=True)
+noise = evaluate_stepper(
+    Noisy(spec), still, 2, batch=4, metrics=("rmse",), processes=shared, per_start=True, key=jax.random.key(1)
+)
+print("DRAWS", json.dumps(noise["score_per_start"].values[..., -1, :].ravel().tolist()), flush=True)
 """
 
 
@@ -648,3 +700,23 @@ def test_two_processes_share_the_starts_and_agree():
     assert first == second
     for one, both in zip(alone, first):
         assert_allclose(both, one, rtol=1e-6)
+    draws = [json.loads(line.removeprefix("DRAWS ")) for output in outputs for line in output.splitlines()
+             if line.startswith("DRAWS ")]  # fmt: skip
+    for found in (draws[0], draws[1] + draws[2]):  # the error of a still truth is the noise of its start
+        finite = [value for value in found if np.isfinite(value)]
+        assert len(set(finite)) == len(finite) > 10
+
+
+@pytest.mark.parametrize("members", [0, 3])
+def test_a_run_scores_the_members_that_its_evaluation_asks_for(tmp_path, members):
+    """Of a stepper that draws random numbers."""
+    data = SyntheticConfig(
+        "burgers", points=16, steps=4, trajectories={"train": 2, "valid": 1, "test": 2}, options={"solver_points": 32},
+        cache=str(tmp_path / "cache"),
+    )  # fmt: skip
+    experiment = Experiment(
+        data=data, model=FNOConfig(modes=(2,), width=4, depth=1), stepper=RefinerConfig(), objective=Denoising(),
+        training=TrainingConfig(steps=1, batch=4), evaluation=Evaluation(steps=2, members=members),
+    )  # fmt: skip
+    scores = api.train(experiment, folder=tmp_path / "runs").scores
+    assert ("crps_fair" in scores["metric"]) == bool(members)

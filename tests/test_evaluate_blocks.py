@@ -296,6 +296,69 @@ def test_missing_truth_is_left_out_with_its_weight(truth, prediction):
         evaluate(prediction, spoiled)
 
 
+LABELS = [30, 10, 20]
+
+
+def trajectories(times=8, labels=LABELS):
+    """Truth of three trajectories, and a forecast of its frames 1 to 4 that is off by 1, 2 and 3."""
+    values = np.random.default_rng(0).standard_normal((3, times, 16)).astype(np.float32) * 10
+    space, offset = {"x": np.arange(16) / 16}, np.array([1, 2, 3], np.float32).reshape(3, 1, 1)
+    dims = ("trajectory", "time", "x")
+    truth = xr.Dataset({"u": (dims, values)}, {"time": np.arange(times) * 1.0, **space})
+    fields = xr.Dataset({"u": (("trajectory", "lead", "x"), values[:, 1:5] + offset)}, space)
+    fields = fields.assign_coords(lead=np.arange(1, 5) * 1.0, time=("lead", np.arange(1, 5) * 1.0))
+    return (ds if labels is None else ds.assign_coords(trajectory=labels) for ds in (truth, fields))
+
+
+@pytest.mark.parametrize("order", [[2, 0, 1], [1], [2, 0], [1, 1, 0]])
+def test_trajectories_meet_by_label(order, tmp_path):
+    truth, ahead = trajectories()
+    mean = np.mean(np.array([1, 2, 3])[order])
+    part = ahead.isel(trajectory=order)
+    options = {"metrics": ("bias", "mae"), "floors": ("persistence",)}
+    scores = evaluate(part, truth, **options)
+    assert_allclose(value(scores, "bias", "u"), mean, rtol=1e-5)
+    last = truth["u"].values[order, 0][:, None]
+    expected = np.abs(truth["u"].values[order, 1:5] - last).mean((0, 2))
+    assert_allclose(value(scores, "mae", "u", "persistence"), expected, rtol=1e-5)
+    truth.to_netcdf(tmp_path / "truth.nc")
+    stored = evaluate(part.chunk(trajectory=1, lead=2), open_dataset(tmp_path / "truth.nc"), **options)
+    assert_allclose(stored["score"], scores["score"], rtol=1e-6)
+    turned = evaluate(part, truth.isel(trajectory=[2, 1, 0]), **options)
+    assert_allclose(turned["score"], scores["score"], rtol=1e-6)
+
+
+def test_one_trajectory_keeps_its_label_without_a_dimension():
+    truth, ahead = trajectories()
+    alone = ahead.isel(trajectory=2)
+    assert_allclose(value(evaluate(alone, truth, metrics=("bias",)), "bias", "u"), 3, rtol=1e-5)
+    assert_allclose(value(evaluate(alone, truth.isel(trajectory=2), metrics=("bias",)), "bias", "u"), 3, rtol=1e-5)
+    with pytest.raises(SpecError, match=r"holds the trajectories \[20\], which the truth lacks: it has \[10\]"):
+        evaluate(alone, truth.isel(trajectory=1))
+
+
+def test_trajectories_without_labels_meet_by_position():
+    truth, ahead = trajectories(labels=None)
+    for labels in ({}, {"trajectory": LABELS}):
+        for pair in ((ahead.assign_coords(labels), truth), (ahead, truth.assign_coords(labels))):
+            assert_allclose(value(evaluate(*pair, metrics=("bias",)), "bias", "u"), 2, rtol=1e-5)
+    same = evaluate(ahead.assign_coords(trajectory=[1, 1, 1]), truth.assign_coords(trajectory=[1, 1, 2]))
+    assert_allclose(value(same, "bias", "u"), 2, rtol=1e-5)
+    with pytest.raises(SpecError, match="has 2 trajectories, but the truth has 3"):
+        evaluate(ahead.isel(trajectory=[0, 1]), truth)
+
+
+def test_labels_that_the_truth_lacks_are_named():
+    truth, ahead = trajectories()
+    for known in ([0], [0, 1]):
+        with pytest.raises(SpecError, match=r"the trajectories \[.*20\], which the truth lacks.*drop_vars"):
+            evaluate(ahead, truth.isel(trajectory=known))
+    unlabelled = evaluate(ahead.drop_vars("trajectory"), truth, metrics=("bias",))
+    assert_allclose(value(unlabelled, "bias", "u"), 2, rtol=1e-5)
+    with pytest.raises(SpecError, match="trajectories in different order"):
+        evaluate({"a": ahead, "b": ahead.isel(trajectory=[2, 1, 0])}, truth)
+
+
 @pytest.mark.parametrize("member", ["member", "realization", "number"])
 def test_ensembles_are_scored(truth, member):
     parts = [forecast_of(truth, seed=seed).astype(np.float32) for seed in range(4)]

@@ -193,6 +193,26 @@ def test_scores_alone_make_a_page(run, tmp_path, quick):
     assert set(SECTIONS) <= set(page.ids)
 
 
+def test_runs_may_have_names(run, tmp_path, quick):
+    scores = read_runs(run)[0].scores
+    assert [r.name for r in read_runs({"a": scores, "b": run})] == ["a", "b"]
+    assert [r.name for r in read_runs({"a": run, "b": run})] == ["a", "b"]
+    text, _ = read_page(report({"mine": scores}, tmp_path / "page.html"))
+    assert "Run mine" in text
+    for wrong in (3, [scores["score"]], {"a": None}):
+        with pytest.raises(ConfigError, match="run folders, files scores.nc or datasets"):
+            report(wrong, tmp_path / "page.html")
+
+
+@pytest.mark.parametrize("dim", ["model", "metric", "channel", "lead"])
+def test_a_part_of_the_scores_makes_a_page(run, tmp_path, quick, dim):
+    scores = read_runs(run)[0].scores
+    with pytest.raises(DataError, match=f"lost the dimension '{dim}'.*isel\\({dim}="):
+        report(scores.isel({dim: 0}), tmp_path / "page.html")
+    _, page = read_page(report(scores.isel({dim: [0]}), tmp_path / "page.html"))
+    assert set(SECTIONS) <= set(page.ids)
+
+
 def test_several_runs_make_a_comparison(run, tmp_path, quick):
     other = tmp_path / "other"
     other.mkdir()

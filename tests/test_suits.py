@@ -12,6 +12,7 @@ from physml.data import SyntheticConfig
 from physml.errors import ConfigError, SpecError
 from physml.experiment import Experiment
 from physml.fields import Axis, Channel, Grid, Spec, Window
+from physml.metrics.losses import H1, MSE
 from physml.models import FNOConfig
 from physml.normalize import Normalizer
 from physml.objectives import (
@@ -152,6 +153,9 @@ def test_training_refuses_what_does_not_fit_its_stepper(tmp_path):
         (lambda: Likelihood(beta="a"), "beta is 'a'"),
         (lambda: SpectralPower(cut="a"), "cut is 'a'"),
         (lambda: OneStep(space="log"), "space is 'log'"),
+        (lambda: OneStep(loss=MSE), "is not a loss"),
+        (lambda: MSE(channels={"u": 1.0}), "channels is .*dict"),
+        (lambda: H1(spacing="even"), "spacing is 'even'"),
     ],
 )
 def test_options_of_another_kind_are_named(build, message):

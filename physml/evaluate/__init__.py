@@ -12,9 +12,11 @@ import xarray as xr
 
 from physml.data import XarrayDataset
 from physml.errors import ConfigError, suggest
+from physml.evaluate.agreement import predictability
 from physml.evaluate.forecasts import evaluate_forecasts
 from physml.evaluate.labels import first_leads
 from physml.evaluate.rollouts import evaluate_stepper, plan_starts, sample_dataset
+from physml.evaluate.statistics import whole
 from physml.evaluate.validation import RolloutScores, RolloutValidation
 from physml.metrics.table import load_scores, save_scores, to_csv, to_plain, to_rows
 
@@ -23,7 +25,7 @@ def evaluate(
     prediction: Any,
     truth: Any,
     *,
-    metrics: Sequence[str] | dict | None = None,
+    metrics: str | Sequence[str] | dict | None = None,
     climatology: Any = None,
     floors: Any = (),
     leads: int | None = None,
@@ -52,6 +54,7 @@ def evaluate(
     `evaluate.scores.assemble`. Raises SpecError when input and target times overlap, when units or grids differ, and
     DataError when the truth has none of the valid times.
     """
+    leads = None if leads is None else whole("leads", leads)
     if hasattr(prediction, "advance"):
         if leads is None:
             raise ConfigError("A stepper is rolled out to be scored: say how far with `leads=`.")
@@ -92,6 +95,7 @@ __all__ = [
     "evaluate_stepper",
     "load_scores",
     "plan_starts",
+    "predictability",
     "sample_dataset",
     "save_scores",
     "to_csv",

@@ -43,6 +43,7 @@ class Work:
     Attributes:
         forecasts: by name, `floors` beside them; deviations: standard deviations of those that have them.
         starts, leads: positions in the forecasts of what is scored.
+        trajectories: `(start,)` positions in the truth.
         truth_index: `(start, lead)` positions in the truth, -1 where it lacks the time. seasons: of the climatology,
             `(start, lead, season)`.
         last_input: `(start,)` positions in the truth, for persistence.
@@ -55,6 +56,7 @@ class Work:
     truth: Source
     starts: np.ndarray
     leads: np.ndarray
+    trajectories: np.ndarray
     truth_index: np.ndarray
     shift: np.ndarray
     floors: tuple[str, ...] = ()
@@ -148,11 +150,9 @@ def sum_block(work: Work, block: Block) -> tuple[Block, dict[str, dict[str, np.n
 
 def _read_truth(work: Work, block: Block, times: np.ndarray, back: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Distinct frames `(channel, frame, *tile)` and which of them each pair `(start, lead)` needs."""
-    if work.truth.trajectories == 1:
-        return work.truth.read(block.channels, block.tile, trajectory=[0], time=times)[:, 0], back
-    starts = work.starts[block.starts]
-    frames = work.truth.read(block.channels, block.tile, trajectory=starts, time=times)
-    return frames.reshape(len(frames), -1, *frames.shape[3:]), np.arange(len(starts))[:, None] * len(times) + back
+    chosen, which = np.unique(work.trajectories[block.starts], return_inverse=True)
+    frames = work.truth.read(block.channels, block.tile, trajectory=chosen, time=times)
+    return frames.reshape(len(frames), -1, *frames.shape[3:]), which[:, None] * len(times) + back
 
 
 def _read_climatology(work: Work, block: Block) -> tuple[np.ndarray | None, np.ndarray | None]:

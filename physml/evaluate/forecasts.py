@@ -11,7 +11,7 @@ from physml.evaluate.blocks import CLIMATOLOGY, PERSISTENCE, Work, check_schedul
 from physml.evaluate.labels import LEAD, MEMBER, Forecast, Times, choose_channels
 from physml.evaluate.scores import Setting, assemble
 from physml.evaluate.sources import Categories, Climatology, Source, truth_source
-from physml.evaluate.statistics import RANKS, TWINS, Tally, choose_spectrum_leads, has_spectrum
+from physml.evaluate.statistics import RANKS, TWINS, Tally, as_names, choose_spectrum_leads, has_spectrum
 from physml.fields import Spec
 from physml.metrics import FORECAST_METRICS, METRICS, THRESHOLDS, Metric, MomentMetric
 from physml.metrics.moments import Moments
@@ -21,12 +21,12 @@ def evaluate_forecasts(
     predictions: dict[str, xr.Dataset],
     truth: xr.Dataset,
     *,
-    metrics: Sequence[str] | dict | None = None,
+    metrics: str | Sequence[str] | dict | None = None,
     climatology: xr.Dataset | None = None,
-    floors: Sequence[str] = (),
+    floors: str | Sequence[str] = (),
     inputs: xr.Dataset | np.ndarray | None = None,
     spectrum_leads: Sequence[int] | None = None,
-    thresholds: tuple[float, ...] = THRESHOLDS,
+    thresholds: float | tuple[float, ...] = THRESHOLDS,
     batch: int | None = None,
     draws: int = 500,
     level: float = 0.95,
@@ -73,9 +73,9 @@ def evaluate_forecasts(
     starts, leads = np.flatnonzero((index >= 0).any(1)), np.flatnonzero((index >= 0).any(0))
     if not len(starts):
         raise times.missing(first.valid.ravel(), index.ravel(), f"the prediction {first.name!r}")
-    source = truth_source(truth, spec, first.trajectories)
-    index = index[np.ix_(starts, leads)]
-    shift, masked = _first_frame(source, starts, index, spec)
+    source, positions = truth_source(truth, spec, first)
+    positions, index = positions[starts], index[np.ix_(starts, leads)]
+    shift, masked = _first_frame(source, positions, index, spec)
     whole = {name: metric for name, metric in chosen.items() if isinstance(metric, Metric)}
     spectral = has_spectrum(spec.grid, masked) and (metrics is None or spectrum_leads is not None)
     if "log_spectral_error" in whole and not has_spectrum(spec.grid, masked):
@@ -90,14 +90,14 @@ def evaluate_forecasts(
     work = Work(
         spec=spec,
         forecasts={name: Source(forecast.fields, spec, (MEMBER,)) for name, forecast in forecasts.items()},
-        truth=source, starts=starts, leads=leads, truth_index=index, shift=shift, floors=floors,
+        truth=source, starts=starts, leads=leads, trajectories=positions, truth_index=index, shift=shift, floors=floors,
         last_input=_last_inputs(first, times, index, first.steps(spec, leads)) if PERSISTENCE in floors else None,
         whole=whole, spectrum_leads=kept, masked=masked,
         deviations={name: Source(ds, spec) for name, ds in deviations.items()},
         **_climate(climatology, chosen, floors, spec, valid, scheduler),
     )  # fmt: skip
-    totals, frames = _sum(work, plan(work, isinstance(metrics, dict), batch), scheduler)
     setting = Setting(spec, chosen, first.steps(spec, leads), kept, thresholds, "trajectory", draws, level)
+    totals, frames = _sum(work, plan(work, isinstance(metrics, dict), batch), scheduler)
     members = {name: forecast.members for name, forecast in forecasts.items()}
     tallies, of_truth = _tally(work, setting, totals, frames, members)
     attrs = {
@@ -117,6 +117,7 @@ def _choose_metrics(names, forecasts, climatology, spec: Spec, gaussian: bool) -
     """
     if isinstance(names, dict):
         return dict(names)
+    names = as_names(names)
     ensemble = any(forecast.members > 1 for forecast in forecasts.values())
     has = {
         "": True,
@@ -137,7 +138,7 @@ def _choose_metrics(names, forecasts, climatology, spec: Spec, gaussian: bool) -
         "predicted precipitation: pass `climatology=` (--climatology FILE)",
     }
     every = {**METRICS, **FORECAST_METRICS}
-    for name in names or ():
+    for name in names:
         if name not in every:
             raise ConfigError(f"There is no metric {name!r}." + suggest(name, every))
         if not has[need := getattr(every[name], "needs", "")]:
@@ -146,7 +147,8 @@ def _choose_metrics(names, forecasts, climatology, spec: Spec, gaussian: bool) -
     return {name: every[name] for name in (names or fit)}
 
 
-def _known_floors(floors: Sequence[str], climatology) -> tuple[str, ...]:
+def _known_floors(floors: str | Sequence[str], climatology) -> tuple[str, ...]:
+    floors = as_names(floors)
     for name in floors:
         if name not in (PERSISTENCE, CLIMATOLOGY):
             raise ConfigError(
@@ -154,7 +156,7 @@ def _known_floors(floors: Sequence[str], climatology) -> tuple[str, ...]:
             )
         if name == CLIMATOLOGY and climatology is None:
             raise ConfigError("The floor 'climatology' needs one: pass `climatology=` (--climatology FILE).")
-    return tuple(floors)
+    return floors
 
 
 def _last_inputs(forecast: Forecast, times: Times, index: np.ndarray, steps: np.ndarray) -> np.ndarray:
@@ -176,14 +178,13 @@ def _last_inputs(forecast: Forecast, times: Times, index: np.ndarray, steps: np.
     return last
 
 
-def _first_frame(source: Source, starts: np.ndarray, index: np.ndarray, spec: Spec) -> tuple[np.ndarray, bool]:
+def _first_frame(source: Source, positions: np.ndarray, index: np.ndarray, spec: Spec) -> tuple[np.ndarray, bool]:
     """Mean of each channel in the first frame of the truth, 0 where it has none, and whether cells are missing."""
     start, lead = np.argwhere(index >= 0)[0]
-    trajectory = starts[start] if source.trajectories > 1 else 0
     tile = tuple(slice(None) for _ in spec.grid.axes)
     means, masked = [], False
     for channel in range(len(spec.channels)):
-        frame = source.read((channel,), tile, trajectory=[trajectory], time=[index[start, lead]])
+        frame = source.read((channel,), tile, trajectory=[positions[start]], time=[index[start, lead]])
         finite = np.isfinite(frame)
         masked |= not finite.all()
         means.append(frame.mean(where=finite, dtype=np.float64) if finite.any() else 0.0)

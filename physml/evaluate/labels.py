@@ -31,6 +31,8 @@ class Forecast:
     Attributes:
         fields: the dataset, without coordinates of time; space as it is stored.
         valid: valid times `(trajectory, lead)`. lead: labels `(lead,)`, None when it does not say. members: 1 or more.
+        labels: of the trajectories `(trajectory,)`, None when it does not say. dims: names that the dataset had for
+            trajectory (None where it has no such dimension) and lead.
     """
 
     def __init__(self, name: str, ds: xr.Dataset):
@@ -46,8 +48,10 @@ class Forecast:
         frames = lead or TIME
         if ds.sizes[frames] == 0 or (start and ds.sizes[start] == 0):
             raise SpecError(f"The prediction {name!r} holds no frames: its {frames!r} or {start!r} has length zero.")
+        self.dims = (start, frames)
         self.leads, self.trajectories = ds.sizes[frames], ds.sizes[start] if start else 1
         self.members = ds.sizes[member] if member else 1
+        self.labels = trajectory_labels(ds, start, self.trajectories)
         self.lead = self._lead(ds, lead, start) if self.has_lead else None
         self.valid = self._valid(ds, frames, start)
         drop = {*VALID, *STARTS, frames, member} - {LEDGER, None}
@@ -120,6 +124,12 @@ class Forecast:
                 f"{self.valid.shape} from {self.valid.flat[0]} and {other.valid.shape} from {other.valid.flat[0]}. "
                 "Score models on the same starts and leads, or one at a time."
             )
+        if self.labels is not None and other.labels is not None and not np.array_equal(self.labels, other.labels):
+            raise SpecError(
+                f"The predictions {self.name!r} and {other.name!r} hold other trajectories, or the same trajectories "
+                f"in different order: {self.labels[:8].tolist()} and {other.labels[:8].tolist()}. Select the same ones "
+                "of both."
+            )
 
     def check_inputs(self, inputs) -> None:
         """Raises SpecError when a frame that went in is among those to be scored, or when that cannot be known."""
@@ -156,6 +166,14 @@ class Forecast:
                 f"step of the truth, {spec.time_step:g} {spec.time_unit}."
             )
         return steps.round().astype(int)
+
+
+def trajectory_labels(ds: xr.Dataset, dim: str | None, count: int) -> np.ndarray | None:
+    """Which trajectory each of the `count` starts along `dim` is of; None where no coordinate says it."""
+    for name in (dim, TRAJECTORY):
+        if name in ax.TRAJECTORY and name in ds.variables and ds[name].dims in ((), (dim,)):
+            return np.broadcast_to(ds[name].values, (count,))
+    return None
 
 
 def _lead_dim(ds: xr.Dataset) -> str | None:

@@ -26,6 +26,7 @@ from physml.evaluate.statistics import (
     finite_frames,
     has_spectrum,
     pair_statistics,
+    whole,
 )
 from physml.fields import Spec, Window, stack
 from physml.metrics import METRICS, THRESHOLDS, Measure, MomentMetric
@@ -47,9 +48,9 @@ def evaluate_stepper(
     batch: int = 32,
     floors: dict[str, Stepper] | None = None,
     climatology: Stepper | None = None,
-    metrics: Sequence[str] | dict | None = None,
+    metrics: str | Sequence[str] | dict | None = None,
     spectrum_leads: Sequence[int] | None = None,
-    thresholds: tuple[float, ...] = THRESHOLDS,
+    thresholds: float | tuple[float, ...] = THRESHOLDS,
     key: jax.Array | None = None,
     members: int | None = None,
     name: str = "model",
@@ -75,7 +76,8 @@ def evaluate_stepper(
         metrics: names of `METRICS`, or own `Metric`s by name; all that apply by default.
         spectrum_leads: leads in frames whose energy spectrum is kept; first, middle and last by default.
         thresholds: of the high-correlation time.
-        key: randomness of stochastic steppers, jax.random.key(0) if not given; every start gets its own.
+        key: randomness of stochastic steppers, jax.random.key(0) if not given. Every start has draws of its own; which
+            ones, depends on `batch` and on the number of devices and processes.
         members: realizations of a stochastic stepper from every start, each with a key of its own. They, or the members
             of an ensemble of steppers (`physml.stack_members`), are also scored by `crps`, `crps_fair`, `spread` and
             `spread_skill`, and have a `rank_histogram`; every other score is that of their mean.
@@ -89,7 +91,7 @@ def evaluate_stepper(
     Returns the dataset that `scores.assemble` describes. Raises ConfigError for options that cannot work, SpecError for
     a stepper that does not fit the data, DataError when no trajectory is long enough or the truth is not finite.
     """
-    models = _name_models(stepper, floors or {}, name)
+    models, leads = _name_models(stepper, floors or {}, name), whole("leads", leads)
     spec = dataset.spec
     for label, model in models.items():
         model.spec.check_same(spec, mine=f"the stepper {label!r}", theirs="the data")
@@ -109,7 +111,10 @@ def evaluate_stepper(
         spec, chosen, np.arange(1, leads + 1), choose_spectrum_leads(spectrum_leads, leads) if spectral else (),
         thresholds, grouping, draws, level,
     )  # fmt: skip
-    run = _Run(setting, models, counts, climatology, history, leads, jax.random.key(0) if key is None else key)
+    key = jax.random.key(0) if key is None else key
+    if processes and jax.process_count() > 1:  # each counts its batches from 0: without this, they would share draws
+        key = jax.random.fold_in(key, jax.process_index())
+    run = _Run(setting, models, counts, climatology, history, leads, key)
     share = slice(jax.process_index(), None, jax.process_count()) if processes else slice(None)
     several = name if (members or 1) > 1 else None
     tallies, truth, shown = run(dataset, plan[share], groups[share], int(groups.max()) + 1, batch, several)
@@ -160,8 +165,9 @@ def plan_starts(lengths: Sequence[int], history: int, leads: int, starts) -> lis
     """`(trajectory, first predicted frame)` of every rollout, see `evaluate_stepper`."""
     if leads < 1:
         raise ConfigError(f"leads is {leads}, but at least one frame must be predicted.")
-    if starts is not None and not isinstance(starts, int):
-        return _check_starts([(int(t), int(f)) for t, f in starts], lengths, history)
+    starts = _listed(starts)
+    if isinstance(starts, list):
+        return _check_starts(starts, lengths, history)
     need = history + (leads if starts else 1)
     usable = [t for t, length in enumerate(lengths) if length >= need]
     if not usable:
@@ -180,6 +186,24 @@ def plan_starts(lengths: Sequence[int], history: int, leads: int, starts) -> lis
         frames = np.unique(np.linspace(history, last, min(starts, last - history + 1)).round().astype(int))
         plan += [(t, int(frame)) for frame in (frames if starts > 1 else [history])]
     return plan
+
+
+def _listed(starts: Any) -> int | list[tuple[int, int]] | None:
+    """Starts as a number, or as pairs of numbers. Raises ConfigError for what is neither."""
+    if starts is None:
+        return None
+    try:
+        pairs = np.asarray(starts)
+    except ValueError:  # of uneven length
+        pairs = np.empty((1, 0))
+    if pairs.ndim == 0:
+        return whole("starts", starts)
+    if len(pairs) and (pairs.ndim != 2 or pairs.shape[1] != 2 or pairs.dtype.kind not in "iu"):
+        raise ConfigError(
+            f"starts is {starts!r}, but a number of starts per trajectory, or (trajectory, first predicted frame) "
+            "pairs of whole numbers, were expected."
+        )
+    return [(int(trajectory), int(frame)) for trajectory, frame in pairs]
 
 
 def _check_starts(plan, lengths, history):

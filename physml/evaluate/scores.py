@@ -9,10 +9,12 @@ import numpy as np
 import xarray as xr
 
 from physml import __version__
-from physml.evaluate.statistics import RANKS, Tally, channel_units, spread
+from physml.errors import ConfigError
+from physml.evaluate.statistics import RANKS, Tally, channel_units, spread, whole
 from physml.fields import Spec
 from physml.metrics import Metric, MomentMetric, high_correlation_time
 from physml.metrics.aggregate import interval, quantiles, resample
+from physml.metrics.chaos import checked_thresholds
 from physml.metrics.spectra import shells
 from physml.metrics.table import FORMAT
 
@@ -27,11 +29,18 @@ class Setting:
     metrics: dict[str, Metric | MomentMetric]
     leads: np.ndarray  # frames, from 1
     spectrum_leads: tuple[int, ...]
-    thresholds: tuple[float, ...]
+    thresholds: float | tuple[float, ...]
     grouping: str
     draws: int
     level: float
     seed: int = 0
+
+    def __post_init__(self):
+        object.__setattr__(self, "thresholds", checked_thresholds(self.thresholds))
+        if isinstance(self.level, str) or not 0 < self.level < 1:
+            raise ConfigError(f"level is {self.level!r}, but a share between 0 and 1 was expected, e.g. 0.95.")
+        if whole("draws", self.draws) < 1:
+            raise ConfigError(f"draws is {self.draws}, but a bootstrap needs at least one.")
 
 
 def lead_times(spec: Spec, leads: np.ndarray) -> np.ndarray:

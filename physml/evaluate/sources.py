@@ -12,7 +12,7 @@ import xarray as xr
 from physml.data import axes as ax
 from physml.data.channels import Field, resolve, source_of
 from physml.errors import DataError, SpecError
-from physml.evaluate.labels import MEMBER, TIME, check_units
+from physml.evaluate.labels import MEMBER, TIME, Forecast, check_units, trajectory_labels
 from physml.fields import Spec
 
 SEASONS = ("dayofyear", "month", "hour")  # dimensions that a climatology may have
@@ -39,12 +39,8 @@ class Source:
             for field in self.fields
             for axis in spec.grid.axes
         }
-
-    @property
-    def trajectories(self) -> int:
-        """How many there are; 1 where no field has such a dimension."""
-        sizes = [self.variables[f.variable].sizes[f.dims["trajectory"]] for f in self.fields if "trajectory" in f.dims]
-        return sizes[0] if sizes else 1
+        self.trajectory_dim = next((f.dims["trajectory"] for f in self.fields if "trajectory" in f.dims), None)
+        self.trajectories = ds.sizes[self.trajectory_dim] if self.trajectory_dim else 1
 
     def read(self, channels: tuple[int, ...], tile: Tile, **index) -> np.ndarray:
         """`(channel, *index, *tile)` in the type of the file, NaN where it is.
@@ -108,15 +104,30 @@ class Source:
         return {roles[dim]: length for dim, length in lengths.items() if dim in roles}
 
 
-def truth_source(ds: xr.Dataset, spec: Spec, trajectories: int) -> Source:
-    """The truth of a forecast of so many starts. Raises SpecError when it has another number of trajectories."""
-    source = Source(ds, spec)
-    if source.trajectories not in (1, trajectories):
+def truth_source(ds: xr.Dataset, spec: Spec, forecast: Forecast) -> tuple[Source, np.ndarray]:
+    """The truth of a forecast, and the position in it of each trajectory of the forecast `(trajectory,)`.
+
+    They meet by label where both have labels, else by position. Raises SpecError for labels that the truth lacks, and
+    without labels for another number of trajectories.
+    """
+    source, count = Source(ds, spec), forecast.trajectories
+    labels = trajectory_labels(ds, source.trajectory_dim, source.trajectories)
+    known = {} if labels is None else {label: i for i, label in enumerate(labels.tolist())}
+    if forecast.labels is not None and len(known) == source.trajectories:
+        wanted = forecast.labels.tolist()
+        if missing := [label for label in dict.fromkeys(wanted) if label not in known]:
+            raise SpecError(
+                f"The prediction {forecast.name!r} holds the trajectories {missing[:8]}, which the truth lacks: it has "
+                f"{labels[:8].tolist()}. Open the truth of these, or drop the labels of one side, "
+                '.drop_vars("trajectory"), to pair them by position.'
+            )
+        return source, np.array([known[label] for label in wanted])
+    if source.trajectories not in (1, count):
         raise SpecError(
-            f"The prediction has {trajectories} trajectories, but the truth has {source.trajectories}. Select the "
+            f"The prediction has {count} trajectories, but the truth has {source.trajectories}. Select the "
             "trajectories of the truth that the forecast started from, e.g. .isel(trajectory=[0]), or --trajectory 0."
         )
-    return source
+    return source, np.arange(count) if source.trajectories > 1 else np.zeros(count, int)
 
 
 class Climatology:

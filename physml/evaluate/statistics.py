@@ -1,5 +1,6 @@
 """What is taken from every pair of rollout and truth, and how it adds up over batches."""
 
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,6 +21,19 @@ RANKS = "ranks"  # parts of a rank histogram, (pair, lead, channel, rank)
 TWINS = ("h1_periodic",)  # variants that are scored only when asked for by name
 
 
+def whole(name: str, value: Any) -> int:
+    """A whole number of any type. Raises ConfigError, about the option `name`, for anything else."""
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise ConfigError(f"{name} is {value!r}, but a whole number was expected.") from None
+
+
+def as_names(names: str | Sequence[str] | None) -> tuple[str, ...]:
+    """Names as a tuple; a text is one name."""
+    return (names,) if isinstance(names, str) else tuple(names or ())
+
+
 def choose_metrics(names, *, climatology: bool, spectrum: bool, ensemble: bool = False) -> dict[str, Any]:
     """Metrics by name, or all that apply when `names` is empty; a dict of own `Metric`s is taken as it is.
 
@@ -27,6 +41,7 @@ def choose_metrics(names, *, climatology: bool, spectrum: bool, ensemble: bool =
     """
     if isinstance(names, dict):
         return dict(names)
+    names = as_names(names)
     every = {**METRICS, **ENSEMBLE_METRICS}
     for name in names or ():
         if name not in every:

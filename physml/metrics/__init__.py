@@ -8,7 +8,7 @@ import functools
 
 import jax.numpy as jnp
 
-from physml.metrics import moments, pointwise, spectra, weather
+from physml.metrics import moments, pointwise, predictability, spectra, weather
 from physml.metrics.calibration import (
     calibration_curve,
     central_level,
@@ -85,4 +85,5 @@ __all__ = [
     "gaussian_crps",
     "gaussian_mixture",
     "high_correlation_time",
+    "predictability",
 ]

@@ -1,5 +1,7 @@
 """Until when a forecast of a chaotic flow is of use."""
 
+from collections.abc import Sequence
+
 import numpy as np
 from jaxtyping import Bool, Float
 
@@ -9,10 +11,18 @@ from physml.fields import ArrayLike
 THRESHOLDS = (0.8, 0.9, 0.95)
 
 
+def checked_thresholds(thresholds: float | Sequence[float]) -> tuple[float, ...]:
+    """Thresholds, or one, as a tuple. Raises ConfigError for what are no numbers."""
+    found = np.atleast_1d(np.asarray(thresholds))
+    if found.ndim > 1 or not found.size or found.dtype.kind not in "iuf" or not (abs(found) <= 1).all():
+        raise ConfigError(f"thresholds are {thresholds!r}, but correlations were expected, e.g. {THRESHOLDS}.")
+    return tuple(found.tolist())
+
+
 def high_correlation_time(
     correlation: Float[ArrayLike, "*batch lead"],
     times: Float[ArrayLike, " time"],  # as many as leads; checked below, with a message
-    thresholds: tuple[float, ...] = THRESHOLDS,
+    thresholds: float | tuple[float, ...] = THRESHOLDS,
     *,
     interpolate: bool = False,
 ) -> tuple[Float[np.ndarray, "*batch threshold"], Bool[np.ndarray, "*batch threshold"]]:
@@ -32,7 +42,7 @@ def high_correlation_time(
             f"{times[:3]}...: one ascending, positive time for each lead is needed."
         )
     found, capped = [], []
-    for threshold in thresholds:
+    for threshold in checked_thresholds(thresholds):
         below = ~(correlation >= threshold)
         never = ~below.any(-1)
         first = np.where(never, len(times) - 1, below.argmax(-1))

@@ -12,8 +12,10 @@ from typing import Literal
 import jax.numpy as jnp
 from jaxtyping import Float
 
+from physml.coding import check_fields
 from physml.errors import ConfigError, SpecError, suggest
 from physml.fields import ArrayLike, Spec
+from physml.metrics.metric import check_even
 
 Frames = Float[ArrayLike, "batch time *space channel"]
 Errors = Float[ArrayLike, "batch time channel"]
@@ -35,8 +37,7 @@ class MSE:
     joint = False  # not a field: only relative losses can join channels in one norm
 
     def __post_init__(self):
-        if self.reduction not in ("mean", "sum"):
-            raise ConfigError(f"reduction is {self.reduction!r}, but it must be 'mean' or 'sum'.")
+        check_fields(self)
         if any(weight < 0 for weight in self.channels) or (self.channels and not any(self.channels)):
             raise ConfigError(f"channel weights are {self.channels}, but they must be 0 or more and not all 0.")
 
@@ -135,8 +136,9 @@ class H1(RelativeLp):
     With `spacing="unit"` and `boundary="periodic"` this is the default `H1Loss(d)` of neuraloperator 2.0.
 
     Attributes:
-        spacing: "unit" measures every axis as if its length were 1, so that the derivative's share does not depend on
-            the unit of length; "physical" uses the spacing of the grid.
+        spacing: "unit" takes 1 / number of points as the spacing of every axis, as if its length were 1 and its points
+            even, so that the derivative's share does not depend on the unit of length; "physical" uses the spacing of
+            the grid, which must be even (else SpecError).
         boundary: "grid" follows `Axis.periodic`; "periodic" and "one-sided" hold for every axis.
     """
 
@@ -147,10 +149,6 @@ class H1(RelativeLp):
         super().__post_init__()
         if self.p != 2:
             raise ConfigError(f"p is {self.p}, but the H1 loss is defined for p = 2.")
-        if self.spacing not in ("unit", "physical"):
-            raise ConfigError(f"spacing is {self.spacing!r}, but it must be 'unit' or 'physical'.")
-        if self.boundary not in ("grid", "periodic", "one-sided"):
-            raise ConfigError(f"boundary is {self.boundary!r}, but it must be 'grid', 'periodic' or 'one-sided'.")
 
     def _power(self, frames, cells, spec, masked):
         total = _space_sum(cells * frames**2, 2)
@@ -160,6 +158,8 @@ class H1(RelativeLp):
                 raise ConfigError(
                     f"Axis {axis.name!r} has {len(axis)} points, but one-sided differences need 4. Use another loss."
                 )
+            if self.spacing == "physical":
+                check_even(axis, "The H1 loss with spacing='physical'", "use spacing='unit'")
             step = abs(axis.spacing) if self.spacing == "physical" else 1.0 / len(axis)
             slope = derivative(frames, position + 2, step, periodic)
             seen = cells
@@ -291,6 +291,9 @@ def resolve(loss: "Loss | str") -> Loss:
         if loss not in LOSSES:
             raise ConfigError(f"There is no loss {loss!r}." + suggest(loss, LOSSES))
         return LOSSES[loss]()
-    if not (dataclasses.is_dataclass(loss) and hasattr(loss, "errors") and hasattr(loss, "reduce")):
-        raise ConfigError(f"{loss!r} is not a loss: give one of {', '.join(sorted(LOSSES))}, or its dataclass.")
+    made = dataclasses.is_dataclass(loss) and not isinstance(loss, type)
+    if not (made and hasattr(loss, "errors") and hasattr(loss, "reduce")):
+        raise ConfigError(
+            f"{loss!r} is not a loss: give one of {', '.join(sorted(LOSSES))}, or its dataclass, as MSE()."
+        )
     return loss

@@ -15,7 +15,9 @@ import numpy as np
 from jaxtyping import Float
 
 from physml.errors import SpecError
-from physml.fields import ArrayLike, Grid, Spec
+from physml.fields import ArrayLike, Axis, Grid, Spec
+
+UNEVEN = 0.05  # by how much of their spacing points may differ: rounded coordinates and Gaussian latitudes do
 
 
 @functools.partial(
@@ -106,4 +108,14 @@ def check_pair(prediction: np.ndarray, truth: np.ndarray, spec: Spec) -> None:
     if prediction.shape != truth.shape:
         raise SpecError(
             f"The prediction holds {prediction.shape[:2]} (batch, lead) frames, but the truth holds {truth.shape[:2]}."
+        )
+
+
+def check_even(axis: Axis, what: str, otherwise: str) -> None:
+    """Raises SpecError, about `what` needs it and what to do `otherwise`, unless the points are evenly spaced."""
+    gaps = np.abs(np.diff(axis.centers))
+    if len(gaps) and np.ptp(gaps) > UNEVEN * gaps.mean():
+        raise SpecError(
+            f"{what} needs evenly spaced points, but those along {axis.name!r} are {gaps.min():g} to {gaps.max():g} "
+            f"apart. Interpolate the data to an even grid, or {otherwise}."
         )

@@ -106,6 +106,11 @@ def spread_error(
 
 
 def _check(members, spec: Spec) -> Array:
+    if hasattr(members, "data_vars"):
+        raise ConfigError(
+            "An xarray Dataset was given, but an array (member, batch, lead, *space, channel) was expected. Of a "
+            "forecast with members take physml.predictability(forecast)."
+        )
     if len(members) < 2:
         raise ConfigError(f"{len(members)} member was given, but members are compared with each other: give 2 or more.")
     check_pair(members[0], members[1], spec)

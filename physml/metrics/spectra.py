@@ -7,7 +7,7 @@ ends does not fill the small scales (Errico 1985, Mon. Wea. Rev. 113, 1554); Par
 
 Latitude and longitude are measured in kilometers at the middle latitude of a limited area. Where the latitudes span
 more than 90 degrees there is no plane: the spectrum is zonal then, by wavenumber along each circle, averaged with cell
-areas.
+areas. Longitudes that do not go all around have the wavenumbers of their span: over 90 degrees the multiples of four.
 """
 
 import functools
@@ -20,11 +20,10 @@ from jaxtyping import Float
 
 from physml.errors import SpecError
 from physml.fields import ArrayLike, Axis, Grid
-from physml.metrics.metric import Measure
+from physml.metrics.metric import Measure, check_even
 from physml.parallel.fft import rfftn
 
 KILOMETERS_PER_DEGREE = 6371.0 * np.pi / 180
-UNEVEN = 0.05  # by how much of their spacing points may differ: rounded coordinates and Gaussian latitudes do
 NOISE = 1e-12  # share of the energy below which a float32 spectrum is rounding
 DIRECTIONS = {"latitude": ("latitude", "lat"), "longitude": ("longitude", "lon")}
 
@@ -56,13 +55,8 @@ def shells(grid: Grid) -> Shells:
     axes, lengths, unit = _plane(grid)
     if not axes:
         raise SpecError(f"A grid of {grid.shape} points has no spectrum: an axis of at least four points is needed.")
-    for axis in (grid.axes[i] for i in axes):
-        gaps = np.abs(np.diff(axis.centers))
-        if np.ptp(gaps) > UNEVEN * gaps.mean():
-            raise SpecError(
-                f"A spectrum needs evenly spaced points, but those along {axis.name!r} are {gaps.min():g} to "
-                f"{gaps.max():g} apart. Interpolate the data to an even grid, or leave spectra out."
-            )
+    for i in axes:
+        check_even(grid.axes[i], "A spectrum", "leave spectra out")
     sizes = [len(grid.axes[i]) for i in axes]
     steps = [2 * np.pi / length for length in lengths]
     parts = [np.fft.fftfreq(n, 1 / n) * step for n, step in zip(sizes, steps)]
@@ -91,7 +85,9 @@ def _plane(grid: Grid) -> tuple[tuple[int, ...], list[float], str]:
         return axes, [grid.axes[i].length for i in axes], f"rad {unit}-1" if unit else ""
     if abs(latitude.centers[-1] - latitude.centers[0]) > 90:
         zonal = next(i for i in names if names[i] == "longitude")
-        return (zonal,), [2 * np.pi], "waves around the circle"
+        longitude = grid.axes[zonal]
+        span = 2 * np.pi if longitude.periodic else np.deg2rad(abs(longitude.length))
+        return (zonal,), [span], "waves around the circle"
     middle = np.cos(np.deg2rad((latitude.centers[0] + latitude.centers[-1]) / 2))
     scale = {"latitude": KILOMETERS_PER_DEGREE, "longitude": KILOMETERS_PER_DEGREE * middle}
     axes = tuple(i for i in axes if names[i])

@@ -42,12 +42,14 @@ def report(runs: Any, path: str | Path = "report.html", *, title: str | None = N
 
     Args:
         runs: one or several run folders (as `physml.train` leaves them), objects with an attribute `folder`, files
-            scores.nc, or datasets of scores. Several make a comparison. A folder may lack any of scores.nc, sample.nc,
-            metrics.jsonl, config.yaml and environment.json; the page says what is missing and how to make it.
+            scores.nc, or datasets of scores; several, in a list or by name in a dict, make a comparison. A folder may
+            lack any of scores.nc, sample.nc, metrics.jsonl, config.yaml and environment.json; the page says what is
+            missing and how to make it.
         path: the page to write; a folder gets report.html inside.
         split: whose scores of run folders are shown, see `physml.api.score`.
 
-    Raises ConfigError when there is nothing to report on, DataError when a piece of a run is damaged.
+    Raises ConfigError when there is nothing to report on, or something else than runs, DataError when a piece of a run
+    is damaged.
     """
     path = Path(path)
     path = path / "report.html" if path.is_dir() or path.suffix == "" else path

@@ -1,5 +1,6 @@
 """What a report is made of: run folders and score datasets, read with whatever pieces they have."""
 
+import dataclasses
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -12,6 +13,8 @@ import yaml
 from physml.errors import ConfigError, DataError
 from physml.fields import Spec
 from physml.metrics.table import file_of, load_scores
+
+SCORE_DIMS = ("model", "metric", "channel", "lead")
 
 
 @dataclass(frozen=True)
@@ -56,18 +59,30 @@ class Entry:
 
 
 def read_runs(runs: Any, split: str = "test") -> list[RunData]:
-    """Runs from folders, score datasets, or objects with an attribute `folder`; of folders the scores on `split`.
+    """Runs from folders, score datasets, or objects with an attribute `folder`; of folders the scores on `split`. Of a
+    dict, under its names.
 
-    Raises ConfigError when nothing is given, DataError when a run has nothing to show or a piece of it is damaged.
+    Raises ConfigError when nothing is given, or something else, DataError when a run has nothing to show or a piece of
+    it is damaged.
     """
+    if isinstance(runs, dict):
+        return [dataclasses.replace(run, name=str(name)) for name, run in zip(runs, read_runs([*runs.values()], split))]
     runs = [runs] if isinstance(runs, str | Path | xr.Dataset) or not isinstance(runs, Sequence) else list(runs)
     if not runs:
         raise ConfigError("There is nothing to report on: give at least one run folder.")
-    loaded = [
-        _of_scores(run) if isinstance(run, xr.Dataset) else _of_folder(Path(getattr(run, "folder", run)), split)
-        for run in runs
-    ]
-    return _unique(loaded)
+    return _unique([_of_one(run, split) for run in runs])
+
+
+def _of_one(run: Any, split: str) -> RunData:
+    if isinstance(run, xr.Dataset):
+        return _of_scores(run)
+    folder = getattr(run, "folder", run)
+    if not isinstance(folder, str | Path):
+        raise ConfigError(
+            f"A report was asked for of a {type(run).__name__}, but run folders, files scores.nc or datasets of scores "
+            "were expected: one, several in a list, or several by name in a dict."
+        )
+    return _of_folder(Path(folder), split)
 
 
 def entries(runs: list[RunData]) -> list[Entry]:
@@ -115,6 +130,11 @@ def _agree(a: xr.Dataset, b: xr.Dataset, model: str) -> bool:
 def _of_scores(scores: xr.Dataset) -> RunData:
     if missing := {"score", "score_low", "score_high"} - set(scores.data_vars):
         raise DataError(f"The dataset holds no scores: it lacks {sorted(missing)}. Make it with `physml.evaluate`.")
+    if lost := [dim for dim in SCORE_DIMS if dim not in scores["score"].dims]:
+        raise DataError(
+            f"The scores have lost the dimension {lost[0]!r}. Select with a list or a slice, which keeps it: "
+            f"scores.isel({lost[0]}=[0])."
+        )
     return RunData(model_names(scores)[0], scores, spec=_spec(scores, None))
 
 
@@ -201,8 +221,6 @@ def _spec(scores: xr.Dataset | None, folder: Path | None) -> Spec | None:
 
 def _unique(runs: list[RunData]) -> list[RunData]:
     """Runs of one name get numbers."""
-    import dataclasses
-
     names = [run.name for run in runs]
     counted: dict[str, int] = {}
     result = []

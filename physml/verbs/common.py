@@ -7,6 +7,8 @@ from typing import Annotated, Any
 import tyro
 
 Assignments = Annotated[tuple[str, ...], tyro.conf.UseAppendAction]
+HEADLINE = ("rmse", "acc", "correlation")
+OF_ENSEMBLES = ("crps_fair", "spread_skill")
 Words = tyro.conf.Positional[tuple[str, ...]]
 
 
@@ -101,7 +103,7 @@ def _timed(data: Any, dim: str, at: str) -> int:
 
 
 def headline(scores: Any) -> dict[str, Any]:
-    """For a screen: RMSE, ACC and correlation at first, middle and last lead, and how long correlation lasts."""
+    """For a screen: the best known scores at first, middle and last lead, and how long correlation lasts."""
     last = scores.sizes["lead"] - 1
     leads = sorted({0, last // 2, last})
     result: dict[str, Any] = {}
@@ -109,15 +111,24 @@ def headline(scores: Any) -> dict[str, Any]:
         rows = result[str(model)] = {}
         for channel in scores["channel"].values:
             cell = rows[str(channel)] = {}
-            for metric in ("rmse", "acc", "correlation"):
+            for metric in (*HEADLINE, *OF_ENSEMBLES):
                 if metric in scores["metric"]:
                     values = scores["score"].sel(model=model, metric=metric, channel=channel)
+                    if metric in OF_ENSEMBLES and values.isnull().all():  # of a single forecast
+                        continue
                     cell[metric] = {f"step {int(scores['step'][i])}": _short(values[i]) for i in leads}
-            times = scores["correlation_time"].sel(model=model, channel=channel)
+            times, capped = (scores[f"correlation_time{end}"].sel(model=model, channel=channel)
+                             for end in ("", "_capped"))  # fmt: skip
             cell["high-correlation time"] = {
-                f"> {float(t):g}": _short(times.sel(threshold=t)) for t in times["threshold"]
+                f"> {float(t):g}": at_least(_short(times.sel(threshold=t)), bool(capped.sel(threshold=t)))
+                for t in times["threshold"]
             }
     return result
+
+
+def at_least(value: Any, capped: bool) -> Any:
+    """For a screen: a lower bound as ">= value", any other value as it is."""
+    return f">= {value}" if capped else value
 
 
 def _short(value: Any) -> float:

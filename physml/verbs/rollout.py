@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from physml.verbs.common import Common, check_trajectory, frames_until, progress_of
+from physml.verbs.common import Common, at_least, check_trajectory, frames_until, progress_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,11 +87,29 @@ class Rollout(Common):
         with progress_of(self, "rolling out") as progress:
             prediction = forecast(stepper, initial, self.steps, **options, progress=progress.update)
         sizes = {str(name): int(size) for name, size in prediction.sizes.items()}
+        agreement = self._agreement(prediction, stepper)
         completed = [int(steps) for steps in prediction["steps_completed"].values.ravel()]
         return {
             "forecast": str(self.out), "sizes": sizes, "steps completed": completed, "blow-ups": blow_ups(prediction),
-            "stability": stability(prediction),
+            "stability": stability(prediction), **agreement,
         }  # fmt: skip
+
+    def _agreement(self, prediction: Any, stepper: Any) -> dict[str, Any]:
+        """From when on the members of an ensemble say that it is likely inaccurate, the mean over trajectories."""
+        import math
+
+        from physml.evaluate import predictability
+        from physml.metrics.table import seconds_or_numbers
+
+        if prediction.sizes.get("member", 1) < 2 or math.prod(stepper.spec.grid.shape) < 2:
+            return {}
+        found, result = predictability(prediction), {}
+        for name in (name for name in found.data_vars if f"{name}_capped" in found.data_vars):
+            times = found[name].values
+            mean, unit = sum(seconds_or_numbers(times)) / len(times), " s" if times.dtype.kind == "m" else ""
+            shown = f"{mean:.5g}{unit}"
+            result[name.removeprefix("inaccurate_from_")] = at_least(shown, bool(found[f"{name}_capped"].any()))
+        return {"likely inaccurate from": result}
 
     def _constrained(self, stepper: Any) -> Any:
         if not self.constraint:

@@ -43,3 +43,13 @@ def test_times_must_fit():
         high_correlation_time(np.ones(3), np.array([0.0, 1.0, 2.0]))
     with pytest.raises(ConfigError, match="3 correlations and 2"):
         high_correlation_time(np.ones(3), np.array([1.0, 2.0]))
+
+
+def test_one_threshold_may_be_a_number():
+    correlation, times = np.array([[0.9, 0.7], [0.85, 0.82]]), np.array([2.0, 4.0])
+    found, capped = high_correlation_time(correlation, times, 0.8)
+    assert_array_equal(found, [[4.0], [4.0]])
+    assert_array_equal(capped, [[False], [True]])
+    for wrong in ("0.8", "high", None, (), (0.8, 80)):
+        with pytest.raises(ConfigError, match="correlations were expected"):
+            high_correlation_time(correlation, times, wrong)

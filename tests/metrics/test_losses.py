@@ -69,6 +69,16 @@ def test_h1_of_a_wave_is_its_analytic_norm():
     assert_allclose(H1(spacing="physical")(truth + noise, truth, line(n, 50.0)), far, rtol=1e-4)
 
 
+def test_physical_slopes_need_even_points():
+    """On quadratically stretched points the mean spacing would give a sixth of the squared slope of a Gaussian."""
+    x = np.linspace(0, 1, 128) ** 2 * 8
+    stretched = Spec(Grid((Axis("x", tuple(x)),)), (Channel("u"),), 1.0)
+    field = np.exp(-((x / 0.5) ** 2)).astype(np.float32)[None, None, :, None]
+    with pytest.raises(SpecError, match="spacing='physical' needs evenly spaced points, but those along 'x'.*'unit'"):
+        H1(spacing="physical")(field, 2 * field, stretched)
+    assert_allclose(H1()(field, 2 * field, stretched), 0.5, rtol=1e-5)
+
+
 def test_one_sided_ends_are_exact_for_a_parabola_and_cubics():
     x = jnp.arange(8) / 8.0
     for power, interior in ((1, slice(None)), (2, slice(None)), (3, np.array([0, -1]))):

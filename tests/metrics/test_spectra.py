@@ -88,6 +88,20 @@ def test_limited_area_is_measured_in_kilometers_and_globe_zonally():
     assert_allclose(shells(globe).wavenumbers, np.arange(9))
 
 
+def test_part_of_a_circle_counts_waves_around_the_whole():
+    """Three waves over 90 degrees are twelve around the circle."""
+    latitude, longitude = (
+        Axis("latitude", tuple(np.linspace(-60, 60, 13))),
+        Axis("longitude", tuple(np.arange(36) * 2.5)),
+    )
+    grid = Grid((latitude, longitude))
+    wave = np.broadcast_to(np.cos(2 * np.pi * 3 * np.arange(36) / 36), (13, 36)).astype(np.float32)
+    energy = np.asarray(energy_spectrum(wave[None, None, ..., None], grid))[0, 0, 0]
+    plan = shells(grid)
+    assert plan.unit == "waves around the circle"
+    assert_allclose(plan.wavenumbers[energy.argmax()], 12)
+
+
 def test_log_spectral_error_knows_a_factor(tiny):
     spec = tiny.spec((32, 32), ("u",))
     truth = np.random.default_rng(0).standard_normal((3, 2, 32, 32, 1)).astype(np.float32)

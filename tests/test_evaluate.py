@@ -290,7 +290,9 @@ def test_wrong_options_are_refused(dataset, tiny):
     with pytest.raises(SpecError, match="grid"):
         evaluate_stepper(Blowup(tiny.spec((4, 4))), dataset, 2)
     with pytest.raises(ConfigError, match="leads count from 1 to 2"):
-        evaluate_stepper(model, dataset, 2, spectrum_leads=(3,))
+        evaluate_stepper(model, dataset, 2, spectrum_leads=3)
+    with pytest.raises(ConfigError, match="spectrum_leads is 1.5"):
+        evaluate_stepper(model, dataset, 2, spectrum_leads=(1.5,))
     with pytest.raises(ConfigError, match="say how far"):
         evaluate(model, dataset)
     dataset.frames[1, 4, 0, 0, 1] = np.nan

@@ -17,7 +17,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 
 from physml import cli, saving
 from physml.errors import CheckpointError, ConfigError
-from physml.fields import Window
+from physml.fields import Signature, Window
 from physml.models import FNOConfig
 from physml.normalize import Normalizer
 from physml.rollout import rollout
@@ -396,3 +396,6 @@ def test_the_verb(capsys, tiny, tmp_path):
         assert code == 2
         assert said in err
     assert saving.load(tmp_path / "model") is not None  # a folder inside it does no harm
+    config, signature = FNOConfig(modes=(2, 2), width=4, depth=1), Signature(tiny.spec().grid, 2, 0, 2)
+    saving.save_model(config.build(signature, nnx.Rngs(0)), config, signature, tmp_path / "model", overwrite=True)
+    assert "FNO is no stepper" in call("--dry-run", "--overwrite")[2]

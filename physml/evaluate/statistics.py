@@ -76,9 +76,10 @@ def has_spectrum(grid: Grid, masked: bool) -> bool:
     return True
 
 
-def choose_spectrum_leads(leads: Sequence[int] | None, count: int) -> tuple[int, ...]:
+def choose_spectrum_leads(leads: int | Sequence[int] | None, count: int) -> tuple[int, ...]:
     """Leads (in frames, from 1) whose spectrum is kept: first, middle and last when none are given."""
-    chosen = sorted(set(leads or (1, (count + 1) // 2, count)))
+    given = [] if leads is None else [whole("spectrum_leads", lead) for lead in np.atleast_1d(leads).tolist()]
+    chosen = sorted(set(given or (1, (count + 1) // 2, count)))
     if chosen[0] < 1 or chosen[-1] > count:
         raise ConfigError(f"spectrum_leads are {tuple(chosen)}, but leads count from 1 to {count}.")
     return tuple(chosen)

@@ -70,12 +70,7 @@ def export(
     CheckpointError when the folder exists. Warns about a program of one step that forecasts something else when it is
     called again with what it predicted: that of a stepper that carries more than frames from step to step.
     """
-    if isinstance(stepper, type) or not hasattr(stepper, "advance"):
-        raise ConfigError(
-            f"{getattr(stepper, '__name__', type(stepper).__name__)} is no stepper. Pass what physml.load gives, or "
-            "the stepper around a model, with names, units and a normalizer: config.build(spec, model, normalizer)."
-        )
-    folder = check_export(folder, steps, batch, platforms, overwrite)
+    folder = check_export(stepper, folder, steps, batch, platforms, overwrite)
     steps, batch, platforms = _options(steps, batch, platforms)
     graph, numbers = nnx.split(stepper)
     stepper = nnx.merge(graph, numbers)
@@ -102,8 +97,15 @@ def export(
     return folder
 
 
-def check_export(folder: str | Path, steps: int, batch, platforms: str | Sequence[str], overwrite: bool) -> Path:
-    """Raises what `export` raises for its options and for the folder, which it returns."""
+def check_export(
+    stepper, folder: str | Path, steps: int, batch, platforms: str | Sequence[str], overwrite: bool
+) -> Path:
+    """Raises what `export` raises for its options, for what is no stepper, and for the folder, which it returns."""
+    if isinstance(stepper, type) or not hasattr(stepper, "advance"):
+        raise ConfigError(
+            f"{getattr(stepper, '__name__', type(stepper).__name__)} is no stepper. Pass what physml.load gives, or "
+            "the stepper around a model, with names, units and a normalizer: config.build(spec, model, normalizer)."
+        )
     _options(steps, batch, platforms)
     folder = Path(folder)
     if folder.exists():

@@ -41,11 +41,9 @@ class Export(Common):
             raise ConfigError(f"--batch is {self.batch!r}, but a positive number or symbolic was expected.")
         out = self.out or Path(self.model) / "exported"
         stepper = saving.load(self.model)
-        if not hasattr(stepper, "advance"):
-            raise ConfigError(f"{self.model} is a bare model without names and units. Export a saved stepper.")
         batch = "symbolic" if self.batch == "symbolic" else int(self.batch)
         platforms = tuple(name.strip() for name in self.platforms.split(",") if name.strip())
-        check_export(out, self.steps, batch, platforms, self.overwrite)
+        check_export(stepper, out, self.steps, batch, platforms, self.overwrite)
         if self.dry_run:
             return {"would write": str(out), "steps": self.steps, "batch": self.batch, "platforms": self.platforms}
         export(stepper, out, steps=self.steps, batch=batch, platforms=platforms, overwrite=self.overwrite)

@@ -11,7 +11,7 @@ forecasts. Written to --out: scores.csv, a row per arm and seed; figure.png, cor
 
 Expect the refiner's correlation with the truth to stay above 0.8 for 1.1 times as long as that of `mse` (aim: 1.15,
 with --gpu 1.25; published about 100 against 75 time units), and its error energy above half the Nyquist wavenumber to
-be a tenth or less. The refiner needs the longer training of the two: after 5000 updates the times are alike. A run
+be a tenth or less. The refiner needs the longer training of the two: after 5000 updates the ratio is 1.03. A run
 that was interrupted goes on when it is started again.
 """
 

@@ -227,8 +227,9 @@ def first_stepper(
 def _check_untrained(experiment: Experiment, stepper: Any, loaded: LoadReport) -> None:
     """Raises ConfigError where random numbers that the checkpoint did not fill would be frozen."""
     lora, own = experiment.lora, parameters(stepper)
+    shapes = {path: f" ({saved} there, {here} here)" for path, saved, here in loaded.reshaped}
     frozen = [
-        path
+        path + shapes.get(path, "")
         for path in loaded.untrained
         if path in own
         and (
@@ -240,7 +241,8 @@ def _check_untrained(experiment: Experiment, stepper: Any, loaded: LoadReport) -
         advice = "name them in lora.train" if lora else "take them out of the groups whose rate is 0"
         raise ConfigError(
             f"{loaded.source} does not fill {', '.join(frozen[:5])}{' and others' if len(frozen) > 5 else ''}: they "
-            f"would stay random, because they are frozen. To train them, {advice}."
+            f"would stay random, because they are frozen. To train them, {advice}"
+            + ("; or leave `model` out to have the one of the source." if shapes else ".")
         )
 
 

@@ -134,8 +134,10 @@ def test_a_run_that_was_refused_at_its_start_is_begun_anew(capsys, trained, tmp_
     assert code == 2
     assert "longest_lead=3" in err
     assert (tmp_path / "tiny/config.yaml").is_file()
-    code, _, err = call(capsys, *words)  # with other settings, as the message asks
+    words[-1] = "--json"
+    code, out, err = call(capsys, *words, "--set", "data.trajectories.test=0")  # other settings, as the message asks
     assert code == 0, err
+    assert json.loads(out)["report"] == "none: the data have no split 'test' to score on"
     assert call(capsys, *words)[0] == 2  # now there is something to lose
 
 

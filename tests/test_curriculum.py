@@ -191,3 +191,14 @@ def test_its_own_call_is_that_of_the_last_stage():
     window = stack([data.read(0, range(5))])
     stepper = problem.build_stepper()
     assert_array_equal(CURRICULUM(stepper, window, None)[0], Unrolled(4)(stepper, window, None)[0])
+
+
+@pytest.mark.parametrize(("objective", "stops"), [(Curriculum(Unrolled(), (1, 2), (6,)), 8), (Unrolled(2), 4)])
+def test_patience_counts_in_the_last_stage_alone(tmp_path, objective, stops):
+    """No score is better than the first; earlier stages are trained to their end all the same."""
+    fields = {"steps": 12, "validate_every": 2, "monitor": "constant", "patience": 1, "optimizer": {}}
+    result = fit(
+        problem.build_stepper(), problem.datasets(), objective, problem.config(**fields), Layout(data=1), tmp_path,
+        validate=lambda stepper: {"constant": 1.0},
+    )  # fmt: skip
+    assert result.step == stops

@@ -20,7 +20,7 @@ from physml.steppers import ResidualConfig
 from physml.steppers.refiner import RefinerConfig
 
 SPEC = Spec(Grid((Axis.uniform("x", 4),)), (Channel("u"), Channel("v")))
-CONFIG = RefinerConfig(weight=0.5)
+CONFIG = RefinerConfig(weight=0.5, longest_time=1000.0)
 TARGET = (1.2, -1.6)  # increment / scale / weight
 NORMALIZER = Normalizer(SPEC, [1.0, -2.0], [2.0, 3.0], [0.5, 0.25])
 KEY = jax.random.key(0)

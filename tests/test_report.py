@@ -223,7 +223,8 @@ def test_several_runs_make_a_comparison(run, tmp_path, quick):
     assert [entry.label for entry in entries(loaded)] == ["waves", "other", "persistence"]  # one floor for both
     text, _ = read_page(report([run, other], tmp_path / "compare.html"))
     assert "Comparison of waves, other" in text
-    rows = json.loads((tmp_path / "metrics.json").read_text())
+    assert "compare.metrics.csv" in text
+    rows = json.loads((tmp_path / "compare.metrics.json").read_text())  # other pages of the folder have their own
     assert {row["model"] for row in rows} == {"waves", "other", "persistence"}
     twice = read_runs([run, run])
     assert [r.name for r in twice] == ["waves #1", "waves #2"]
@@ -348,6 +349,9 @@ def test_ensembles_have_a_section_of_their_own(run, tmp_path, quick):
     shares = np.full((scores.sizes["model"], 2, scores.sizes["lead"], 4), np.nan)
     shares[0] = [0.1, 0.2, 0.3, 0.4]
     ranked = scores.assign(rank_histogram=(("model", "channel", "lead", "rank"), shares))
+    coverage = scores.assign_coords(metric=["coverage_90", *scores["metric"].values[1:]])
+    (axes,) = error_curves(coverage, "coverage_90", "u").axes
+    assert [0.9, 0.9] in [list(line.get_ydata()) for line in axes.lines]  # what a perfect ensemble has
     panels = rank_histograms(ranked, "u").axes
     assert len(panels) == 3
     np.testing.assert_allclose([bar.get_height() for bar in panels[2].patches], [0.1, 0.2, 0.3, 0.4])

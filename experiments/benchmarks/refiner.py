@@ -32,7 +32,7 @@ CASES = {
 def functions(dims: int, points: int, batch: int, model) -> dict:
     """One step of the refiner, and its network called as often."""
     spec = Spec(Grid(tuple(Axis.uniform(name, points, periodic=True) for name in "yx"[:dims])), (Channel("u"),))
-    config = RefinerConfig(longest_time=1000.0 if isinstance(model, ModernUNetConfig) else 1.0)
+    config = RefinerConfig()
     stepper = build_stepper(config, model, spec, Normalizer.identity(spec))
     window = Window.of(np.random.default_rng(0).standard_normal((batch, 1, *spec.grid.shape, 1)).astype("f4"), spec)
     window = jax.device_put(window)

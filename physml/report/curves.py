@@ -32,6 +32,8 @@ LABELS = {
     "vrmse": "VRMSE",
 }
 
+IDEAL = {"spread_skill": 1.0, "coverage_50": 0.5, "coverage_90": 0.9}  # what a perfect ensemble scores
+
 
 def lines_of(source: Any) -> list[Entry]:
     """The models and floors of `source`."""
@@ -97,6 +99,9 @@ def error_curves(source: Any, metric: str, channel: str) -> Figure:
         axes.axhline(0, color="#444444", linewidth=0.8)
     elif metric == "bias":
         axes.axhline(0, color="#444444", linewidth=0.8)
+    elif metric in IDEAL:
+        axes.axhline(IDEAL[metric], color="#444444", linewidth=0.8, label="ideal")
+        axes.set_ylim(0, max(1.03, min(axes.get_ylim()[1], 3.0)))
     elif highest:
         _limit_diverged(axes, highest)
     return finish(figure, axes)

@@ -1,4 +1,4 @@
-"""Steppers as one compiled-language program (StableHLO, by `jax.export`) that runs with jax alone, without physml.
+"""Steppers as one compiled-language program (StableHLO, by `jax.export`) that runs with jax and flatbuffers alone.
 
 A folder with step.stablehlo (what `jax.export` serializes: the program with all weights, the normalizer and the
 constraints inside), signature.json (what goes in and comes out, in order, with units) and a README with the lines that
@@ -331,7 +331,8 @@ def _card(name: str, about: dict[str, Any]) -> str:
         f"# {name}", "",
         f"{about['model_id']}, exported by physml {about['physml_version']} with jax {about['jax']} for "
         f"{', '.join(about['platforms'])}. Predicts {about['steps']} frame(s), {step} apart, in physical units: "
-        f"{about['output']['dtype']} {tuple(about['output']['shape'])}. physml is not needed:", "",
+        f"{about['output']['dtype']} {tuple(about['output']['shape'])}. physml is not needed, "
+        "`pip install jax flatbuffers` is enough:", "",
         "```python", "import jax.export", "import numpy as np", "",
         f'program = jax.export.deserialize(bytearray(open("{PROGRAM}", "rb").read()))',
         *(f"{e['name']} = {zeros(e)}" for e in about["inputs"]),

@@ -161,7 +161,13 @@ def check_solver(solver, spec: Spec) -> None:
     grid = Grid(tuple(axes[name] for name in names)) if set(names) == set(axes) else solver.grid
     parameters = tuple(Channel(channel.name, solver.units.get(channel.name, "")) for channel in spec.parameters)
     time = solver.time_step, solver.time_unit or spec.time_unit
-    Spec(grid, solver.channels, spec.forcing, spec.static, parameters, *time).check_same(spec, mine="the solver")
+    try:
+        Spec(grid, solver.channels, spec.forcing, spec.static, parameters, *time).check_same(spec, mine="the solver")
+    except SpecError as error:
+        raise SpecError(
+            f"{error} Where the data are right, it is the solver's `options` that must say so (points, length, "
+            "time_step, store='velocity', ...)."
+        ) from None
     for mine, theirs in zip(grid.axes, spec.grid.axes, strict=True):
         if mine.periodic != theirs.periodic:
             found = ("periodic", "not in") if mine.periodic else ("not periodic", "it is in")

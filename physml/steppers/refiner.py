@@ -5,7 +5,7 @@ First the stepper, then the pure functions on normalized fields `(batch, *space,
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import jax
@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Int
 from physml.coding import check_fields
 from physml.errors import ConfigError
 from physml.fields import ArrayLike, Context, Signature, Spec
+from physml.layers.scalar_embedding import ScalarEmbedding
 from physml.normalize import Normalizer
 from physml.steppers.plain import Direct, DirectConfig, check_fits
 
@@ -39,21 +40,22 @@ class RefinerConfig(DirectConfig):
         minimum: least noise, see `NoiseSchedule`.
         weight: the increment is predicted in units of `weight` times the scale of increments, so that the noise meets
             numbers of order one. The authors use 0.3 on fields that are not normalized (`normalization="identity"`).
-        longest_time: what the network reads at the noisiest step. 1000 suits networks that embed their scalars
-            (modern_unet, sinenet); give 1 to those that take them as they are (fno, resnet, poseidon_scot).
+        longest_time: what the network reads at the noisiest step; None: 1000 for networks that embed their scalars as
+            the authors' does (modern_unet, sinenet), 1 for those that take them as they are (fno, resnet,
+            poseidon_scot, ...). A built stepper's config holds the number.
     """
 
     refinements: int = 3
     minimum: float = 4e-7
     weight: float = 1.0
-    longest_time: float = LONGEST_TIME
+    longest_time: float | None = None
 
     def __post_init__(self):
         super().__post_init__()
         check_fields(self)
         if self.history < 1:
             raise ConfigError(f"history is {self.history}, but a refiner adds to the last frame: give at least 1.")
-        if not (self.weight > 0 and self.longest_time > 0):
+        if not (self.weight > 0 and (self.longest_time is None or self.longest_time > 0)):
             raise ConfigError(
                 f"weight is {self.weight} and longest_time {self.longest_time}, but both must be positive."
             )
@@ -62,7 +64,7 @@ class RefinerConfig(DirectConfig):
     @property
     def schedule(self) -> "NoiseSchedule":
         """The noise of every step."""
-        return NoiseSchedule(self.refinements, self.minimum, self.longest_time)
+        return NoiseSchedule(self.refinements, self.minimum, self.longest_time or LONGEST_TIME)
 
     def signature(self, spec: Spec) -> Signature:
         """Shapes of the network: the noisy increment and its step come on top of what `direct` reads."""
@@ -72,7 +74,9 @@ class RefinerConfig(DirectConfig):
     def build(self, spec: Spec, model, normalizer: Normalizer, constraints=()) -> "Refiner":
         """Raises SpecError when the model or the normalizer does not have the shapes of `signature(spec)`."""
         check_fits(self, spec, model, normalizer)
-        return Refiner(self, spec, model, normalizer, constraints)
+        embedded = any(isinstance(part, ScalarEmbedding) for _, part in nnx.iter_modules(model))
+        config = replace(self, longest_time=self.longest_time or (LONGEST_TIME if embedded else 1.0))
+        return Refiner(config, spec, model, normalizer, constraints)
 
 
 class Refiner(Direct):

@@ -110,6 +110,7 @@ def run_stages(run: Run, stages, datasets, objective, history: int, validate, tr
     config, dataset = run.config, datasets["train"]
     score = _scorer(run, datasets, objective, history, validate)
     _check_stages(run, stages, dataset, history)
+    run.last_stage = stages[-1][0].start
     with Checkpoints(run.folder / "checkpoints", config.keep, config.monitor_mode) as run.checkpoints:
         step = run.resume(resume)
         first = jax.process_index() == 0  # it alone writes logs

@@ -210,7 +210,7 @@ class _MembersRun(Run):
         before = np.array([np.inf if best is None else sign * best["value"] for best in self.best])
         better = self.live & np.isfinite(value) & (sign * value < before)
         for i in np.flatnonzero(self.live):
-            self.unimproved[i] = 0 if better[i] else self.unimproved[i] + 1
+            self.unimproved[i] = 0 if better[i] else self.unimproved[i] + self.waits(step)
             self.best[i] = {"step": step, "value": float(value[i])} if better[i] else self.best[i]
             self.live[i] &= not self.config.patience or self.unimproved[i] < self.config.patience
         if self.kept is not None and better.any():

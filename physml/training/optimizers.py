@@ -271,7 +271,8 @@ class TrainingConfig:
         monitor: score of the validation that says which checkpoint is best.
         monitor_mode: whether small ("min") or large ("max") is good.
         select: whether the best or the last weights are returned.
-        patience: validations without a new best after which training stops; 0: never.
+        patience: validations without a new best after which training stops; 0: never. Those of a curriculum count in
+            its last stage.
         threads: reading threads of the loader.
     """
 

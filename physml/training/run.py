@@ -31,7 +31,7 @@ class Run:
         self.parts = parts
         self.key = self.first_key()
         self.state = self.fixed = self.checkpoints = self.best = None
-        self.unimproved = 0
+        self.unimproved, self.last_stage = 0, 0
 
     def begin(self, params: dict, rest: dict) -> None:
         """The state before the first update."""
@@ -102,7 +102,7 @@ class Run:
         value = float(self.monitored(values))
         if not np.isfinite(value):
             if self.may_blow_up:
-                self.unimproved += 1
+                self.unimproved += self.waits(step)
                 return False
             raise DivergedError(
                 f"{self.config.monitor} is {value} after step {step}.{self.last_good()} "
@@ -111,7 +111,7 @@ class Run:
         self.last_value = value
         sign = 1 if self.config.monitor_mode == "min" else -1
         better = self.best is None or sign * value < sign * self.best["value"]
-        self.unimproved = 0 if better else self.unimproved + 1
+        self.unimproved = 0 if better else self.unimproved + self.waits(step)
         if better:
             self.best = {"step": step, "value": value}
         return better
@@ -128,6 +128,10 @@ class Run:
         """The value that says which weights are best. Raises ConfigError where there is none."""
         self.check_monitor(values)
         return values[self.config.monitor]
+
+    def waits(self, step: int) -> bool:
+        """Whether a validation without a new best counts for `patience`: from the last stage of a curriculum on."""
+        return step > self.last_stage
 
     def exhausted(self) -> bool:
         return bool(self.config.patience) and self.unimproved >= self.config.patience

@@ -1,4 +1,4 @@
-"""`physml export`: a model as a program that runs with jax alone."""
+"""`physml export`: a model as a program that runs without physml."""
 
 from dataclasses import dataclass
 from pathlib import Path

@@ -52,7 +52,9 @@ class Training(Common):
                 progress=progress,
                 tracker=tracker,
             )
-        result = {"run": str(run.folder), "report": str(run.folder / "report.html")}
+        page = run.folder / "report.html"
+        report = str(page) if page.is_file() else "none: the data have no split 'test' to score on"
+        result = {"run": str(run.folder), "report": report}
         if run.loaded:
             result["loaded"] = str(run.loaded)
         return {**result, "scores": headline(run.scores)} if (run.folder / "scores.nc").is_file() else result

@@ -120,7 +120,7 @@ def test_steps_and_parameters_reach_the_network_as_scalars_and_gradients_come_ba
 
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "pderefiner"
-PLAIN = RefinerConfig(weight=0.5)
+PLAIN = RefinerConfig(weight=0.5, longest_time=1000.0)
 INCREMENT = np.array([0.3, -0.2], np.float32)  # per channel, physical units
 
 
@@ -395,6 +395,19 @@ def test_scores_and_forecasts_bring_a_key(tiny, spec):
 def test_configs_that_cannot_be_are_refused(options, message):
     with pytest.raises(ConfigError, match=message):
         RefinerConfig(**options)
+
+
+@pytest.mark.parametrize(
+    ("model", "longest"),
+    [
+        (ModernUNetConfig(width=8, multipliers=(1, 1), blocks=1), 1000.0),
+        (FNOConfig(modes=(2, 2), width=4, depth=1), 1.0),
+    ],
+)
+def test_networks_read_times_of_the_size_that_they_take(spec, model, longest):
+    for given in (None, 7.0):
+        stepper = build_stepper(RefinerConfig(refinements=2, longest_time=given), model, spec, scaled(spec))
+        assert stepper.config.schedule.times.tolist() == [0.0, (given or longest) / 2, given or longest]
 
 
 def test_configs_are_plain_data_and_networks_must_fit(tiny, spec):

@@ -16,7 +16,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 _cache = pathlib.Path(os.environ.get("PHYSML_TEST_CACHE", pathlib.Path(tempfile.gettempdir()) / "physml-test-xla"))
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_cache))
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")  # workers share even the smallest programs
 
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402

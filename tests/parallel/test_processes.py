@@ -36,8 +36,8 @@ def run_two(folder, fields, name="SIGTERM", step=10**6):
 def both(command):
     """Exit codes and outputs of a command in two processes with one device each."""
     common = {
-        **os.environ, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu", "PHYSML_COORDINATOR": f"127.0.0.1:{free_port()}",
-        "PHYSML_PROCESSES": "2", "PHYSML_TIMEOUT": "120",
+        **os.environ, "XLA_FLAGS": "--xla_backend_optimization_level=0", "JAX_PLATFORMS": "cpu",
+        "PHYSML_COORDINATOR": f"127.0.0.1:{free_port()}", "PHYSML_PROCESSES": "2", "PHYSML_TIMEOUT": "120",
     }  # fmt: skip
     workers = [
         subprocess.Popen(

@@ -87,6 +87,9 @@ def test_increments_of_every_interval_are_those_of_numpy(chunk):
         assert_allclose(fitted.interval_increments[row], expected, rtol=1e-6)
     assert_allclose(fitted.interval_increments[0], fitted.increments[...], rtol=1e-6)
     assert fitted.intervals == (1, 2, 4, 7)
+    space = (0, 1, 2, 3)
+    assert_allclose(fitted.frames.center[...], values.mean(space, dtype=float), rtol=1e-6)
+    assert_allclose(fitted.frames.scale[...], values.std(space, dtype=float), rtol=1e-6)
 
 
 def test_masked_cells_do_not_count():

@@ -217,8 +217,8 @@ class XarrayDataset:
         return arrays[0], arrays[1]
 
     def windows(self, chunk: int | None = None) -> Iterator[Window]:
-        """All frames in order, for one streaming pass; `chunk` frames at a time (whole stored chunks of about 16 MiB
-        when None). Each frame is read once.
+        """All frames in order, for one streaming pass; `chunk` frames at a time, at least two (whole stored chunks of
+        about 16 MiB when None). Each frame is read once.
 
         Neighboring windows of a trajectory share one frame, so that no increment is lost. `times` run since the
         beginning of the trajectory: a window whose times do not begin at zero continues the one before, and its first
@@ -230,6 +230,7 @@ class XarrayDataset:
             whole = 1 if stored is None else int(np.median(np.diff(stored[1])))
             chunk = max(1, PASS_BYTES // frame_bytes)
             chunk = max(chunk // whole, 1) * whole if whole * frame_bytes <= CHUNK_BYTES else chunk
+        chunk = max(chunk, 2)  # the window after a single frame would begin at time zero too
         clock, runs = self.reader.times.values, len(self.runs)
         for sources, whole in self._read_ahead(PASS_BYTES // frame_bytes):
             for trajectory in range(sources.start * runs, sources.stop * runs):

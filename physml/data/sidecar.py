@@ -17,7 +17,7 @@ from physml.data.synthetic import cache_folder
 from physml.errors import PhysmlError
 from physml.normalize import Totals
 
-FORMAT = 1
+FORMAT = 2  # 1 counted first frames of above 8 MiB twice
 FILES = 200_000  # a store of more files is not watched: looking at them would take longer than it saves
 PROBES = 4  # frames of a trajectory whose numbers take part in the key
 

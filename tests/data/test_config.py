@@ -1,9 +1,11 @@
 import dataclasses
 import json
 
+import jax
 import numpy as np
 import pytest
 import xarray as xr
+from flax import nnx
 from numpy.testing import assert_allclose, assert_array_equal
 
 from physml.data import DataConfig, XarrayDataset, spec_of, statistics
@@ -310,7 +312,7 @@ def test_configs_survive_plain_containers():
     assert hash(config)
 
 
-@pytest.mark.parametrize("chunk", [None, 2, 3, 7, 100])
+@pytest.mark.parametrize("chunk", [None, 1, 2, 3, 7, 100])
 @pytest.mark.parametrize("kind", ["zscore", "rms"])
 def test_streamed_normalization_equals_the_whole(make, chunk, kind):
     ds = make.waves(frames=20, trajectories=3)
@@ -325,6 +327,17 @@ def test_streamed_normalization_equals_the_whole(make, chunk, kind):
     assert_allclose(fitted.forcing.scale[...], [float(wind)], rtol=1e-6)
     whole = Normalizer.fit(dataset.windows(10**6), kind)
     assert_allclose(fitted.parameters.scale[...], whole.parameters.scale[...], rtol=1e-6)
+
+
+def test_large_frames_count_once(make, monkeypatch):
+    ds = make.waves(frames=6, trajectories=3)
+    dataset = XarrayDataset(ds, spec_of(ds, ("u",), forcing=("wind",), static=("a",), parameters=("viscosity",)))
+    expected = Normalizer.fit(dataset.windows(6))
+    monkeypatch.setattr("physml.data.dataset.PASS_BYTES", 1)  # less than a frame
+    found = Normalizer.fit(dataset.windows())
+    for a, b in zip(jax.tree.leaves(nnx.state(found)), jax.tree.leaves(nnx.state(expected)), strict=True):
+        assert_allclose(a, b, rtol=1e-6)
+    assert statistics(dataset)["u"]["mean"] == pytest.approx(float(ds.u.mean()), abs=1e-6)
 
 
 def test_statistics_skip_masked_places(make):

@@ -5,7 +5,7 @@ import xarray as xr
 
 from physml.errors import DataError
 from physml.forecast.ledgers import SPECTRUM_STEP, TIME_STEP
-from physml.metrics.spectra import NOISE
+from physml.metrics.spectra import noise_level
 
 PREFIX, INITIAL = "ledger_energy_", "ledger_initial_energy_"
 
@@ -85,9 +85,13 @@ def _small_scales(prediction: xr.Dataset, name: str, completed: xr.DataArray) ->
     spectra = _at_least(prediction[variable], SPECTRUM_STEP).compute()
     steps = _at_least(prediction[SPECTRUM_STEP], SPECTRUM_STEP).reset_coords(drop=True)
     high = spectra.isel(wavenumber=slice(resolved // 2 + 1, resolved + 1)).sum("wavenumber", skipna=False)
-    total, first = (array.isel({SPECTRUM_STEP: 0}, drop=True) for array in (spectra.sum("wavenumber"), high))
+    noise, first = (array.isel({SPECTRUM_STEP: 0}, drop=True) for array in (_noise(spectra), high))
     last, place = _last(high, steps, completed, SPECTRUM_STEP)
-    return _median((last / first).where((first > NOISE * total) & (place > 0)))
+    return _median((last / first).where((first > noise) & (place > 0)))
+
+
+def _noise(spectra: xr.DataArray) -> xr.DataArray:
+    return xr.apply_ufunc(noise_level, spectra, input_core_dims=[["wavenumber"]])
 
 
 def _median(array: xr.DataArray) -> float | None:

@@ -24,7 +24,8 @@ from physml.metrics.metric import Measure, check_even
 from physml.parallel.fft import rfftn
 
 KILOMETERS_PER_DEGREE = 6371.0 * np.pi / 180
-NOISE = 1e-12  # share of the energy below which a float32 spectrum is rounding
+NOISE = 1e-12  # share of the energy outside shell 0 below which a shell is rounding of a float32 transform
+ROUNDING = 1e-16  # share of all energy that rounding of a float32 field itself has in a shell
 DIRECTIONS = {"latitude": ("latitude", "lat"), "longitude": ("longitude", "lon")}
 
 
@@ -107,12 +108,16 @@ def energy_spectrum(
     """
     plan = shells(grid)
     fields = jnp.asarray(fields)
+    fields = fields.astype(jnp.promote_types(fields.dtype, jnp.float32))
     for i in plan.axes:
         if not grid.axes[i].periodic:
             fields = _window(_detrend(fields, 2 + i), 2 + i)
     axes = tuple(2 + i for i in plan.axes)
-    modes = rfftn(fields, axes)
     points = np.prod([fields.shape[i] for i in axes])
+    # The mean goes around the transform, which would round the small scales to its size.
+    mean = fields.mean(axes, keepdims=True)
+    zero = tuple(slice(1) if i in axes else slice(None) for i in range(fields.ndim))
+    modes = rfftn(fields - mean, axes).at[zero].add(points * mean)
     power = (jnp.abs(modes) / points) ** 2 / 2
     others = tuple(i for i in range(2, fields.ndim - 1) if i not in axes)
     if others:
@@ -147,13 +152,19 @@ def spectra(prediction, truth, measure: Measure):
     return tuple(jnp.full_like(part, jnp.nan) for part in pair) if measure.masked else pair
 
 
+def noise_level(energy):
+    """Energy below which a shell of a float32 spectrum `(..., wavenumber)` may be rounding: 1e-12 of that of the
+    deviations from the spatial mean, 1e-16 with the mean."""
+    xp = energy.__array_namespace__()
+    return xp.maximum(NOISE * energy[..., 1:].sum(-1), ROUNDING * energy.sum(-1))
+
+
 def log_spectral_error(resolved_energy, true_energy):
     """Root mean square over shells of log10(E_p / E_t): 0.3 is a factor of two. Spectra are averaged over pairs first.
 
-    Shells 1 to the first incomplete one count, as far as the truth has more than 1e-12 of its energy in them.
+    Shells 1 to the first incomplete one count, as far as the truth has more energy than rounding in them.
     """
-    share = true_energy / true_energy.sum(-1, keepdims=True)
-    counts = (share > NOISE) & (np.arange(true_energy.shape[-1]) > 0)
+    counts = (true_energy > noise_level(true_energy)[..., None]) & (np.arange(true_energy.shape[-1]) > 0)
     ratio = jnp.where(counts, resolved_energy, 1.0) / jnp.where(counts, true_energy, 1.0)
     squares = jnp.where(counts, jnp.log10(ratio) ** 2, 0.0)
     score = jnp.sqrt(squares.sum(-1) / counts.sum(-1))

@@ -53,6 +53,22 @@ def test_reference_formula_in_two_dimensions(tiny):
     assert_allclose(got, expected, rtol=1e-4, atol=1e-8)
 
 
+def test_a_large_mean_leaves_the_small_scales_alone(tiny):
+    """As of surface pressure: the smallest scales have 1e-15 of the energy of the mean, 1e-11 of that of the waves."""
+    grid, points = tiny.spec((64, 60)).grid, 64 * 60
+    k = np.hypot(np.fft.fftfreq(64, 1 / 64)[:, None], np.fft.rfftfreq(60, 1 / 60))
+    phases = np.exp(2j * np.pi * np.random.default_rng(0).random(k.shape))
+    waves = np.fft.irfft2(300 * points * phases / np.maximum(k, 1) ** 4, (64, 60))
+    field = (101325 + waves).astype(np.float32)
+    modes = np.abs(np.fft.rfft2(field.astype(float)) / points) ** 2 / 2
+    expected = np.bincount(shells(grid).index, modes.ravel() * shells(grid).multiplicity)[:31]
+    energy = np.asarray(energy_spectrum(field[None, None, ..., None], grid))[0, 0, 0]
+    assert_allclose(energy[:31], expected, rtol=2e-3)  # float32, up to the last complete shell
+    assert_allclose(energy.sum(), 0.5 * (field.astype(float) ** 2).mean(), rtol=1e-6)
+    blurred = np.where(np.arange(31) > 15, 0.1 * expected, expected)
+    assert_allclose(log_spectral_error(blurred, expected), np.sqrt(0.5))
+
+
 def test_a_trend_between_open_ends_does_not_fill_the_small_scales():
     axis = Axis("x", tuple(np.arange(64.0)))
     x = np.arange(64)
@@ -116,6 +132,9 @@ def test_shells_without_energy_do_not_count():
     true = np.array([5.0, 1.0, 1e-20, 0.0])
     assert_allclose(log_spectral_error(np.array([0.0, 10.0, 1.0, 1.0]), true), 1.0)
     assert np.isinf(log_spectral_error(np.array([0.0, 0.0, 1.0, 1.0]), true))
+    rounded = np.array([5e9, 1.0, 1e-7, 1e-7])  # a field of 1e5 +- 1
+    assert_allclose(log_spectral_error(np.array([5e9, 10.0, 1.0, 1.0]), rounded), 1.0)
+    assert np.isnan(log_spectral_error(rounded, np.array([5e9, 1e-7, 1e-7, 0])))  # constant up to rounding
     assert np.isnan(log_spectral_error(np.array([0.0, np.nan, 1.0, 1.0]), true))
 
 

@@ -157,6 +157,23 @@ def test_energy_that_should_not_be_there_is_bounded_by_the_floor():
     assert np.isfinite(gradient).all()
 
 
+def test_the_floor_is_a_share_of_all_energy():
+    truth = np.sin(X) + np.sin(2 * X)
+    assert_allclose(power(truth + 1e-2 * np.sin(5 * X), truth, floor=1e-2), 0.25e-4 / 0.5e-2 / 8, rtol=1e-3)
+
+
+def test_a_truth_that_is_rounding_in_space_costs_nothing():
+    for shape, periodic in (((10, 14), True), ((16,), False)):
+        axes = (Axis.uniform(name, n, periodic=periodic) for name, n in zip("yx", shape))
+        spec = Spec(Grid(tuple(axes)), (Channel("u"),))
+        x = np.arange(shape[-1]) / shape[-1]
+        fields = [np.full(shape, 300.3), np.full(shape, 0.1)]
+        fields += [] if periodic else [0.1 + x]  # spectra leave out the trend between open ends
+        for field in fields:
+            assert power(field * (1 + 1e-3 * np.sin(2 * np.pi * x)), field, spec) == 0
+            assert power(field + np.cos(2 * np.pi * 2 * x), field + np.sin(2 * np.pi * 2 * x), spec) < 1
+
+
 def test_uneven_points_have_no_spectrum():
     def along(centers, periodic=False):
         return Spec(Grid((Axis("x", tuple(map(float, centers)), periodic=periodic),)), (Channel("u"),))

@@ -58,8 +58,9 @@ class SpectralPower:
     """Mean of |E_p - E_t| / (E_t + floor * sum E_t) over samples, leads, channels and wavenumber shells.
 
     E is the energy in a shell of `physml.metrics.spectra`, the mean of the field left out. Every scale counts alike, so
-    that a blurred prediction, which a mean square error hardly notices, costs up to 1 in each shell that it lost. After
-    the spectral loss of CarbonBench (Benson et al. 2024, arXiv:2408.11032), which uses spherical harmonics.
+    that a blurred prediction, which a mean square error hardly notices, costs up to 1 in each shell that it lost. A
+    truth that is constant in space up to rounding, which has no energy to compare with, costs nothing. After the
+    spectral loss of CarbonBench (Benson et al. 2024, arXiv:2408.11032), which uses spherical harmonics.
 
     Attributes:
         weight: of the penalty beside the loss.
@@ -89,10 +90,11 @@ class SpectralPower:
         last = max(int(self.cut * shells(grid).resolved), 1)
         truth = jnp.asarray(window.frames)[:, stop - prediction.frames.shape[1] : stop]
         predicted, true = (energy_spectrum(f, grid)[..., 1 : last + 1] for f in (prediction.frames, truth))
+        # Where the truth is constant in space, up to rounding, there is no energy to compare with.
+        rounding = (8 * jnp.finfo(true.dtype).eps) ** 2 * (truth**2).mean(tuple(range(2, truth.ndim - 1))) / 2
+        varies = (true.sum(-1) > rounding)[..., None]
         size = true + self.floor * true.sum(-1, keepdims=True)
-        # Where the truth is constant in space there is no energy to compare with.
-        ratio = jnp.where(size > 0, jnp.abs(predicted - true) / jnp.where(size > 0, size, 1), 0)
-        return jnp.mean(ratio)
+        return jnp.mean(jnp.where(varies, jnp.abs(predicted - true) / jnp.where(varies, size, 1), 0))
 
 
 PENALTIES = {

@@ -87,8 +87,8 @@ def spread_error(
     """Whether the spread of the members tells the error of their mean, sample by sample. Jittable.
 
     The correlation is that of Whitaker & Loughe 1998, doi:10.1175/1520-0493(1998)126<3292:TRBESA>2.0.CO;2; zero where
-    one of the two is the same in all samples. Raises ConfigError for less than two members or three samples, SpecError
-    for shapes that do not fit.
+    one of the two is the same in all samples, up to rounding. Raises ConfigError for less than two members or three
+    samples, SpecError for shapes that do not fit.
     """
     members, truth = _check(members, spec), jnp.asarray(truth)
     check_pair(members[0], truth, spec)
@@ -100,9 +100,16 @@ def spread_error(
     measure = Measure.of(spec, mask)
     spread = jnp.sqrt(measure.mean(variance(members)))
     error = jnp.sqrt(measure.mean((members.mean(0) - truth) ** 2))
-    a, b = spread - spread.mean(0), error - error.mean(0)
+    a, b = _deviation(spread), _deviation(error)
     size = jnp.sqrt((a**2).sum(0) * (b**2).sum(0))
     return SpreadError(spread, error, jnp.where(size == 0, 0.0, (a * b).sum(0) / jnp.where(size == 0, 1.0, size)))
+
+
+def _deviation(numbers):
+    """From the mean over samples; zero where all are the same, up to rounding."""
+    deviation = numbers - numbers.mean(0)
+    rounding = (8 * jnp.finfo(deviation.dtype).eps) ** 2 * (numbers**2).mean(0)
+    return jnp.where((deviation**2).mean(0) <= rounding, 0.0, deviation)
 
 
 def _check(members, spec: Spec) -> Array:

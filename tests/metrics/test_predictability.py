@@ -83,6 +83,15 @@ def test_equal_spread_tells_nothing():
     assert_array_equal(spread_error(np.stack([truth + error + 1, truth + error - 1]), truth, SPEC).correlation, [[0.0]])
 
 
+def test_equal_samples_tell_nothing():
+    """Sums over the batch leave rounding, which correlates with itself."""
+    random = np.random.default_rng(6)
+    for count in (3, 7):
+        members = np.repeat(280 + random.normal(size=(4, 1, 16, POINTS, 1)), count, 1).astype(np.float32)
+        truth = np.repeat(280 + random.normal(size=(1, 16, POINTS, 1)), count, 0).astype(np.float32)
+        assert_array_equal(spread_error(members, truth, SPEC).correlation, np.zeros((16, 1)))
+
+
 def test_masked_cells_do_not_count():
     members, mask = mixed([[0.2, 0.4]] * 3), np.ones((POINTS, 1), np.float32)
     mask[3:9] = 0

@@ -20,8 +20,11 @@ def member_distance(ensemble):
     members = len(ensemble)
     if members < 2:
         return ensemble[0] * xp.nan
-    rank = 2 * xp.arange(members, dtype=ensemble.dtype) - (members - 1)
-    return xp.tensordot(rank, xp.sort(ensemble, axis=0), 1) * (2 / (members * (members - 1)))
+    # k (M - k) pairs lie around the gap above member k. No dot product with the members: accelerators keep few digits
+    # of its factors, and temperatures differ in the last ones.
+    below = xp.arange(1, members, dtype=ensemble.dtype).reshape(-1, *(1,) * (ensemble.ndim - 1))
+    gaps = xp.diff(xp.sort(ensemble, axis=0), axis=0)
+    return (below * (members - below) * gaps).sum(0) * (2 / (members * (members - 1)))
 
 
 def rank_shares(ensemble, truth):

@@ -1,5 +1,6 @@
 """Metrics from sums: equal to the definitions on whole frames, wherever space is cut; ensembles and SEEPS."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -89,6 +90,14 @@ def test_crps_is_that_of_scoringrules(members):
         assert_allclose(crps(ensemble, truth, fair=fair), expected, rtol=1e-9, atol=1e-12)
         found = crps(jnp.asarray(ensemble, jnp.float32), jnp.asarray(truth, jnp.float32), fair=fair)
         assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_distances_of_members_on_a_large_offset():
+    ensemble = (101325 + 10 * np.random.default_rng(5).standard_normal((12, 500))).astype(np.float32)
+    expected = np.abs(ensemble[:, None].astype(float) - ensemble).sum((0, 1)) / (12 * 11)
+    assert_allclose(member_distance(ensemble), expected, rtol=1e-6)
+    assert_allclose(member_distance(jnp.asarray(ensemble)), expected, rtol=1e-6)
+    assert "dot_general" not in str(jax.make_jaxpr(member_distance)(ensemble))  # TF32 would lose it all
 
 
 def test_ensemble_scores_from_sums():

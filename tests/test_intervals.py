@@ -92,6 +92,16 @@ def test_increments_of_every_interval_are_those_of_numpy(chunk):
     assert_allclose(fitted.frames.scale[...], values.std(space, dtype=float), rtol=1e-6)
 
 
+def test_a_channel_that_stands_still_has_increments_of_the_size_of_the_field():
+    values = chaos()
+    values[..., 1] = values[:, :1, ..., 1]
+    fitted = Normalizer.fit(dataset(values).windows(), intervals=(1, 4))
+    assert_array_equal(fitted.increments[1], fitted.frames.scale[1])
+    assert_array_equal(fitted.interval_increments[:, 1], [fitted.frames.scale[1]] * 2)
+    increments = np.diff(values[..., 0].astype(float), axis=1)
+    assert_allclose(fitted.increments[0], np.sqrt((increments**2).mean()), rtol=1e-6)
+
+
 def test_masked_cells_do_not_count():
     window = next(iter(dataset(chaos(1)).windows()))
     mask = np.ones(window.frames.shape[1:], "f4")

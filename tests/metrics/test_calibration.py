@@ -80,6 +80,13 @@ def test_the_truth_is_one_more_member(members):
         assert calibration.coverage_from_ranks(ranks, exact) == pytest.approx(inside, abs=1e-12)
 
 
+def test_intervals_within_the_middle_rank_share_it():
+    """Two members: a level of 1 / 3 is the middle rank, that of zero is empty."""
+    ranks = np.array([0.2, 0.5, 0.3])
+    levels = {0.1: 0.15, 1 / 3: 0.5, 0.5: 0.5 + 0.5 / 4, 2 / 3: 0.75}
+    assert_allclose([calibration.coverage_from_ranks(ranks, level) for level in levels], list(levels.values()))
+
+
 def test_jax_and_numpy_agree_on_ensembles_and_ties():
     ensemble = RANDOM.integers(0, 4, (5, 200)).astype(np.float32)
     truth = RANDOM.integers(0, 4, 200).astype(np.float32)

@@ -14,6 +14,7 @@ from physml.models.resnet import ResNetConfig
 from physml.normalize import Normalizer
 from physml.objectives import (
     OBJECTIVES,
+    ConstraintPenalty,
     Curriculum,
     NoisyInputs,
     OneStep,
@@ -111,6 +112,23 @@ def test_truncated_gradients_are_the_sum_of_those_of_their_groups():
     # after a warm-up the groups begin with the first scored step
     pieces = [gradient(OneStep(), constant_window(first=A**k * U0)) for k in (1, 2)]
     assert_allclose(gradient(Unrolled(steps=3, differentiate=2, truncate=1)), np.mean(pieces), rtol=1e-5)
+
+
+class Growth:
+    """Nothing may change."""
+
+    def violation(self, frame, previous, context):
+        return (frame - previous).mean((1, 2))[:, None]
+
+
+@pytest.mark.parametrize("differentiate", [3, 2])
+def test_a_penalty_does_not_reach_through_the_cut_either(differentiate):
+    """d/da of (a u - u)^2 where u, the frame that the step starts from, is given."""
+    objective = Unrolled(3, differentiate, truncate=1)
+    penalized = Penalized(objective, (ConstraintPenalty(Growth()),))
+    given = [A**k * U0 for k in range(3 - differentiate, 3)]
+    expected = np.mean([2 * (A * u - u) * u for u in given])
+    assert_allclose(gradient(penalized) - gradient(objective), expected, rtol=1e-5)
 
 
 def test_pushforward_draws_the_length_of_its_warm_up():

@@ -129,13 +129,15 @@ def predict(
         carry = jax.lax.fori_loop(start, skip, lambda step, carry: warm(carry, step)[0], carry)
     else:
         carry = encode(variables), running
-    first = nnx.merge(graphdef, running, variables).decode(carry[0])
-    advance = body(variables)
-    grouped = (lambda carry, step: advance(cut(carry, step), step)) if truncate and truncate < steps - skip else advance
+    first = nnx.merge(graphdef, running, frozen if skip else variables).decode(carry[0])
+    advance, groups = body(variables), truncate is not None and truncate < steps - skip
+    grouped = (lambda carry, step: advance(cut(carry, step), step)) if groups else advance
     (_, running), frames = jax.lax.scan(grouped, carry, jnp.arange(skip, steps))
     if jax.tree.leaves(running):
         nnx.update(stepper, running)  # batch normalization in training mode has moved them
     previous = jax.tree.map(lambda a, later: jnp.concatenate([jnp.asarray(a)[None], later[:-1]]), first, frames)
+    if groups:  # the frame that a group starts from belongs to the group before
+        previous = jax.tree.map(lambda a: a.at[::truncate].set(jax.lax.stop_gradient(a[::truncate])), previous)
     return Prediction(*jax.tree.map(lambda a: jnp.moveaxis(a, 0, 1), (frames, previous)))
 
 

@@ -91,7 +91,7 @@ class Objective(Protocol):
 
     The second part of the result may hold "channel" (channels,), "lead" (leads,) and "part" {name: number}; training
     records "channel" and "part". With a mask it may also hold "present" (channels,): the share of samples that have the
-    channel, over which "channel" is the mean.
+    channel, over which "channel" is the mean, and "weight" (): what the loss counts in a mean over batches of one size.
     """
 
     def frames(self, history: int) -> int:

@@ -133,6 +133,7 @@ def test_channels_count_where_they_are():
     _, aux = Likelihood()(stepper, walk(mask=mask), KEY)
     assert_allclose(aux["channel"][1], own, rtol=1e-5)
     assert_allclose(aux["present"], [1, 0.25])
+    assert_allclose(aux["weight"], 1.25)
 
 
 def test_gradients_reach_every_parameter_through_conditioning():

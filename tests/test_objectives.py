@@ -291,6 +291,7 @@ def test_the_error_of_a_channel_is_that_of_the_samples_which_have_it():
         assert_allclose(aux["channel"][1], own["channel"][1], rtol=1e-6)
         assert aux["channel"][2] == 0
         assert_allclose(aux["present"], [1, 0.25, 0])
+        assert_allclose(aux["weight"], 1.25)
         assert_allclose((aux["channel"] * aux["present"]).sum() / aux["present"].sum(), total, rtol=1e-6)
         if "lead" in aux:
             assert_allclose(aux["lead"].mean(), total, rtol=1e-6)

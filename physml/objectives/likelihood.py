@@ -92,7 +92,9 @@ class Likelihood(Rollout):
         loss, errors = average(values)
         parts = {"log_likelihood": -surprise, "square_error": error**2, "variance": variance}
         parts = {name: jax.lax.stop_gradient(average(part)[0]) for name, part in parts.items()}
-        return loss, {**scoring.averages(errors, mask), "part": parts}
+        averages = scoring.averages(errors, mask)
+        weight = {"weight": averages["present"].sum()} if "present" in averages else {}
+        return loss, {**averages, **weight, "part": parts}
 
 
 @dataclass(frozen=True)

@@ -159,8 +159,10 @@ def _check_bundle(bundle: int, scored: int, skip: int, truncate: int | None) -> 
 def score(objective, stepper, window: Window, predicted, leads, stop: int | None = None, normalize_increment=None):
     """The loss of `predicted (batch, lead, *space, channel)`, and its parts, see `averages`.
 
-    The last lead is frame `stop - 1` of the window; None: the one after the history, or after `objective.steps` steps.
-    `normalize_increment` stands in for the normalizer's own, where a step is not of one frame.
+    With a mask they hold "weight" () for a loss that is a mean over channels: how many of them a sample has, each
+    counted by its own weight. The last lead is frame `stop - 1` of the window; None: the one after the history, or
+    after `objective.steps` steps. `normalize_increment` stands in for the normalizer's own, where a step is not of one
+    frame.
     """
     if stop is None:
         stop = stepper.history + (objective.steps if hasattr(objective, "steps") else 1)
@@ -179,7 +181,10 @@ def score(objective, stepper, window: Window, predicted, leads, stop: int | None
     errors = loss.errors(predicted, truth, spec, window.mask)
     value = loss.reduce(errors, spec, window.mask, leads)
     # The slices of a joint loss are no channels, or ratios over the whole batch already.
-    return value, averages(errors, None if getattr(loss, "joint", False) else window.mask)
+    parts = averages(errors, None if getattr(loss, "joint", False) else window.mask)
+    if "present" in parts and getattr(loss, "reduction", "mean") == "mean":
+        parts["weight"] = jnp.sum(parts["present"] * jnp.asarray(getattr(loss, "channels", ()) or 1.0))
+    return value, parts
 
 
 def averages(errors: Float[Array, "batch lead channel"], mask=None) -> dict[str, Array]:

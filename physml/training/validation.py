@@ -29,8 +29,8 @@ def count_windows(dataset: Any, frames: int, what: str) -> int:
 class Validation:
     """Mean loss over evenly spread windows of a split (`limit` of them, 0: all), batch by batch.
 
-    Every window counts once, also where they do not fill the last batch; for the error of a channel those that have it.
-    All processes call it together.
+    Every window counts once, also where they do not fill the last batch; for the error of a channel those that have it,
+    for a loss that is a mean over channels as many times as it has channels. All processes call it together.
     """
 
     def __init__(self, dataset: Any, frames: int, batch: int, limit: int, loss: Callable, layout: Layout, key: Any):
@@ -50,7 +50,8 @@ class Validation:
             sizes.append(len(numbers))
             results.append(self.loss(params, rest, self.layout.place(self._read(numbers)), self.key))
         losses, extras = zip(*jax.device_get(results), strict=True)
-        values = {"valid/loss": np.average(losses, axis=0, weights=sizes)}
+        counts = np.array([size * np.maximum(extra.get("weight", 1), 1e-30) for size, extra in zip(sizes, extras)])
+        values = {"valid/loss": np.average(losses, axis=0, weights=counts)}
         if "channel" not in extras[0]:
             return values
         channels = np.array([extra["channel"] for extra in extras])

@@ -58,3 +58,14 @@ def test_channels_count_by_the_windows_that_have_them(devices):
     assert np.isfinite(found["valid/loss/u"])
     data.own = None
     assert np.isnan(validate(OneStep(), data, 4, Layout(data=devices))["valid/loss/v"])  # nothing to measure
+
+
+@pytest.mark.parametrize("devices", [1, 4])
+@pytest.mark.parametrize("loss", [MSE(channels=(1.0, 3.0)), MSE(reduction="sum")])
+def test_a_loss_of_windows_that_lack_channels_does_not_depend_on_the_batches(loss, devices):
+    data, layout = Lacking((6, 6)), Layout(data=devices)
+    whole = stack([data.read(trajectory, range(i, i + 2)) for trajectory in (0, 1) for i in range(5)])
+    expected = OneStep(loss)(problem.build_stepper(), whole, None)[0]
+    expected *= 0.8 if loss.reduction == "sum" else 1  # that of batches of 8
+    for batch in (4, 5):
+        assert_allclose(validate(OneStep(loss), data, batch, layout)["valid/loss"], expected, rtol=1e-5)

@@ -85,7 +85,8 @@ class RolloutScores:
     """`scores(stepper)`: the numbers that a `RolloutValidation` asks for, from one compiled program.
 
     Every call must be given a stepper of the same structure and rolls out from the same starts with the same random
-    numbers. All processes call it together. Raises DataError where no trajectory is long enough.
+    numbers, which differ from batch to batch. All processes call it together. Raises DataError where no trajectory is
+    long enough.
     """
 
     def __init__(self, config: RolloutValidation, stepper: Stepper, dataset: Dataset, layout: Layout, seed: int = 0):
@@ -116,18 +117,19 @@ class RolloutScores:
         results = []
         for first in range(0, len(self.plan), self.batch):
             window, weights = self._read(self.plan[first : first + self.batch])
-            results.append(self._scored(state, window, weights, self.key))
+            results.append(self._scored(state, window, weights, self.key, np.int32(first)))
         sums, counts = jax.tree.map(lambda *parts: np.sum(parts, axis=0), *jax.device_get(results))
         return self._values({name: self._finish(name, parts, counts) for name, parts in sums.items()})
 
     def _compile(self, graph: Any):
-        """`(state, window, weights, key) -> ({metric: sums of its parts}, counts)`; numbers are arguments."""
+        """`(state, window, weights, key, first) -> ({metric: sums of its parts}, counts)`; numbers are arguments."""
         steps, history, spec = self.config.steps, self.history, self.dataset.spec
 
-        def scored(state, window: Window, weights, key):
+        def scored(state, window: Window, weights, key, first):
             stepper = nnx.merge(graph, state)
             stepper.eval()
             truth = window.frames[:, history:]
+            key = jax.random.fold_in(key, first)
             frames = rollout(stepper, dataclasses.replace(window, frames=window.frames[:, :history]), steps, key)
             measure = Measure.of(spec, window.mask)
             counts = jnp.ones((len(spec.channels),)) * weights[:, None]

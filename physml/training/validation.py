@@ -30,7 +30,8 @@ class Validation:
     """Mean loss over evenly spread windows of a split (`limit` of them, 0: all), batch by batch.
 
     Every window counts once, also where they do not fill the last batch; for the error of a channel those that have it,
-    for a loss that is a mean over channels as many times as it has channels. All processes call it together.
+    for a loss that is a mean over channels as many times as it has channels. Every batch draws its own random numbers
+    from `key` (or from an array of keys, one per member), the same at every call. All processes call it together.
     """
 
     def __init__(self, dataset: Any, frames: int, batch: int, limit: int, loss: Callable, layout: Layout, key: Any):
@@ -38,17 +39,18 @@ class Validation:
         chosen = min(limit, count) if limit else count
         self.numbers = [i * count // chosen for i in range(chosen)]
         self.dataset, self.samples, self.batch = dataset, Samples(tuple(dataset.lengths), frames), batch
-        self.loss, self.layout, self.key = loss, layout, key
+        self.loss, self.layout = loss, layout
+        self.keys = {first: _folded(key, first) for first in range(0, chosen, batch)}
         if hasattr(dataset, "prepare"):
             dataset.prepare(self.samples, count=chosen)
 
     def __call__(self, params: dict, rest: dict) -> dict[str, Any]:
         """{"valid/loss": ..., "valid/loss/CHANNEL": ...}: numbers, or arrays `(member,)` where `loss` gives these."""
         results, sizes = [], []
-        for first in range(0, len(self.numbers), self.batch):
+        for first, key in self.keys.items():
             numbers = self.numbers[first : first + self.batch]
             sizes.append(len(numbers))
-            results.append(self.loss(params, rest, self.layout.place(self._read(numbers)), self.key))
+            results.append(self.loss(params, rest, self.layout.place(self._read(numbers)), key))
         losses, extras = zip(*jax.device_get(results), strict=True)
         counts = np.array([size * np.maximum(extra.get("weight", 1), 1e-30) for size, extra in zip(sizes, extras)])
         values = {"valid/loss": np.average(losses, axis=0, weights=counts)}
@@ -72,6 +74,11 @@ class Validation:
         places = [self.samples[number] for number in mine]
         frames = self.samples.frames
         return stack([self.dataset.read(p.trajectory, range(p.start, p.start + frames)) for p in places])
+
+
+@jax.jit
+def _folded(keys, number):
+    return jax.vmap(jax.random.fold_in, (0, None))(keys, number) if keys.ndim else jax.random.fold_in(keys, number)
 
 
 def channel_values(prefix: str, errors: Any, spec: Spec) -> dict[str, Any]:

@@ -326,6 +326,23 @@ def test_rollout_scores_are_those_of_the_evaluation():
     assert_allclose(found["rollout/correlation_time"], float(times.mean()))
 
 
+def test_every_batch_of_rollouts_draws_its_own_numbers_the_same_at_every_call(monkeypatch):
+    """Trajectories are equal: with the same numbers for all, one would score as four do."""
+    stepper, data, layout = problem.build_stepper(), problem.Waves((3,) * 4), Layout(data=1)
+    data.frames = data.frames[:1] * 4
+    advance = type(stepper).advance
+    monkeypatch.setattr(
+        type(stepper), "advance", lambda self, state, c: advance(self, state, c) + jax.random.normal(c.key)
+    )
+    with layout.use():
+        one, four = (
+            RolloutScores(RolloutValidation(steps=1, trajectories=count, batch=1), stepper, data, layout)
+            for count in (1, 4)
+        )
+        assert four(stepper) == four(stepper)
+        assert abs(four(stepper)["rollout/nrmse"] - one(stepper)["rollout/nrmse"]) > 0.01
+
+
 def test_validations_are_compiled_once(monkeypatch, tmp_path):
     stepper, traced, counts = problem.build_stepper(), [], []
     advance = type(stepper).advance

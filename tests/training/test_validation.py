@@ -69,3 +69,20 @@ def test_a_loss_of_windows_that_lack_channels_does_not_depend_on_the_batches(los
     expected *= 0.8 if loss.reduction == "sum" else 1  # that of batches of 8
     for batch in (4, 5):
         assert_allclose(validate(OneStep(loss), data, batch, layout)["valid/loss"], expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("members", [(), (2,)])
+def test_every_batch_draws_its_own_numbers_the_same_at_every_call(members):
+    drawn = []
+
+    def loss(params, rest, window, key):
+        drawn.append(jax.vmap(jax.random.uniform)(key) if members else jax.random.uniform(key))
+        return drawn[-1], {}
+
+    keys = jax.random.split(jax.random.key(0), members) if members else jax.random.key(0)
+    validation = Validation(problem.Waves((12,)), 2, 4, 0, loss, Layout(data=1), keys)
+    once, again = validation({}, {}), validation({}, {})
+    assert np.unique(drawn[:3]).size == 3 * max(members, default=1)
+    assert_allclose(np.array(drawn[:3]), drawn[3:], rtol=0)
+    assert_allclose(once["valid/loss"], np.average(drawn[:3], axis=0, weights=(4, 4, 3)), rtol=1e-6)
+    assert_allclose(again["valid/loss"], once["valid/loss"], rtol=0)

@@ -260,7 +260,9 @@ class TrainingConfig:
         optimizer: see `OptimizerConfig`.
         average: decay of the moving average of the parameters, which is then what is validated and returned; 0: none.
             The decay of update t is at most (1 + t) / (10 + t), so that the first random weights are soon forgotten.
-        precision: number format inside the model; parameters, losses and the optimizer stay in float32.
+        precision: number format of the weights and fields that the model computes with; parameters, scalars, losses and
+            the optimizer stay in float32. Models of this package keep hidden fields in their own `dtype`: for speed set
+            that to "bfloat16", too.
         nonfinite: "stop" at the first NaN or infinite loss or gradient, or "skip" and count such updates.
         skip_limit: updates in a row that may be skipped before training stops anyway.
         log_every: updates between records in metrics.jsonl.

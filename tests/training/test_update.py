@@ -1,5 +1,8 @@
 """The update against a hand-written optimizer step."""
 
+import dataclasses
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,11 +14,11 @@ from numpy.testing import assert_allclose, assert_array_equal
 
 from physml.errors import ConfigError
 from physml.fields import Axis, Channel, Grid, Spec, Window, stack
-from physml.models import ResNetConfig
+from physml.models import FNOConfig, ModernUNetConfig, ResNetConfig
 from physml.normalize import Normalizer
-from physml.objectives import Unrolled
+from physml.objectives import Denoising, Unrolled
 from physml.saving import build_stepper
-from physml.steppers import DirectConfig, ResidualConfig
+from physml.steppers import DirectConfig, RefinerConfig, ResidualConfig
 from physml.training import TrainingConfig
 from physml.training.update import build_loss, build_update, initial_state, split
 
@@ -215,6 +218,40 @@ def test_bfloat16_computes_in_bfloat16_and_keeps_float32():
     _, expected = update(single, rest, jax.random.key(0), (batch(),), 1)
     assert_allclose(metrics["loss"], expected["loss"], rtol=2e-2)
     assert float(metrics["loss"][0]) != float(expected["loss"][0])
+
+
+def test_scalars_keep_their_digits_in_bfloat16():
+    """A refiner's steps 333.33 and 666.67 would be 334 and 668."""
+    seen = []
+
+    class Told(nnx.Module):
+        def __init__(self):
+            self.scale = nnx.Param(jnp.ones(()))
+
+        def __call__(self, fields, scalars):
+            jax.debug.callback(lambda numbers: seen.extend(np.asarray(numbers, float)), scalars[:, 0])
+            return fields[..., -2:] * self.scale[...]
+
+    config = RefinerConfig(minimum=1e-3)
+    parts, params, rest = split(config.build(problem.SPEC, Told(), Normalizer.identity(problem.SPEC)))
+    half = problem.config(precision="bfloat16")
+    jax.block_until_ready(build_loss(Denoising(), parts, half)(params, rest, batch(size=64), jax.random.key(0)))
+    jax.effects_barrier()
+    assert_array_equal(np.unique(seen), config.schedule.times)
+
+
+@pytest.mark.parametrize(
+    "model", [FNOConfig(modes=(3,), width=4, depth=1), ModernUNetConfig(width=8, multipliers=(1, 2))]
+)
+def test_scalars_do_not_widen_hidden_fields(model):
+    model = dataclasses.replace(model, dtype="bfloat16")
+    spec = Spec(Grid((Axis.uniform("x", 16),)), (Channel("u"),))
+    parts, params, rest = split(build_stepper(RefinerConfig(), model, spec, Normalizer.identity(spec)))
+    inner, fields = parts.merge(params, rest, jnp.bfloat16).model.model, jnp.zeros((2, 16, 2), jnp.bfloat16)
+    programs = [str(jax.make_jaxpr(inner)(fields, jnp.zeros((2, 1), dtype))) for dtype in (jnp.float32, jnp.bfloat16)]
+    products = [re.findall(r"(\w+)\[.* = (?:dot_general|conv_general)", program) for program in programs]
+    assert products[0] == products[1]
+    assert "bf16" in products[0]
 
 
 def test_the_update_is_traced_once():

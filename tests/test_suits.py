@@ -29,7 +29,7 @@ from physml.objectives import (
     Unrolled,
 )
 from physml.parallel.mesh import Layout
-from physml.steppers import DirectConfig, GaussianConfig, IntervalConfig, ResidualConfig
+from physml.steppers import DirectConfig, GaussianConfig, IntervalConfig, RefinerConfig, ResidualConfig
 from physml.steppers.describe import build_stepper
 from physml.training import TrainingConfig, fit, fit_members
 
@@ -61,12 +61,12 @@ def stepper(config=None, spec=SPEC, seed=0):
 
 def prepare(config, objective, **fields):
     data = SyntheticConfig("burgers", points=16)
-    return api.prepare(Experiment(data=data, model=MODEL, stepper=config, objective=objective, **fields))
+    return api.prepare(Experiment(data=data, stepper=config, objective=objective, **{"model": MODEL, **fields}))
 
 
-def trainings(folder, objective=None, data=None, one=None):
+def trainings(folder, objective=None, data=None, one=None, **training):
     """By `fit` and by `fit_members`."""
-    training = TrainingConfig(steps=1, batch=2)
+    training = TrainingConfig(steps=1, batch=2, **training)
     data, objective, one = {"train": Data()} if data is None else data, objective or OneStep(), one or stepper()
     rest = data, objective, training
     return (
@@ -107,6 +107,19 @@ def test_what_it_learns_is_not(config, objective):
     prepare(config, objective)
 
 
+HALF_TRAINING = {"training": TrainingConfig(precision="bfloat16")}
+HALF_MODEL = {"model": dataclasses.replace(MODEL, dtype="bfloat16")}
+
+
+@pytest.mark.parametrize("half", [HALF_TRAINING, HALF_MODEL])
+def test_noise_that_a_network_cannot_read_is_refused(half):
+    with pytest.raises(ConfigError, match="6.3e-04, .* to 3.9e-03 only.* Use float32.*minimum=2e-5"):
+        prepare(RefinerConfig(), Denoising(), **half)
+    prepare(RefinerConfig(minimum=2e-5), Denoising(), **half)
+    prepare(RefinerConfig(), Denoising())
+    prepare(ResidualConfig(), OneStep(), **half)
+
+
 def test_a_trained_stepper_may_be_tuned_on_fewer_leads(tmp_path):
     from physml import saving
     from physml.saving import StartFrom
@@ -125,6 +138,7 @@ def test_training_refuses_what_does_not_fit_its_stepper(tmp_path):
         ({"data": {"train": Data(swapped)}}, SpecError, r"channels \['u'\], but the split 'train' has \['v'\]"),
         ({"data": {"train": Data(), "valid": Data(late)}}, SpecError, "frames of the split 'valid' are 9"),
         ({"one": stepper(GaussianConfig())}, ConfigError, "would stay random"),
+        ({"one": stepper(RefinerConfig()), "precision": "bfloat16"}, ConfigError, "6.3e-04, .* stepper.minimum=2e-5"),
     ):
         for start in trainings(tmp_path, **wrong):
             with pytest.raises(error, match=message):
@@ -191,8 +205,6 @@ def test_forcing_that_ends_too_early_is_refused(config, objective):
 
 @pytest.mark.parametrize("objective", [OneStep(), Denoising(), AllToAll(3), RandomInterval((1, 2))])
 def test_windows_without_a_batch_axis_are_refused(objective):
-    from physml.steppers import RefinerConfig
-
     config = {Denoising: RefinerConfig(), AllToAll: TOLD, RandomInterval: IntervalConfig((1, 2))}.get(type(objective))
     with pytest.raises(SpecError, match=r"\(batch, time, \*space, channel\) was expected"):
         jax.eval_shape(lambda: objective(stepper(config), Data().read(0, range(5)), jax.random.key(0))[0])

@@ -1,11 +1,16 @@
 """Whether an objective trains all that a stepper is meant for."""
 
+import math
+
 from physml.errors import ConfigError
 from physml.objectives.denoising import Denoising
 from physml.objectives.intervals import RandomInterval
 from physml.objectives.pairs import AllToAll
 from physml.objectives.unrolled import OneStep, Pushforward, Unrolled
 from physml.steppers.gaussian import GaussianConfig
+from physml.steppers.refiner import RefinerConfig
+
+BFLOAT16 = 2.0**-8  # relative rounding: of numbers of order one, noise of less is lost
 
 WITHOUT_VARIANCE = (AllToAll, Denoising, OneStep, Pushforward, RandomInterval, Unrolled)
 
@@ -42,4 +47,14 @@ def check_leads(config, objective) -> None:
         raise ConfigError(
             f"The stepper is meant for the intervals {config.intervals}, but {type(inner).__name__} never shows it "
             f"{unseen}. Use RandomInterval(intervals={config.intervals}), or IntervalConfig(intervals={drawn})."
+        )
+
+
+def check_precision(config, *formats: str | None) -> None:
+    """Raises ConfigError where a refiner is to remove noise that is lost in the `formats` its network reads."""
+    if isinstance(config, RefinerConfig) and "bfloat16" in formats and (std := math.sqrt(config.minimum)) < BFLOAT16:
+        raise ConfigError(
+            f"The refiner's last step removes noise of {std:.1e}, but a network in bfloat16 reads numbers of order one "
+            f"to {BFLOAT16:.1e} only, so that it could not learn that step. Use float32 (training.precision, and the "
+            "model's dtype), or a larger least variance: stepper.minimum=2e-5."
         )

@@ -14,7 +14,7 @@ from physml.fields import stack
 from physml.interrupt import Signals
 from physml.objectives.curriculum import Stage, stages_of
 from physml.objectives.scoring import check_objective
-from physml.objectives.suits import check_variance
+from physml.objectives.suits import check_precision, check_variance
 from physml.parallel.mesh import Layout
 from physml.progress import Silent
 from physml.training.checkpoint import Checkpoints
@@ -76,7 +76,7 @@ def fit(
     a checkpoint that does not fit, DivergedError when loss or gradient are not finite, and Interrupted after SIGTERM or
     SIGINT, once the running call is finished and its state is saved.
     """
-    check_parts(stepper, datasets, objective)
+    check_parts(stepper, datasets, objective, config)
     dataset, frames = datasets["train"], objective.frames(stepper.history)
     total = config.total_steps(count_windows(dataset, frames, "training"))
     stages = plan_stages(objective, config, layout, total)
@@ -92,14 +92,16 @@ def fit(
     return FitResult(parts.merge(local(weights), local(rest)), step, records, run.best)
 
 
-def check_parts(stepper, datasets: Mapping[str, Any], objective) -> None:
-    """Raises ConfigError, DataError or SpecError for a stepper, data and an objective that do not fit each other."""
+def check_parts(stepper, datasets: Mapping[str, Any], objective, training: TrainingConfig) -> None:
+    """Raises ConfigError, DataError or SpecError for a stepper, data and a training that do not fit each other."""
     check_objective(objective, "Training")
     if not isinstance(datasets, Mapping):
         raise ConfigError(f'The data are a {type(datasets).__name__}, but splits were expected: {{"train": dataset}}.')
     if "train" not in datasets:
         raise DataError(f'There is no "train" split, only {sorted(datasets)}.')
-    check_variance(getattr(stepper, "config", None), objective)
+    config, network = (getattr(part, "config", None) for part in (stepper, getattr(stepper, "model", None)))
+    check_variance(config, objective)
+    check_precision(config, training.precision, getattr(network, "dtype", None))
     for name in ("train", "valid"):
         if (split := datasets.get(name)) is not None:
             stepper.spec.on(split.spec.grid).check_same(split.spec, mine="the stepper", theirs=f"the split {name!r}")

@@ -85,7 +85,7 @@ def fit_members(
     """
     seeds = tuple(seeds)
     _check_seeds(steppers, seeds)
-    check_parts(steppers[0], datasets, objective)
+    check_parts(steppers[0], datasets, objective, config)
     layout = spread_members(layout, len(seeds))
     history, dataset = steppers[0].history, datasets["train"]
     total = config.total_steps(count_windows(dataset, objective.frames(history), "training"))

@@ -115,6 +115,17 @@ def test_the_gradient_of_a_bias_is_twice_the_bias():
     assert_allclose(gradient["model"]["bias"][...], [1.0, 4.0], rtol=1e-3)
 
 
+def test_cells_count_by_their_area():
+    """The velocity is wrong in the second cell alone."""
+    weights = (0.2, 0.4, 0.6, 1.2)
+    uneven = SPEC.on(Grid((Axis("latitude", (0, 1, 2, 3), weights),)))
+    bias = np.array([[0, 0], [0.5, 2.0], [0, 0], [0, 0]])
+    stepper = CONFIG.build(uneven, Knows(bias), NORMALIZER)
+    loss, aux = value(stepper, dataclasses.replace(rising(64), spec=uneven))
+    assert_allclose(loss, 4.25 * 0.4 / 2.4, rtol=1e-3)
+    assert_allclose(aux["channel"], np.array([0.25, 4.0]) * 0.4 / 2.4, rtol=1e-3)
+
+
 def test_masked_cells_do_not_train():
     mask = np.ones((2, 4, 2), np.float32)
     mask[:, 1] = 0

@@ -326,6 +326,13 @@ def test_rollout_scores_are_those_of_the_evaluation():
     assert_allclose(found["rollout/correlation_time"], float(times.mean()))
 
 
+@pytest.mark.parametrize(("trajectories", "expected"), [(2, {0, 3}), (4, {0, 1, 3, 4}), (0, set(range(6)))])
+def test_rollout_scores_are_those_of_trajectories_all_over_the_split(trajectories, expected):
+    config = RolloutValidation(steps=2, starts=2, trajectories=trajectories)
+    plan = RolloutScores(config, problem.build_stepper(), problem.Waves((6,) * 6), Layout()).plan
+    assert plan == [(trajectory, frame) for trajectory in sorted(expected) for frame in (1, 4)]
+
+
 def test_every_batch_of_rollouts_draws_its_own_numbers_the_same_at_every_call(monkeypatch):
     """Trajectories are equal: with the same numbers for all, one would score as four do."""
     stepper, data, layout = problem.build_stepper(), problem.Waves((3,) * 4), Layout(data=1)
@@ -401,6 +408,14 @@ def test_a_rollout_that_blows_up_is_a_bad_score(tmp_path):
     result = fit(problem.build_stepper(), problem.datasets(), problem.OBJECTIVE, config, Layout(), tmp_path,
                  validate=lambda stepper: {"rollout/rmse": next(scores)})  # fmt: skip
     assert result.best == {"step": 4, "value": 2.0}
+
+
+def test_rollouts_that_blow_up_use_up_the_patience(tmp_path):
+    scores = iter([np.inf, np.nan, 1.0])
+    config = problem.config(steps=6, validate_every=2, monitor="rollout/rmse", patience=2)
+    result = fit(problem.build_stepper(), problem.datasets(), problem.OBJECTIVE, config, Layout(), tmp_path,
+                 validate=lambda stepper: {"rollout/rmse": next(scores)})  # fmt: skip
+    assert (result.step, result.best) == (4, None)
 
 
 def test_validations_that_cannot_work():

@@ -180,6 +180,23 @@ def test_resume_from_a_path(tmp_path):
         train(tmp_path / "new", resume=str(first / "checkpoints" / "17"))
 
 
+def test_what_goes_on_in_another_folder_has_a_best_of_its_own(tmp_path):
+    """The best of the first run, which was never reached again, stays where its checkpoint is."""
+    fields = {"steps": 12, "validate_every": 3, "monitor": "mine", "keep": 1}
+    scores, weights = iter([1.0, 2.0, 3.0, 4.0]), []
+
+    def validate(stepper):
+        weights.append([np.array(leaf) for leaf in jax.tree.leaves(stepper)])
+        return {"mine": next(scores)}
+
+    with pytest.raises(Interrupted):
+        train(tmp_path / "first", fields, Trap(signal.SIGTERM, 7), validate=validate)
+    result = train(tmp_path / "other", fields, resume=str(tmp_path / "first"), validate=validate)
+    assert result.best == {"step": 9, "value": 3.0}
+    for a, b in zip(jax.tree.leaves(result.stepper), weights[2], strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
 def test_rewinding_a_run_drops_what_came_later(tmp_path):
     train(tmp_path, {"keep": 9})
     before, state = records(tmp_path), final_state(tmp_path)

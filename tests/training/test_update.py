@@ -140,6 +140,26 @@ def test_channel_errors_of_parts_count_by_the_samples_that_have_the_channel(part
     assert np.isnan(found[0][2])
 
 
+@pytest.mark.parametrize("together", [False, True])
+def test_every_update_and_every_part_of_a_batch_draws_its_own_numbers(together):
+    drawn = []
+
+    class Draws(type(problem.OBJECTIVE)):
+        def __call__(self, stepper, window, key):
+            jax.debug.callback(lambda number: drawn.append(float(number)), jax.random.uniform(key))
+            return super().__call__(stepper, window, key)
+
+    config = problem.config(steps=20, accumulate=2)
+    parts, params, rest = split(problem.build_stepper())
+    transform, update = build_update(Draws(), parts, config, 20)
+    state, windows = initial_state(params, transform, config), (batch(),) * 2
+    for call in [windows] if together else [windows[:1], windows[1:]]:
+        state, _ = update(state, rest, jax.random.key(0), call, len(call))
+    jax.block_until_ready(state)
+    jax.effects_barrier()
+    assert len(drawn) == len(set(drawn)) == 4
+
+
 def spoiled():
     window = batch(1)
     window.frames[3, 1] = np.nan

@@ -86,3 +86,11 @@ def test_every_batch_draws_its_own_numbers_the_same_at_every_call(members):
     assert_allclose(np.array(drawn[:3]), drawn[3:], rtol=0)
     assert_allclose(once["valid/loss"], np.average(drawn[:3], axis=0, weights=(4, 4, 3)), rtol=1e-6)
     assert_allclose(again["valid/loss"], once["valid/loss"], rtol=0)
+
+
+def test_windows_are_spread_over_the_split():
+    def chosen(limit):
+        return Validation(problem.Waves((5, 6)), 2, 4, limit, None, Layout(data=1), jax.random.key(0)).numbers
+
+    assert chosen(3) == [0, 3, 6]
+    assert chosen(0) == chosen(100) == list(range(9))

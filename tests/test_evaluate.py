@@ -23,7 +23,7 @@ from physml.evaluate.statistics import blocks_of_starts
 from physml.experiment import Evaluation, Experiment
 from physml.fields import Window
 from physml.forecast import forecast
-from physml.metrics import METRICS, Measure
+from physml.metrics import METRICS, Measure, Metric
 from physml.models import FNOConfig
 from physml.normalize import Normalizer
 from physml.objectives import Denoising
@@ -130,6 +130,73 @@ def test_batch_size_does_not_matter_and_last_batch_is_not_traced_again(dataset):
     assert len(traces) == 2 * once
     for name in ("score", "score_low", "score_spread", "energy", "spectrum", "correlation_time"):
         assert_allclose(parts[name], whole[name], rtol=2e-5, atol=1e-6)
+
+
+class Noisy(Blowup):
+    def advance(self, state, context):
+        return state[0] + self.rate[...] * jax.random.normal(context.key, state[0].shape), state[1]
+
+
+@pytest.mark.parametrize("members", [None, 2])
+def test_a_second_evaluation_traces_nothing(dataset, members):
+    """Of other numbers and another key; a metric of one's own is known by identity."""
+    traces = []
+
+    class Counted(Noisy):
+        def advance(self, state, context):
+            traces.append("stepper")
+            return super().advance(state, context)
+
+    def statistic(prediction, truth, measure):
+        traces.append("metric")
+        return (measure.mean(abs(prediction - truth)),)
+
+    own = {"own": Metric(statistic, lambda mean: mean)}
+
+    def scores(rate, seed):
+        model, floors = Counted(dataset.spec, rate), {"climatology": ClimatologyConfig().fit(dataset)}
+        found = evaluate_stepper(
+            model, dataset, 2, starts=1, floors=floors, metrics=own, members=members, key=jax.random.key(seed), draws=2
+        )
+        return found["score"].sel(model="model").values
+
+    first, once = scores(1.0, 0), len(traces)
+    assert abs(scores(1.0, 1) - first).min() > 0
+    assert abs(scores(3.0, 0) - first).min() > 0.1
+    assert len(traces) == once
+
+
+def test_steppers_that_hold_lists_are_scored(dataset):
+    model = Blowup(dataset.spec)
+    model.notes = ["no", "hash"]
+    assert np.isfinite(evaluate_stepper(model, dataset, 2, starts=1, metrics=("rmse",))["score"]).all()
+
+
+@pytest.mark.parametrize("stacked", [False, True])
+def test_devices_share_the_starts_of_all_members(dataset, stacked):
+    """Each of the four holds the members of its own two of the eight starts."""
+    shapes, whole = [], (2, 24, 8, 6, 2) if stacked else (24, 8, 6, 2)
+
+    class Seen(Noisy):
+        def advance(self, state, context):
+            state = super().advance(state, context)
+            jax.debug.inspect_array_sharding(state[0], callback=lambda s: shapes.append(s.shard_shape(whole)))
+            return state
+
+    model = Seen(dataset.spec)
+    if stacked:
+        model = stack_members([model, Seen(dataset.spec, rate=2.0)])
+    evaluate_stepper(model, dataset, 2, starts=4, batch=8, members=6 if stacked else 3, metrics=("rmse",), draws=2)
+    assert shapes == [(*whole[:-4], 6, 8, 6, 2)]
+
+
+def test_equal_starts_have_draws_of_their_own(spec, tiny):
+    """Within a batch and in another one: the error of a still truth is the noise of its start."""
+    still = Trajectories(spec, tiny, lengths=(9, 9), still=True)
+    starts = [(0, frame) for frame in range(1, 9)]
+    scores = evaluate_stepper(Noisy(spec), still, 1, starts=starts, batch=4, metrics=("rmse",), per_start=True)
+    errors = scores["score_per_start"].sel(channel="u").values.ravel()
+    assert len(set(errors)) == len(starts)
 
 
 def test_constant_drift_is_measured_exactly(spec, tiny):
@@ -332,12 +399,7 @@ def test_numbers_that_are_none_are_named(dataset, labelled, options, message):
 
 
 def test_stochastic_rollouts_follow_their_key(dataset):
-    class Noisy(Blowup):
-        def advance(self, state, context):
-            noise = jax.random.normal(context.key, state[0].shape)
-            return state[0] + noise, state[1]
-
-    model = Noisy(dataset.spec)
+    model = Noisy(dataset.spec, rate=1.0)
     one, again = (
         evaluate_stepper(model, dataset, 2, starts=2, metrics=("rmse",), key=jax.random.key(1)) for _ in range(2)
     )
@@ -383,11 +445,8 @@ def test_an_ensemble_of_steppers_is_scored_as_one(dataset):
 
 
 def test_realizations_of_a_stochastic_stepper_are_an_ensemble(dataset):
-    class Noisy(Blowup):
-        def advance(self, state, context):
-            return state[0] + jax.random.normal(context.key, state[0].shape), state[1]
-
-    scores = evaluate_stepper(Noisy(dataset.spec), dataset, 2, starts=3, members=20, metrics=("spread", "spread_skill"))
+    noisy, metrics = Noisy(dataset.spec, rate=1.0), ("spread", "spread_skill")
+    scores = evaluate_stepper(noisy, dataset, 2, starts=3, members=20, metrics=metrics)
     # the sum of n standard normal numbers; 20 members, 3 x 3 starts and 48 cells
     expected = np.broadcast_to(np.sqrt([1, 2]), (2, 2))
     assert_allclose(scores["score"].sel(model="model", metric="spread"), expected, rtol=0.03)

@@ -2,7 +2,9 @@
 
 import concurrent.futures
 import dataclasses
+import functools
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +31,10 @@ from physml.evaluate.statistics import (
     whole,
 )
 from physml.fields import Spec, Window, stack
-from physml.metrics import METRICS, THRESHOLDS, Measure, MomentMetric
+from physml.metrics import METRICS, THRESHOLDS, Measure, Metric, MomentMetric
 from physml.metrics.table import write_netcdf
 from physml.rollout import rollout
+from physml.rollout.scan import remembered
 from physml.steppers import Members
 from physml.steppers.members import drawn
 
@@ -221,6 +224,62 @@ def _check_starts(plan, lengths, history):
     return plan
 
 
+@dataclass(frozen=True)
+class _Scoring:
+    """What is taken of every rollout; hashable, so that programs are found again. No metrics: the rollout itself."""
+
+    spec: Spec
+    metrics: tuple[tuple[str, Metric], ...] | None = None
+    spectrum_leads: tuple[int, ...] = ()
+    ensembles: bool = False
+
+    def __call__(self, ensemble, truth, climatology, mask):
+        """`ensemble (member, batch, lead, *space, channel)`."""
+        frames = ensemble.mean(0) if len(ensemble) > 1 else ensemble[0]
+        if self.metrics is None:
+            return frames
+        measure = Measure.of(self.spec, mask, climatology)
+        parts, pairs = pair_statistics(frames, truth, measure, dict(self.metrics))
+        parts |= field_statistics(frames, measure, self.spectrum_leads)
+        finite = finite_frames(frames)
+        parts["finite"] = (finite[..., None].astype(jnp.float32),)
+        if self.ensembles:
+            parts |= ensemble_statistics(ensemble, truth, measure)
+        return parts, pairs, frames[:1], _repeated(ensemble)
+
+
+@remembered
+def _scored(graph, stacked: int, repeats: int, leads: int, skip: int, scoring: _Scoring):
+    """`(numbers, window, truth, climatology, key) -> scoring(rollout, ...)`, jitted, of `stacked * repeats` members."""
+
+    @jax.jit
+    def scored(state, window, truth, climatology, key):
+        start, batch = _later(window, skip), window.frames.shape[0]
+        if repeats > 1:
+            # Realizations of one start side by side: those of a device stay on it, where tiling would move them all.
+            start = jax.tree.map(lambda a: jnp.repeat(a, repeats, axis=0), start)
+
+        def run(state, key):
+            model = nnx.merge(graph, state)
+            model.eval()
+            return rollout(model, start, leads, key)
+
+        if stacked:
+            frames = jax.vmap(run)(state, jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(stacked)))
+        else:
+            frames = run(state, key)
+        frames = frames.reshape(max(stacked, 1), batch, repeats, *frames.shape[bool(stacked) + 1 :])
+        frames = jnp.moveaxis(frames, 2, 1)
+        return scoring(frames.reshape(-1, *frames.shape[2:]), truth, climatology, window.mask)
+
+    return scored
+
+
+@functools.partial(jax.jit, static_argnames=("spec", "spectrum_leads"))
+def _of_truth(frames, mask, *, spec: Spec, spectrum_leads: tuple[int, ...]):
+    return field_statistics(frames, Measure.of(spec, mask), spectrum_leads)
+
+
 class _Run:
     """The jitted functions of one evaluation and the loop over its batches."""
 
@@ -235,48 +294,20 @@ class _Run:
         # Correlation is always taken: the high-correlation time needs it.
         metrics = {**setting.metrics, "correlation": METRICS["correlation"]}
         self.of_ensembles = {label: m for label, m in metrics.items() if isinstance(m, MomentMetric)}
-        self.metrics = {label: m for label, m in metrics.items() if label not in self.of_ensembles}
-        self.models = {label: self._compile(m, self._score, counts.get(label)) for label, m in models.items()}
-        self.climatology = None if climatology is None else self._compile(climatology, lambda frames, *_: frames)
-        self.truth = jax.jit(
-            lambda frames, mask: field_statistics(frames, Measure.of(setting.spec, mask), setting.spectrum_leads)
-        )
+        single = tuple((label, m) for label, m in metrics.items() if label not in self.of_ensembles)
+        scoring = _Scoring(setting.spec, single, setting.spectrum_leads, bool(self.of_ensembles))
+        self.models = {label: self._prepare(model, scoring, counts.get(label)) for label, model in models.items()}
+        self.climatology = None if climatology is None else self._prepare(climatology, _Scoring(setting.spec))
 
-    def _compile(self, stepper: Stepper, finish, members: int | None = None):
-        """`(window, truth, climatology, number of the batch) -> finish(rollout, ...)`, with the parameters as arguments
-        of jit."""
-        if members and isinstance(stepper, Members):
-            stepper = stepper.apart()
-        graph, state = nnx.split(stepper)
+    def _prepare(self, stepper: Stepper, scoring: _Scoring, members: int | None = None):
+        """`(window, truth, climatology, key) -> scoring(rollout, ...)` of a stepper; of `members`, each by itself."""
+        stacked = stepper.count if members and isinstance(stepper, Members) else 0
+        graph, state = nnx.split(stepper.stacked if stacked else stepper)
         state = jax.tree.map(lambda a: a.addressable_data(0) if not a.is_fully_addressable else a, state)
         state = jax.device_put(state, NamedSharding(self.mesh, PartitionSpec()))
-        skip = self.history - stepper.history
-
-        @jax.jit
-        def scored(state, window, truth, climatology, number):
-            model = nnx.merge(graph, state)
-            model.eval()
-            start, mask = _later(window, skip), window.mask
-            if members:
-                start = jax.tree.map(lambda a: jnp.tile(a, (members, *(1,) * (a.ndim - 1))), start)
-            frames = rollout(model, start, self.leads, jax.random.fold_in(self.key, number))
-            frames = frames.reshape(members, -1, *frames.shape[1:]) if members else frames
-            return finish(frames, truth, climatology, mask)
-
-        return lambda *arguments: scored(state, *arguments)
-
-    def _score(self, frames, truth, climatology, mask):
-        setting = self.setting
-        measure = Measure.of(setting.spec, mask, climatology)
-        ensemble = frames if frames.ndim > truth.ndim else frames[None]
-        frames = ensemble.mean(0) if len(ensemble) > 1 else ensemble[0]
-        parts, pairs = pair_statistics(frames, truth, measure, self.metrics)
-        parts |= field_statistics(frames, measure, setting.spectrum_leads)
-        finite = finite_frames(frames)
-        parts["finite"] = (finite[..., None].astype(jnp.float32),)
-        if self.of_ensembles:
-            parts |= ensemble_statistics(ensemble, truth, measure)
-        return parts, pairs, frames[:1], _repeated(ensemble)
+        repeats = (members or 1) // (stacked or 1)
+        scored = _scored(graph, stacked, repeats, self.leads, self.history - stepper.history, scoring)
+        return functools.partial(scored, state)
 
     def __call__(self, dataset: Dataset, plan, groups, count: int, batch: int, several: str | None = None):
         """`several`: the model whose members must differ, because they were asked for."""
@@ -295,9 +326,11 @@ class _Run:
                 window, truth, mask = jax.device_put(
                     (window, truth, mask), NamedSharding(self.mesh, PartitionSpec("data"))
                 )
-                normal = None if self.climatology is None else self.climatology(window, truth, None, number)
-                found = {label: model(window, truth, normal, number) for label, model in self.models.items()}
-                of_truth = self.truth(truth, mask)
+                key = jax.random.fold_in(self.key, number)
+                normal = None if self.climatology is None else self.climatology(window, truth, None, key)
+                found = {label: model(window, truth, normal, key) for label, model in self.models.items()}
+                spectrum_leads = self.setting.spectrum_leads
+                of_truth = _of_truth(truth, mask, spec=self.setting.spec, spectrum_leads=spectrum_leads)
                 index = np.resize(groups[number * batch : (number + 1) * batch], batch)
                 counts = weights
                 if mask is not None:  # a channel that a sample lacks altogether does not count there

@@ -1,5 +1,6 @@
 """Many steps of any stepper in one `lax.scan`."""
 
+import functools
 import math
 
 import jax
@@ -33,6 +34,24 @@ def rollout(stepper, window: Window, steps: int, key=None, *, remat: bool | str 
     state = stepper.encode(window.frames[:, : stepper.history], window.context(0, stepper.history, key))
     frames = _scan(body, state, steps, "step" if remat is True else remat or "none")
     return jax.tree.map(lambda a: jnp.moveaxis(a, 0, 1), frames)
+
+
+def remembered(make):
+    """`make`, which gives a jitted function, with the last results kept: another function would be compiled again.
+
+    Made anew where an argument cannot be hashed, as steppers of one's own that hold a list.
+    """
+    cached = functools.lru_cache(maxsize=32)(make)
+
+    @functools.wraps(make)
+    def find(*arguments):
+        try:
+            hash(arguments)
+        except TypeError:
+            return make(*arguments)
+        return cached(*arguments)
+
+    return find
 
 
 def check_window(stepper, window: Window, steps: int | None) -> None:

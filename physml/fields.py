@@ -348,7 +348,7 @@ class Window:
     def context(self, step, history: int, key=None) -> Context:
         """The context in which frame `history + step` is predicted (`step` may be traced).
 
-        Past the last given time the clock goes on with `spec.time_step`; forcing must reach that far.
+        Past the last given time the clock goes on with `spec.time_step`; forcing and calendar must reach that far.
         """
         index = history + step
         last = self.times.shape[1] - 1
@@ -357,7 +357,8 @@ class Window:
         beyond = jnp.asarray(index - at, dtype) * jnp.asarray(self.spec.time_step, dtype)
 
         def take(array):
-            return jax.lax.dynamic_index_in_dim(jnp.asarray(array), at, axis=1, keepdims=False)
+            own = jnp.clip(jnp.asarray(index), 0, array.shape[1] - 1)  # it may reach further than the times
+            return jax.lax.dynamic_index_in_dim(jnp.asarray(array), own, axis=1, keepdims=False)
 
         time = take(self.times) + beyond
         previous = jax.lax.dynamic_index_in_dim(jnp.asarray(self.times), jnp.clip(at - 1, 0, last), 1, keepdims=False)

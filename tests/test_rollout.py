@@ -23,7 +23,7 @@ from physml.rollout import (
     rollout_chunks,
     rollout_stride,
 )  # fmt: skip
-from physml.steppers import ResidualConfig, stack_members
+from physml.steppers import DirectConfig, ResidualConfig, stack_members
 
 chunks = importlib.import_module("physml.rollout.chunks")
 
@@ -324,6 +324,65 @@ def test_what_cannot_be_rolled_out_is_said(tiny, spec, window):
         ensemble(stack_members([Shift(spec)] * 2), window, 2, jax.random.split(jax.random.key(0), 3))
     with pytest.raises(ConfigError, match="built differently"):
         stack_members([Shift(spec), Shift(spec, noise=1.0)])
+
+
+class Season(nnx.Module):
+    """Says the sine of the year, as pointwise networks are told it, or the forcing."""
+
+    def __init__(self, forcing=False):
+        self.forcing = forcing
+
+    def __call__(self, fields, scalars):
+        told = fields[..., -1:] if self.forcing else scalars[:, None, None, :1]
+        return jnp.broadcast_to(told, (*fields.shape[:-1], 2))
+
+
+def seasonal(tiny, days, **kind):
+    """A stepper that reads the calendar, and windows of one frame with the calendar and the times of so many."""
+    spec = tiny.spec()
+    year = 0.02 * np.arange(days, dtype=np.float32)
+    calendar = np.broadcast_to(np.stack([year, np.zeros_like(year)], -1), (3, days, 2))
+    stepper = DirectConfig(calendar=True, **kind).build(spec, Season(), Normalizer.identity(spec))
+    return stepper, tiny.window(spec, frames=1, calendar=calendar), np.sin(2 * np.pi * year)
+
+
+def test_the_calendar_of_what_is_predicted_is_read(tiny):
+    """Also where times are given for the history alone."""
+    stepper, window, sine = seasonal(tiny, 7, lead=True, longest_lead=6)
+    assert_allclose(rollout(stepper, window, 6)[0, :, 0, 0, 0], sine[1:], atol=1e-6)
+    assert_allclose(direct_leads(stepper, window, [6, 0, 2])[0, :, 0, 0, 0], sine[[6, 0, 2]], atol=1e-6)
+    assert_allclose(rollout_stride(stepper, window, 2, 3)[0, :, 0, 0, 0], sine[[3, 6]], atol=1e-6)
+    assert_allclose(together(rollout_chunks(stepper, window, 6, 4))[0, :, 0, 0, 0], sine[1:], atol=1e-6)
+
+
+def test_a_calendar_that_ends_too_early_is_refused(tiny):
+    """It would stand still at its last date."""
+    stepper, window, _ = seasonal(tiny, 6, lead=True, longest_lead=6)
+    for call in (
+        lambda: rollout(stepper, window, 6),
+        lambda: rollout(stack_members([stepper, stepper]), window, 6),
+        lambda: rollout_chunks(stepper, window, 6, 4),
+        lambda: rollout_chunks(stack_members([stepper]).apart(), window, 6, 4, forcing=lambda *_: window.forcing),
+        lambda: direct_leads(stepper, window, [1, 6]),
+        lambda: rollout_stride(stepper, window, 2, 3),
+    ):
+        with pytest.raises(SpecError, match="reads the calendar, which is given for 6 frames, but 7 are needed"):
+            call()
+
+
+def test_forcing_that_ends_too_early_is_refused_whatever_the_times(tiny):
+    """And one that is given for all frames is read there, where times are given for the history alone."""
+    spec = tiny.spec(forcing=("sun",))
+    stepper = DirectConfig(lead=True, longest_lead=6).build(spec, Season(forcing=True), Normalizer.identity(spec))
+    forcing = np.broadcast_to(np.arange(7, dtype=np.float32).reshape(7, 1, 1, 1), (3, 7, 8, 6, 1))
+    window = tiny.window(spec, frames=1, forcing=forcing)
+    assert_array_equal(rollout(stepper, window, 6)[0, :, 0, 0, 0], np.arange(1, 7))
+    assert_array_equal(rollout_stride(stepper, window, 2, 3)[0, :, 0, 0, 0], [3, 6])
+    assert_array_equal(direct_leads(stepper, window, [6, 0])[0, :, 0, 0, 0], [6, 0])
+    short = tiny.window(spec, frames=9, forcing=forcing[:, :6])
+    for call in (lambda: rollout_stride(stepper, short, 2, 3), lambda: direct_leads(stepper, short, [6])):
+        with pytest.raises(SpecError, match=r"Forcing \['sun'\] is given for 6 frames, but 7 are needed"):
+            call()
 
 
 def test_strides_are_whole_numbers_of_any_type(spec, window):

@@ -69,7 +69,7 @@ def rollout_chunks(
         raise ConfigError(
             f"steps is {steps}, chunk {chunk} and spectrum_every {spectrum_every}, but they count frames: at least 1."
         )
-    check_window(stepper, window, None if forcing else steps)
+    check_window(stepper, window, steps, forcing=forcing is None)
     if spectrum_every:
         check_spectrum(window.spec, window.mask)
     return _generate(stepper, window, steps, min(chunk, steps), key, forcing, spectrum_every or 0, resume)
@@ -135,7 +135,7 @@ class _Pieces:
         beyond = (index - at).astype(self.times.dtype) * step
         return {
             "times": self.times[:, at] + beyond,
-            "calendar": self.calendar[:, at],
+            "calendar": self.calendar[:, np.clip(index, 0, self.calendar.shape[1] - 1)],
             "forcing": self._forcing(first + 1, count),
         }
 

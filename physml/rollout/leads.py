@@ -9,7 +9,7 @@ import numpy as np
 
 from physml.errors import ConfigError, SpecError
 from physml.fields import Window
-from physml.rollout.scan import check_kind, rollout
+from physml.rollout.scan import check_kind, check_reach, rollout
 
 
 def direct_leads(stepper, window: Window, leads: Sequence[float], key=None):
@@ -20,8 +20,8 @@ def direct_leads(stepper, window: Window, leads: Sequence[float], key=None):
         key: typed PRNG key of a stochastic stepper; lead i sees `fold_in(key, i)`.
 
     Returns what `stepper.decode` returns with axes `(batch, lead, ...)`. Pure, jittable and differentiable. Raises
-    SpecError for a stepper that does not know the lead and for forcing that ends before, ConfigError for a lead that it
-    was not trained for.
+    SpecError for a stepper that does not know the lead and for forcing or calendar that end before, ConfigError for a
+    lead that it was not trained for.
     """
     check_kind(window)
     leads = [float(lead) for lead in leads]
@@ -35,11 +35,8 @@ def direct_leads(stepper, window: Window, leads: Sequence[float], key=None):
         raise ConfigError(
             f"Between frames, at lead {fractions[0]:g}, neither forcing nor calendar is known. Ask for whole leads."
         )
-    if spec.forcing and window.forcing.shape[1] < history + max(leads):
-        raise SpecError(
-            f"Forcing is given for {window.forcing.shape[1]} frames, but {history + int(max(leads))} are needed: "
-            f"{history} of history and the longest lead. Give more, or ask for shorter leads."
-        )
+    longest = int(np.ceil(max(leads)))
+    check_reach(stepper, window, history + longest, f"{history} of history and the longest lead, {longest}")
     start = window.context(0, history, key)
     state = stepper.encode(jnp.asarray(window.frames)[:, :history], start)
     now = jnp.asarray(window.times)[:, history - 1]
@@ -60,7 +57,7 @@ def rollout_stride(stepper, window: Window, steps: int, stride: int, key=None, *
     """`rollout` by steps of `stride` frames: what it predicts are the frames at stride, 2 stride, ... .
 
     Raises ConfigError for a stride that the stepper was not trained for, SpecError for a stepper that is not told the
-    length of a step or takes several frames, which lie one frame apart, and for forcing that ends before.
+    length of a step or takes several frames, which lie one frame apart, and for forcing or calendar that end before.
     """
     check_kind(window)
     history = stepper.history
@@ -75,16 +72,15 @@ def rollout_stride(stepper, window: Window, steps: int, stride: int, key=None, *
                 "apart. Use history=1, or stride=1."
             )
     wanted = history - 1 + stride * np.arange(1, steps + 1)
-    given = window.times.shape[1]
-    if window.spec.forcing and steps and wanted[-1] >= given:
-        raise SpecError(
-            f"Forcing is given for {given} frames, but {wanted[-1] + 1} are needed: {history} of history and {steps} "
-            f"steps of {stride}. Give more, or take fewer steps."
-        )
-    at = np.minimum(wanted, given - 1)
-    index = np.concatenate([np.arange(history), at])
-    moving = {name: jnp.asarray(getattr(window, name))[:, index] for name in ("times", "calendar", "forcing")}
-    beyond = np.concatenate([np.zeros(history), wanted - at]) * window.spec.time_step
+    if steps:
+        check_reach(stepper, window, int(wanted[-1]) + 1, f"{history} of history and {steps} steps of {stride}")
+    index = np.concatenate([np.arange(history), wanted])
+
+    def thin(array):
+        return jnp.asarray(array)[:, np.minimum(index, array.shape[1] - 1)]
+
+    moving = {name: thin(getattr(window, name)) for name in ("times", "calendar", "forcing")}
+    beyond = np.maximum(index - (window.times.shape[1] - 1), 0) * window.spec.time_step
     moving["times"] = moving["times"] + jnp.asarray(beyond, moving["times"].dtype)
     thinned = dataclasses.replace(window, frames=window.frames[:, :history], **moving)
     return rollout(stepper, thinned, steps, key, remat=remat)

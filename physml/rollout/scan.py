@@ -22,7 +22,8 @@ def rollout(stepper, window: Window, steps: int, key=None, *, remat: bool | str 
         remat: what the gradient keeps of the forward pass: "none" keeps everything, "step" (or True) the state of every
             step, "sqrt" about 2 sqrt(steps) states at the price of computing them once more.
 
-    Raises SpecError when the window has fewer frames than the history, or forcing that ends before the rollout does.
+    Raises SpecError when the window has fewer frames than the history, or when its forcing, or a calendar that the
+    stepper reads, ends before the rollout does.
     """
     check_window(stepper, window, steps)
 
@@ -54,8 +55,8 @@ def remembered(make):
     return find
 
 
-def check_window(stepper, window: Window, steps: int | None) -> None:
-    """Raises SpecError when a window cannot start a rollout of `steps` (None: forcing comes from elsewhere)."""
+def check_window(stepper, window: Window, steps: int, *, forcing: bool = True) -> None:
+    """Raises SpecError when a window cannot start a rollout of `steps`; `forcing=False`: it comes from elsewhere."""
     check_kind(window)
     history = stepper.history
     if window.frames.shape[1] < history:
@@ -63,11 +64,30 @@ def check_window(stepper, window: Window, steps: int | None) -> None:
             f"The stepper needs {history} frames of history, but the window holds {window.frames.shape[1]}. "
             f"Give the last {history} frames before the first one to be predicted."
         )
-    if steps is not None and window.spec.forcing and window.forcing.shape[1] < history + steps:
+    check_reach(stepper, window, history + steps, f"{history} of history and {steps} steps", forcing=forcing)
+
+
+def check_reach(stepper, window: Window, frames: int, what: str, *, forcing: bool = True) -> None:
+    """Raises SpecError where forcing, or a calendar that the stepper reads, is given for less than `frames` frames;
+    `what` are these. `forcing=False`: it comes from elsewhere."""
+    names = [channel.name for channel in window.spec.forcing]
+    if forcing and names and window.forcing.shape[1] < frames:
         raise SpecError(
-            f"Forcing {[c.name for c in window.spec.forcing]} is given for {window.forcing.shape[1]} frames, but "
-            f"{history + steps} are needed: {history} of history and {steps} steps. Give more, or take fewer steps."
+            f"Forcing {names} is given for {window.forcing.shape[1]} frames, but {frames} are needed: {what}. Give "
+            "more, or take fewer steps."
         )
+    if _reads_calendar(stepper) and window.calendar.shape[1] < frames:
+        raise SpecError(
+            f"The stepper reads the calendar, which is given for {window.calendar.shape[1]} frames, but {frames} are "
+            f"needed: {what}. Give the dates of what is predicted too, Window.of(..., times=, calendar=), or use "
+            "physml.forecast, which knows them."
+        )
+
+
+def _reads_calendar(stepper) -> bool:
+    for wrapped in ("stepper", "members"):  # of a `Distribution`, and of an ensemble that is `Apart`
+        stepper = getattr(stepper, wrapped, stepper)
+    return getattr(getattr(stepper, "config", None), "calendar", False)
 
 
 def check_kind(window) -> None:

@@ -19,7 +19,7 @@ from physml.normalize import Normalizer
 from physml.objectives import OBJECTIVES, AllToAll, OneStep, ordered_pairs
 from physml.objectives.pairs import pick
 from physml.rollout import direct_leads, rollout, rollout_stride
-from physml.steppers import DirectConfig, ResidualConfig
+from physml.steppers import BundledConfig, DirectConfig, FluxConfig, GaussianConfig, ResidualConfig
 from physml.training.validation import count_windows
 
 STEP, RATE = 0.5, 0.3
@@ -195,6 +195,28 @@ def test_leads_that_were_never_seen_are_refused():
     deaf = DirectConfig().build(SPEC, _Same(), Normalizer.identity(SPEC))
     with pytest.raises(SpecError, match="does not tell its network the length"):
         direct_leads(deaf, window, [1])
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        DirectConfig(lead=True),
+        ResidualConfig(lead=True),
+        BundledConfig(bundle=3, lead=True),
+        FluxConfig(lead=True),
+        GaussianConfig(lead=True),
+    ],
+)
+def test_steppers_of_one_step_have_seen_that_lead_alone(config):
+    class Repeated(nnx.Module):
+        def __call__(self, fields, scalars):
+            return jnp.repeat(fields[..., :1], config.signature(SPEC).outputs, -1)
+
+    one, window = config.build(SPEC, Repeated(), Normalizer.identity(SPEC)), decaying(3)
+    assert_allclose(direct_leads(one, window, [1, 1.0])[:, 1], rollout(one, window, 1)[:, 0], rtol=1e-6)
+    for lead in (0, 0.5, 2):
+        with pytest.raises(ConfigError, match=f"lead of {lead} .* trained for steps of 1 only"):
+            direct_leads(one, window, [1, lead])
 
 
 class _Same(nnx.Module):

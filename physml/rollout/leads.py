@@ -16,7 +16,8 @@ def direct_leads(stepper, window: Window, leads: Sequence[float], key=None):
     """Frames at several leads, each predicted in a single step from the last frame of the history.
 
     Args:
-        leads: in time steps of the data, also zero; also fractions where nothing depends on the calendar or on forcing.
+        leads: in time steps of the data, up to the `longest_lead` of the stepper: also zero where that is above 1, also
+            fractions where nothing depends on the calendar or on forcing.
         key: typed PRNG key of a stochastic stepper; lead i sees `fold_in(key, i)`.
 
     Returns what `stepper.decode` returns with axes `(batch, lead, ...)`. Pure, jittable and differentiable. Raises
@@ -97,6 +98,11 @@ def check_lead(stepper, lead: float) -> None:
         )
     if intervals is None:
         longest = getattr(config, "longest_lead", 1)
+        if longest == 1 and lead != 1:
+            raise ConfigError(
+                f"A lead of {lead:g} time steps was asked for, but the stepper is trained for steps of 1 only. Reach "
+                "it by several of them (`rollout`), or train DirectConfig(lead=True, longest_lead=...) with AllToAll."
+            )
         if not 0 <= lead <= longest:
             raise ConfigError(
                 f"A lead of {lead:g} time steps was asked for, but the stepper is trained for 0 to {longest}. Reach it "

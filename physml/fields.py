@@ -315,7 +315,7 @@ class Window:
     def of(cls, frames, spec: Spec, **fields) -> "Window":
         """A batched window from frames `(batch, time, *space, channel)`; whatever is not given is regular or empty.
 
-        Raises SpecError when the shape does not fit `spec`.
+        Raises SpecError when the shape does not fit `spec`, or for whole numbers.
         """
         expected = (*spec.grid.shape, len(spec.channels))
         if frames.ndim != 3 + spec.grid.ndim or tuple(frames.shape[2:]) != expected:
@@ -324,6 +324,8 @@ class Window:
                 f"expected: axes {[a.name for a in spec.grid.axes]}, then channels {list(spec.names)}."
             )
         batch, space, dtype = frames.shape[0], spec.grid.shape, frames.dtype
+        if not jnp.issubdtype(dtype, jnp.inexact):  # steppers keep the type: predictions would be rounded to it
+            raise SpecError(f"frames are {dtype}, but floating-point numbers were expected: frames.astype('float32').")
         times = fields.get("times")
         if times is None:
             times = np.arange(frames.shape[1], dtype=dtype) * np.asarray(spec.time_step, dtype)

@@ -241,6 +241,17 @@ def test_training_does_not_see_the_averaging():
     assert Curriculum(objective, steps=(1, 3)).frames(1) == 13
 
 
+@pytest.mark.parametrize("average", [False, True])
+def test_frames_of_half_precision_step_and_train(average):
+    model, window = stepper(average=average), frames_of(9)
+    short = dataclasses.replace(window, frames=jnp.asarray(window.frames, jnp.bfloat16))
+    frames = rollout(model, short, 4)
+    assert frames.dtype == jnp.bfloat16
+    assert_allclose(frames.astype("f4"), rollout(model, window, 4), rtol=0.05)  # 8 bits, in every step
+    objective, key = RandomInterval(steps=2, space="normalized"), jax.random.key(0)
+    assert_allclose(objective(model, short, key)[0], objective(model, window, key)[0], rtol=0.1)
+
+
 @pytest.mark.parametrize("wrap", [NoisyInputs, lambda objective: NoisyInputs(NoisyInputs(objective))])
 def test_noise_reaches_the_single_steps_of_an_averaging_stepper(wrap):
     noisy, window, key = wrap(RandomInterval(steps=2)), frames_of(9), jax.random.key(0)

@@ -97,7 +97,7 @@ class Direct(nnx.Module):
         previous = state[:, -1]
         output = self.ask(*self.inputs(state, context), context)
         frame = self.finish(self.predict(previous, output, context), previous, context)
-        return jnp.concatenate([state[:, 1:], frame[:, None]], axis=1)
+        return jnp.concatenate([state[:, 1:], frame[:, None].astype(state.dtype)], axis=1)
 
     def inputs(self, frames, context: Context):
         """Fields and scalars that the network reads of `frames` `(batch, history, *space, channel)`."""

@@ -10,8 +10,9 @@ from flax import nnx
 from numpy.testing import assert_allclose, assert_array_equal
 
 from physml.errors import ConfigError, SpecError
-from physml.fields import Axis, Grid
+from physml.fields import Axis, Grid, Window
 from physml.normalize import Normalizer
+from physml.objectives import Unrolled
 from physml.rollout import rollout
 from physml.steppers.packing import count
 from physml.steppers.plain import DirectConfig, ResidualConfig
@@ -90,6 +91,23 @@ def test_conditions_reach_the_network(tiny):
     for name, values in fields.items():
         changed = dataclasses.replace(window, **{name: values + 0.3})
         assert np.abs(np.asarray(rollout(stepper, changed, 2)) - before).max() > 1e-5, name
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("config", [DirectConfig(), ResidualConfig(history=2)])
+def test_frames_keep_their_type_over_many_steps(tiny, spec, window, config, dtype):
+    """Numbers of the normalizer and of the network are float32; an objective runs the same loop."""
+    stepper = config.build(spec, tiny.model(2 * config.history, 2), Normalizer.identity(spec))
+    short = dataclasses.replace(window, frames=jnp.asarray(window.frames, dtype))
+    frames = rollout(stepper, short, 2)
+    assert frames.dtype == dtype
+    assert_allclose(frames.astype("f4"), rollout(stepper, window, 2), atol=0.1)  # 8 bits of numbers up to 4, twice
+    assert np.isfinite(Unrolled(2)(stepper, short, None)[0])
+
+
+def test_whole_numbers_are_no_frames(spec, window):
+    with pytest.raises(SpecError, match="frames are int32, but floating-point"):
+        Window.of(window.frames.astype("i4"), spec)
 
 
 def test_masked_cells_stay_zero_even_when_the_network_says_nan(spec, window):

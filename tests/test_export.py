@@ -141,6 +141,23 @@ def test_constraints_and_masks_are_inside(tiny, tmp_path):
     assert not np.asarray(found)[:, :, :2].any()
 
 
+def test_the_clock_goes_on_over_the_steps(tiny, tmp_path):
+    spec = tiny.spec((8, 6), time_step=0.5)
+
+    class ShowsTime(nnx.Module):
+        def project(self, frame, previous, context):
+            return jnp.zeros_like(frame) + context.time[:, None, None, None]
+
+    stepper = ResidualConfig().build(spec, tiny.model(2, 2), Normalizer.identity(spec), (ShowsTime(),))
+    program = load_exported(export(stepper, tmp_path / "e", steps=3, platforms=("cpu",)))
+    names = [entry["name"] for entry in program.signature["inputs"]]
+    assert "time" in names
+    window = tiny.window(spec, times=np.float32(0.5) * np.arange(4, dtype=np.float32)[None].repeat(3, 0))
+    found = program(**arguments_of(stepper, window, 3, names))
+    assert_allclose(found[:, :, 0, 0, 0], np.tile([0.5, 1.0, 1.5], (3, 1)), rtol=1e-6)
+    assert_allclose(found, reference(stepper, window, 3), rtol=1e-6)
+
+
 @pytest.mark.parametrize("name", ["bundled", "interval", "members", "gaussian", "residual", "persistence"])
 def test_programs_that_cannot_be_called_in_a_row_say_so(tmp_path, name):
     """Calls of one step, each from what the last one gave, are a rollout exactly where the signature says so."""

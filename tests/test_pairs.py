@@ -182,6 +182,35 @@ def test_direct_forecasts_see_the_forcing_of_their_lead():
         direct_leads(model, window, [0.5])
 
 
+class Told(nnx.Module):
+    """Says the time of a step, and draws a number in the first cell."""
+
+    config, history = DirectConfig(lead=True, longest_lead=20), 1
+
+    def encode(self, frames, context):
+        return frames[:, -1]
+
+    def advance(self, state, context):
+        told = jnp.broadcast_to(context.time[:, None, None], state.shape)
+        return told if context.key is None else told.at[:, 0].set(jax.random.normal(context.key, told[:, 0].shape))
+
+    def decode(self, state):
+        return state
+
+
+def test_direct_forecasts_are_told_their_time_and_draw_for_each_lead():
+    """Time counts from the beginning of the window; equal leads are two draws, and those of other keys differ."""
+    window, leads = decaying(2, times=np.float32([[7.0, 7.5]] * 3)), [3, 0, 3, 2.5]
+    keys = (*jax.random.split(jax.random.key(0)), None)
+    keyed = [np.asarray(direct_leads(Told(), window, leads, key)) for key in keys]
+    for frames in keyed:
+        assert_allclose(frames[:, :, 1, 0], np.tile([8.5, 7.0, 8.5, 8.25], (3, 1)))
+    drawn = np.stack([keyed[0][:, :, 0, 0], keyed[1][:, :, 0, 0]])
+    assert len(np.unique(drawn)) == drawn.size
+    alone = direct_leads(Told(), window, leads[:1], keys[0])
+    assert_array_equal(alone[:, 0], keyed[0][:, 0])
+
+
 def test_leads_that_were_never_seen_are_refused():
     window = decaying(2)
     with pytest.raises(ConfigError, match="lead of 21 time steps .* trained for 0 to 20"):

@@ -189,6 +189,17 @@ def test_any_length_needs_one_trace_and_leaves_the_input_alone(spec, window):
     assert_array_equal(on_device.frames, before)
 
 
+def test_short_rollouts_share_few_traces(spec, window):
+    """Buffers of 8, 16 and 32 steps, and one beginning."""
+    stepper = Shift(spec, factor=0.9)
+    before = chunks._advance._cache_size(), chunks._begin._cache_size()
+    found = {steps: together(rollout_chunks(stepper, window, steps, 50)) for steps in (5, 6, 8, 13, 16, 30, 17, 7)}
+    assert chunks._advance._cache_size() - before[0] <= 3
+    assert chunks._begin._cache_size() - before[1] <= 1
+    for steps, frames in found.items():
+        assert_array_equal(frames, found[30][:, :steps])
+
+
 def test_the_next_chunk_is_started_before_the_last_one_is_handed_out(spec, window, monkeypatch):
     started, real = [], chunks._advance
     monkeypatch.setattr(chunks, "_advance", lambda *a, **k: (started.append(1), real(*a, **k))[1])

@@ -90,7 +90,7 @@ def forecast(
             refuses to touch either.
         spectrum_every: also keep `ledger_spectrum_VARIABLE (trajectory, spectrum_step, wavenumber)`, the energy by
             wavenumber shell (`physml.metrics.spectra`) of the initial state and of every so many steps; "auto": of
-            about fifty steps, where the fields have a spectrum.
+            fifty to a hundred steps (of all, where there are fewer), where the fields have a spectrum.
         progress: called with (steps done, steps).
 
     Raises SpecError and DataError for data that does not fit the stepper, before anything is computed; CheckpointError
@@ -110,12 +110,12 @@ def forecast(
     names = _member_names(start, labels)
     if perturb is not None:
         window = _perturbed(window, start.window, stepper, key, 1 if own else members, perturb, perturb_kind)
-    chunk = min(chunk or _default_chunk(window), steps)
+    chunk = chunk or _default_chunk(window)
     spectrum_every = _spectrum_every(spectrum_every, window, steps)
     coords = _lead_coordinates(start) | spectrum_coordinates(start.leads, spectrum_every)
     read = start.forcing and (lambda first, last: _tiled(start.forcing(first, last), members))
-    options = {"steps": steps, "chunk": chunk, "members": members, "on_divergence": on_divergence, "limit": limit}
-    options["spectrum_every"] = spectrum_every
+    options = {"steps": steps, "chunk": min(chunk, steps), "members": members, "on_divergence": on_divergence}
+    options |= {"limit": limit, "spectrum_every": spectrum_every}
     owner = {}
     if out is not None:
         forced = start.forcing.digest() if start.forcing else "none"
@@ -246,7 +246,8 @@ def _spectrum_every(asked, window: Window, steps: int) -> int | None:
         if asked == "auto":
             return None
         raise
-    return max(1, steps // 50) if asked == "auto" else asked
+    # Powers of two: every other distance is another program.
+    return 1 << (max(1, steps // 50).bit_length() - 1) if asked == "auto" else asked
 
 
 def _as_asked(stepper, members: int | None):

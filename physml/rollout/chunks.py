@@ -52,8 +52,9 @@ def rollout_chunks(
 ) -> Iterator[Chunk]:
     """The frames of `rollout`, the same bits, in pieces of `chunk` steps (the last one may be shorter).
 
-    Every chunk runs the same compiled loop, whose length is data: any number of steps needs one trace. A chunk is
-    started before the one ahead of it is handed out, so that writing overlaps with computing.
+    Every chunk runs the same compiled loop, whose length is data: any number of steps from `chunk` on needs one trace,
+    fewer steps that of the next power of two. A chunk is started before the one ahead of it is handed out, so that
+    writing overlaps with computing.
 
     Args:
         forcing: `(first, last) -> (batch, last - first, *space, forcing)` of the frames that steps first..last predict;
@@ -72,7 +73,8 @@ def rollout_chunks(
     check_window(stepper, window, steps, forcing=forcing is None)
     if spectrum_every:
         check_spectrum(window.spec, window.mask)
-    return _generate(stepper, window, steps, min(chunk, steps), key, forcing, spectrum_every or 0, resume)
+    chunk = min(chunk, 1 << (steps - 1).bit_length())  # few lengths of buffers: each is compiled for
+    return _generate(stepper, window, steps, chunk, key, forcing, spectrum_every or 0, resume)
 
 
 def check_spectrum(spec: Spec, mask) -> None:
@@ -86,8 +88,9 @@ def _generate(stepper, window: Window, steps: int, chunk: int, key, forcing, eve
     history = stepper.history
     graph, numbers = nnx.split(stepper)
     pieces = _Pieces(window, history, chunk, forcing)
-    fixed = jax.device_put(replace(window, frames=window.frames[:, :history], **pieces.cut(0, 1)))
-    carry, initial = _begin(graph, numbers, fixed, key, every=every)
+    first = _Pieces(window, history, 1, forcing).cut(0, 1)  # of one length whatever the chunk
+    fixed = jax.device_put(replace(window, frames=window.frames[:, :history], **first))
+    carry, initial = _begin(graph, numbers, fixed, key, spectrum=every > 0)
     initial, begin = jax.tree.map(np.asarray, initial), 0
     if resume is not None:
         begin, carry = resume[0], restore(carry, resume[1])
@@ -156,15 +159,15 @@ def _frame_of(decoded):
     return decoded if isinstance(decoded, jax.Array) else decoded.mean
 
 
-@functools.partial(jax.jit, static_argnames=("graph", "every"))
-def _begin(graph, numbers, piece: Window, key, *, every: int):
+@functools.partial(jax.jit, static_argnames=("graph", "spectrum"))
+def _begin(graph, numbers, piece: Window, key, *, spectrum: bool):
     stepper = nnx.merge(graph, numbers)
     state = stepper.encode(piece.frames, piece.context(0, 1, key))
     # Python scalars in the state are weakly typed, which no file keeps: a continued rollout would promote otherwise.
     state = jax.tree.map(lambda a: jax.lax.convert_element_type(a, jnp.result_type(a)) if _weak(a) else a, state)
     frame = _frame_of(stepper.decode(state))
     ledger = measure(frame, piece.spec, piece.mask)
-    if every:
+    if spectrum:
         ledger = replace(ledger, spectrum=energy_spectrum(frame[:, None], piece.spec.grid)[:, 0])
     return state, ledger
 

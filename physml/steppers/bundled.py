@@ -69,7 +69,7 @@ class Bundle(NamedTuple):
 
 
 class Bundled(Direct):
-    """State: a `Bundle`, in physical units. Under `vmap` over whole states the network is called at every step."""
+    """State: a `Bundle`, in physical units. Under a `vmap` that maps `used` too the network is called at every step."""
 
     @property
     def bundle(self) -> int:

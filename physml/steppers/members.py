@@ -18,6 +18,9 @@ class Members(nnx.Module):
     `apart()` gives every member's own frames, `member(i)` one stepper, `Distribution(members)` mean and variance of the
     mixture of Gaussian steppers. Saved and loaded as one folder.
 
+    Integers without axes in a state are taken for counters of steps and are one for all members: they may not depend on
+    a member's numbers.
+
     Attributes:
         stacked: a stepper whose numbers all have a leading member axis.
     """
@@ -74,7 +77,11 @@ class Members(nnx.Module):
 
     def _decoded(self, state, method: str = "decode"):
         graph, numbers = nnx.split(self.stacked)
-        return jax.vmap(lambda own, s: getattr(nnx.merge(graph, own), method)(s))(numbers, state)
+
+        def call(own, state, counters):
+            return getattr(nnx.merge(graph, own), method)(_joined(state, counters))
+
+        return jax.vmap(call, (0, 0, None))(numbers, *_parted(state))
 
     def _each(self, method: str, state, context: Context, *, shared: bool, given: int | None = 0, **options):
         """`method` of every member. `shared`: one context for all of them; `given`: the member axis of `state`."""
@@ -83,11 +90,32 @@ class Members(nnx.Module):
             context.key, jnp.arange(self.count)
         )  # fmt: skip
 
-        def call(own, state, context, key):
-            return getattr(nnx.merge(graph, own), method)(state, dataclasses.replace(context, key=key), **options)
+        def call(own, state, counters, context, key):
+            member, context = nnx.merge(graph, own), dataclasses.replace(context, key=key)
+            return _parted(getattr(member, method)(_joined(state, counters), context, **options))
 
-        axes = (0, given, None if shared else 0, None if keys is None else 0)
-        return jax.vmap(call, axes)(numbers, state, dataclasses.replace(context, key=None), keys)
+        axes = (0, given, None, None if shared else 0, None if keys is None else 0)
+        arguments = (numbers, *_parted(state), dataclasses.replace(context, key=None), keys)
+        return _joined(*jax.vmap(call, axes, (0, None))(*arguments))
+
+
+def _parted(state):
+    """(all but the counters, the counters), None in place of the others. A counter with a member axis would make
+    `jax.lax.cond` of it compute both branches: a bundled stepper would call its network at every step.
+    """
+
+    def pick(counters: bool):
+        return jax.tree.map(lambda leaf: leaf if _counts(leaf) == counters else None, state)
+
+    return pick(False), pick(True)
+
+
+def _counts(leaf) -> bool:
+    return jnp.ndim(leaf) == 0 and jnp.issubdtype(jnp.result_type(leaf), jnp.integer)
+
+
+def _joined(state, counters):
+    return jax.tree.map(lambda a, b: b if a is None else a, state, counters, is_leaf=lambda leaf: leaf is None)
 
 
 class Apart(nnx.Module):

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jaxtyping import Array, Int
 
 from physml.coding import check_fields
 from physml.errors import ConfigError
@@ -80,15 +81,23 @@ class Bundled(Direct):
         queue = jnp.zeros((frames.shape[0], self.bundle, *frames.shape[2:]), frames.dtype)
         return Bundle(frames, queue, jnp.int32(self.bundle))
 
-    def advance(self, state: Bundle, context: Context) -> Bundle:
+    def advance(self, state: Bundle, context: Context, call: bool | None = None) -> Bundle:
+        """`call`: what the caller knows about whether the queue is used up; None: it is looked up."""
         graph, running, others = nnx.split(self.model, nnx.BatchStat, ...)
 
-        def call(running):
+        def predict(running):
             model = nnx.merge(graph, running, others)  # what a branch changes has to leave it as a result
             return self._predict_bundle(model, state.recent, context), nnx.state(model, nnx.BatchStat)
 
-        empty = state.used == self.bundle
-        queue, running = jax.lax.cond(empty, call, lambda running: (state.queue, running), running)
+        def keep(running):
+            return state.queue, running
+
+        if call is None:
+            empty = state.used == self.bundle
+            queue, running = jax.lax.cond(empty, predict, keep, running)
+        else:
+            empty = call
+            queue, running = (predict if call else keep)(running)
         if jax.tree.leaves(running):
             nnx.update(self.model, running)
         used = jnp.where(empty, 0, state.used)
@@ -110,3 +119,26 @@ class Bundled(Direct):
 
     def decode(self, state: Bundle):
         return state.recent[:, -1]
+
+
+def scan_bundles(advance, carry, steps: Int[Array, " steps"], bundle: int):
+    """`jax.lax.scan` over steps of a bundled stepper that begin with a call of its network.
+
+    Known calls instead of `jax.lax.cond`, whose gradient stores the activations of a call at every step.
+
+    Args:
+        advance: `advance(call=)` gives `(carry, step) -> (carry, result)`, with what is known for `Bundled.advance`.
+    """
+
+    def one(carry, steps):
+        carry, first = advance(call=True)(carry, steps[0])
+        carry, others = jax.lax.scan(advance(call=False), carry, steps[1:])
+        return carry, jax.tree.map(lambda a, later: jnp.concatenate([a[None], later]), first, others)
+
+    whole = len(steps) // bundle * bundle
+    carry, results = jax.lax.scan(one, carry, steps[:whole].reshape(-1, bundle))
+    results = jax.tree.map(lambda a: a.reshape(whole, *a.shape[2:]), results)
+    if whole == len(steps):
+        return carry, results
+    carry, rest = one(carry, steps[whole:])
+    return carry, jax.tree.map(lambda a, later: jnp.concatenate([a, later]), results, rest)

@@ -12,6 +12,7 @@ from physml.coding import check_fields
 from physml.errors import ConfigError, SpecError
 from physml.fields import Window
 from physml.metrics.losses import resolve
+from physml.steppers.bundled import scan_bundles
 
 Space = Literal["normalized", "physical", "increment"]
 
@@ -98,15 +99,16 @@ def predict(
     """
     history = stepper.history
     check_window(window, history + steps, f"{history} (history) + {steps} (steps)")
-    _check_bundle(getattr(stepper, "bundle", 1), steps - skip, skip, truncate)
+    bundle = getattr(stepper, "bundle", 1)
+    _check_bundle(bundle, steps - skip, skip, truncate)
     graphdef, running, variables = nnx.split(stepper, nnx.BatchStat, ...)
 
-    def body(variables):
+    def body(variables, **options):
         def advance(carry, step):
             state, running = carry
             current = nnx.merge(graphdef, running, variables)
             step_key = None if key is None else jax.random.fold_in(key, step)
-            state = current.advance(state, window.context(step, history, step_key))
+            state = current.advance(state, window.context(step, history, step_key), **options)
             return (state, nnx.state(current, nnx.BatchStat)), current.decode(state)
 
         # A scan needs no barrier against common subexpressions: its passes are two loops already.
@@ -130,9 +132,15 @@ def predict(
     else:
         carry = encode(variables), running
     first = nnx.merge(graphdef, running, frozen if skip else variables).decode(carry[0])
-    advance, groups = body(variables), truncate is not None and truncate < steps - skip
-    grouped = (lambda carry, step: advance(cut(carry, step), step)) if groups else advance
-    (_, running), frames = jax.lax.scan(grouped, carry, jnp.arange(skip, steps))
+    groups = truncate is not None and truncate < steps - skip
+
+    def scored(**options):
+        advance = body(variables, **options)
+        return (lambda carry, step: advance(cut(carry, step), step)) if groups else advance
+
+    numbers = jnp.arange(skip, steps)
+    scan = jax.lax.scan(scored(), carry, numbers) if bundle == 1 else scan_bundles(scored, carry, numbers, bundle)
+    (_, running), frames = scan
     if jax.tree.leaves(running):
         nnx.update(stepper, running)  # batch normalization in training mode has moved them
     previous = jax.tree.map(lambda a, later: jnp.concatenate([jnp.asarray(a)[None], later[:-1]]), first, frames)
@@ -151,8 +159,8 @@ def _check_bundle(bundle: int, scored: int, skip: int, truncate: int | None) -> 
         )
     if skip % bundle or (truncate or bundle) % bundle:
         raise ConfigError(
-            f"Gradients are cut after {skip} steps and then every {truncate}, but the stepper predicts {bundle} frames "
-            f"at once. Cut at multiples of {bundle}."
+            f"Gradients are cut after {skip} steps{f' and then every {truncate}' if truncate else ''}, but the stepper "
+            f"predicts {bundle} frames at once. Cut at multiples of {bundle}."
         )
 
 

@@ -148,6 +148,36 @@ def gradient_of_pushforward(window, key):
     return np.atleast_1d(value)
 
 
+@pytest.mark.parametrize("truncate", [None, 3])
+def test_what_is_scored_is_the_rollout(truncate):
+    """Also of a last bundle that is handed out in part."""
+    stepper, window = build((0.9, 0.8, 0.7), NORMALIZER), waves()
+
+    @jax.jit
+    def both(window):
+        return Unrolled(8, truncate=truncate).predict(stepper, window, None), rollout(stepper, window, 8)
+
+    prediction, frames = both(window)
+    assert_allclose(prediction.frames, frames, rtol=1e-6)
+    assert_allclose(prediction.previous[:, 1:], frames[:, :-1], rtol=1e-6)
+
+
+def test_gradients_store_one_call_for_each_bundle():
+    def memory(bundle, steps):
+        stepper = build_stepper(BundledConfig(bundle=bundle), ResNetConfig(width=32, depth=2), SPEC, NORMALIZER)
+        graphdef, params, rest = nnx.split(stepper, nnx.Param, ...)
+
+        def loss(params, window):
+            return Unrolled(steps)(nnx.merge(graphdef, params, rest), window, None)[0]
+
+        window = waves(steps + 1, batch=64)
+        return jax.jit(jax.grad(loss)).lower(params, window).compile().memory_analysis().temp_size_in_bytes
+
+    one = memory(1, 1)
+    assert memory(6, 6) < 1.4 * one  # five more frames of 2 channels beside layers of 32
+    assert memory(6, 12) < 2.5 * one
+
+
 def test_constraints_and_masks_act_on_every_frame():
     class Halve:
         def project(self, frame, previous, context):

@@ -1,5 +1,7 @@
 """Temporal bundling: frames by hand, one call per bundle, and everything else as with any stepper."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -93,6 +95,27 @@ def test_the_history_is_made_of_the_frames_handed_out():
     first = window.frames[:, 0] + window.frames[:, 1]
     assert_allclose(frames[:, 1], 2 * first, rtol=1e-5)
     assert_allclose(frames[:, 2], first + 2 * first, rtol=1e-5)
+
+
+def test_forcing_calendar_and_lead_are_those_of_the_first_frame_of_a_bundle():
+    class Told(nnx.Module):
+        def __call__(self, fields, scalars):
+            told = jnp.concatenate([scalars[:, jnp.array([0, 1, 4])], scalars[:, 2:3]], axis=-1)
+            told = jnp.broadcast_to(told[:, None], (*fields.shape[:2], 4))
+            return jnp.concatenate([fields[..., -1:], told] * 2, axis=-1)
+
+    spec = Spec(SPEC.grid, tuple(map(Channel, "fyadY")), forcing=(Channel("force"),), time_step=2.0)
+    random = np.random.default_rng(0)
+    forcing, calendar = random.normal(size=(2, 5, 8, 1)).astype("f4"), random.uniform(size=(2, 5, 2)).astype("f4")
+    window = Window.of(np.zeros((2, 1, 8, 5), "f4"), spec, forcing=forcing, calendar=calendar)
+    window = dataclasses.replace(window, times=np.float32([[0, 2, 4, 7, 9]] * 2))
+    config = BundledConfig(bundle=2, residual=False, calendar=True, lead=True)
+    frames = rollout(config.build(spec, Told(), Normalizer.identity(spec)), window, 4)
+    first = [1, 1, 3, 3]
+    assert_allclose(frames[..., :1], forcing[:, first], rtol=1e-6)
+    angle = 2 * np.pi * calendar[:, first]
+    told = [np.sin(angle[..., 0]), np.sin(angle[..., 1]), np.float32([[1, 1, 1.5, 1.5]] * 2), np.cos(angle[..., 0])]
+    assert_allclose(frames[:, :, 3, 1:], np.stack(told, -1), atol=1e-6)
 
 
 def test_a_bundle_of_one_is_the_plain_stepper():

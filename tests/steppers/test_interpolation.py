@@ -71,6 +71,16 @@ def test_a_silent_network_leaves_the_solver(hybrid, kind):
     assert_allclose(predicted, frames[:, history : history + 2], atol=3e-5)
 
 
+def test_parameters_of_the_data_reach_the_solver(hybrid):
+    viscosities = (0.005, 0.1)
+    frames = jnp.concatenate([hybrid.frames_of(FLOW, 1, 1, viscosity=v) for v in viscosities])
+    spec, solver = hybrid.spec_of(FLOW, "viscosity"), dataclasses.replace(FLOW, viscosity=(0.001, 0.2))
+    stepper = hybrid.silent(build(LearnedInterpolationConfig(solver), spec))
+    window = Window.of(frames[:, :1], spec, parameters=jnp.asarray(viscosities)[:, None])
+    assert_allclose(hybrid.roll(stepper, window, 1), frames[:, 1:], atol=3e-5)
+    assert abs(frames[0, 1] - frames[1, 1]).max() > 1e-2
+
+
 @pytest.mark.parametrize(
     "stepper_config", [KINDS["temporal_stencil"], CorrectedConfig(FLOW)], ids=["temporal_stencil", "corrected"]
 )
@@ -155,6 +165,18 @@ def test_memory_is_a_projection():
     s = (np.arange(4000) + 0.5) / 4000
     assert_allclose(legendre_memory(4000, 4) @ s**2, [1 / 3, np.sqrt(3) / 6, np.sqrt(5) / 30, 0], atol=1e-6)
     assert np.linalg.matrix_rank(legendre_memory(8, 8)) == 8
+
+
+def test_features_of_the_past(hybrid):
+    """By hand: the mean in units of the fields, changes (which constants do not touch) in those of the increments."""
+    spec, config = hybrid.spec_of(FLOW), KINDS["temporal_stencil"]
+    normalizer = Normalizer(spec, [0.5, -1.0], [2.0, 4.0], [0.1, 0.3])
+    stepper = build_stepper(config, NET, spec, normalizer)
+    faces = np.random.default_rng(0).normal(size=(2, 3, 16, 16, 2)).astype("f4")
+    mean, changes = stepper.past(jnp.asarray(faces))
+    assert_allclose(mean, (faces.mean(1) - [0.5, -1.0]) / [2.0, 4.0], atol=1e-5)
+    by_hand = np.einsum("nt,btyxc->byxcn", legendre_memory(3, 3)[1:], faces / [0.1, 0.3])
+    assert_allclose(changes, by_hand.reshape(2, 16, 16, 4), atol=1e-4)  # float32 numbers up to 30
 
 
 def test_every_frame_matters(hybrid):

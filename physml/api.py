@@ -21,7 +21,7 @@ from physml.experiment import Experiment, load_experiment
 from physml.layers.lora import adapted, add_lora, parameters, trained_share
 from physml.metrics.table import file_of
 from physml.objectives.scoring import check_objective
-from physml.objectives.suits import check_leads, check_precision, check_variance
+from physml.objectives.suits import check_leads, check_variance
 from physml.parallel.mesh import Layout, on_first_process
 from physml.progress import Silent
 from physml.report import report
@@ -121,7 +121,6 @@ def prepare(experiment: Experiment) -> tuple[Experiment, Any, Layout]:
     experiment = complete(experiment, source)
     check_objective(experiment.objective, "The experiment")
     check_variance(experiment.stepper, experiment.objective)
-    check_precision(experiment.stepper, experiment.training.precision, getattr(experiment.model, "dtype", None))
     if source is None:
         check_leads(experiment.stepper, experiment.objective)
     return experiment, source, layout

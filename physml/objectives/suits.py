@@ -1,5 +1,6 @@
 """Whether an objective trains all that a stepper is meant for."""
 
+import logging
 import math
 
 from physml.errors import ConfigError
@@ -9,6 +10,8 @@ from physml.objectives.pairs import AllToAll
 from physml.objectives.unrolled import OneStep, Pushforward, Unrolled
 from physml.steppers.gaussian import GaussianConfig
 from physml.steppers.refiner import RefinerConfig
+
+logger = logging.getLogger("physml.training")
 
 BFLOAT16 = 2.0**-8  # relative rounding: of numbers of order one, noise of less is lost
 
@@ -50,11 +53,11 @@ def check_leads(config, objective) -> None:
         )
 
 
-def check_precision(config, *formats: str | None) -> None:
-    """Raises ConfigError where a refiner is to remove noise that is lost in the `formats` its network reads."""
+def warn_of_precision(config, *formats: str | None) -> None:
+    """Logs where a refiner is to remove noise that is lost in the `formats` its network reads."""
     if isinstance(config, RefinerConfig) and "bfloat16" in formats and (std := math.sqrt(config.minimum)) < BFLOAT16:
-        raise ConfigError(
-            f"The refiner's last step removes noise of {std:.1e}, but a network in bfloat16 reads numbers of order one "
-            f"to {BFLOAT16:.1e} only, so that it could not learn that step. Use float32 (training.precision, and the "
-            "model's dtype), or a larger least variance: stepper.minimum=2e-5."
-        )
+        logger.warning(
+            "The refiner's last step removes noise of %.1e, but a network in bfloat16 reads numbers of order one "
+            "to %.1e only: it cannot learn that step. Use float32 (training.precision and the model's dtype), or a "
+            "larger least variance: stepper.minimum=2e-5.", std, BFLOAT16,
+        )  # fmt: skip

@@ -85,7 +85,7 @@ class Refiner(Direct):
     Every step draws new noise from `context.key`; members of an ensemble differ by their keys alone. Noise, noisy
     increments and the coefficients of the ladder are float32 (or the state's own format, where that is wider) also
     when the network computes in bfloat16. What such a network reads is rounded, to 4e-3 for numbers of order one: noise
-    below that, as of the default `minimum`, is lost on it, and training it there is refused.
+    below that, as of the default `minimum`, is lost on it; training there warns of it.
     """
 
     def advance(self, state, context: Context):

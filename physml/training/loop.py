@@ -14,7 +14,7 @@ from physml.fields import stack
 from physml.interrupt import Signals
 from physml.objectives.curriculum import Stage, stages_of
 from physml.objectives.scoring import check_objective
-from physml.objectives.suits import check_precision, check_variance
+from physml.objectives.suits import check_variance, warn_of_precision
 from physml.parallel.mesh import Layout
 from physml.progress import Silent
 from physml.training.checkpoint import Checkpoints
@@ -101,7 +101,7 @@ def check_parts(stepper, datasets: Mapping[str, Any], objective, training: Train
         raise DataError(f'There is no "train" split, only {sorted(datasets)}.')
     config, network = (getattr(part, "config", None) for part in (stepper, getattr(stepper, "model", None)))
     check_variance(config, objective)
-    check_precision(config, training.precision, getattr(network, "dtype", None))
+    warn_of_precision(config, training.precision, getattr(network, "dtype", None))
     for name in ("train", "valid"):
         if (split := datasets.get(name)) is not None:
             stepper.spec.on(split.spec.grid).check_same(split.spec, mine="the stepper", theirs=f"the split {name!r}")

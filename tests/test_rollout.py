@@ -33,7 +33,7 @@ class Shift(nnx.Module):
 
     def __init__(self, spec, factor=1.0, noise=0.0, break_at=None):
         self.spec, self.history, self.noise, self.break_at = spec, 1, noise, break_at
-        self.factor = nnx.Param(jnp.float32(factor))
+        self.factor = nnx.Param(jnp.asarray(factor, jnp.float32))
 
     def encode(self, frames, context):
         return frames[:, -1]
@@ -394,6 +394,46 @@ def test_forcing_that_ends_too_early_is_refused_whatever_the_times(tiny):
     for call in (lambda: rollout_stride(stepper, short, 2, 3), lambda: direct_leads(stepper, short, [6])):
         with pytest.raises(SpecError, match=r"Forcing \['sun'\] is given for 6 frames, but 7 are needed"):
             call()
+
+
+def test_rollouts_outside_of_jit_are_compiled_once(tiny, spec, window):
+    """For other weights, windows, keys and leads; gradients go through them as before."""
+    traces, single = [], DirectConfig(lead=True, longest_lead=9)
+
+    class Counted(nnx.Module):
+        def __init__(self, factor):
+            self.factor = nnx.Param(jnp.float32(factor))
+
+        def __call__(self, fields, scalars):
+            traces.append(1)
+            return self.factor[...] * fields
+
+    def stepper(factor):
+        return single.build(spec, Counted(factor), Normalizer.identity(spec))
+
+    def run(factor, window, seed, leads):
+        model, key = stepper(factor), jax.random.key(seed)
+        traces.clear()  # building traces too
+        found = (
+            rollout(model, window, 3, key)[:, 2],
+            rollout_stride(model, window, 3, 2)[:, 2],
+            direct_leads(model, window, leads, key)[:, 1],
+        )
+        return found, len(traces)
+
+    assert run(0.5, window, 0, [1, 2])[1] == 3
+    other = dataclasses.replace(window, frames=2 * window.frames)
+    found, traced = run(3.0, other, 1, [4, 9])
+    assert traced == 0
+    for frames, power in zip(found, (3, 3, 1)):
+        assert_allclose(frames, 3.0**power * other.frames[:, 0], rtol=1e-6)
+    slope = jax.grad(lambda u: rollout(stepper(3.0), dataclasses.replace(window, frames=u), 2)[:, 1].sum())
+    assert_allclose(slope(window.frames)[:, 0], 9.0, rtol=1e-6)
+    weights = jax.grad(lambda f: (rollout(Shift(spec, f), window, 2)[:, 1] ** 2).sum())(3.0)
+    assert_allclose(weights, 4 * 3**3 * (window.frames[:, 0] ** 2).sum(), rtol=1e-4)
+    unhashable = Shift(spec)
+    unhashable.notes = ["no", "hash"]
+    assert_array_equal(rollout(unhashable, window, 2), rollout(Shift(spec), window, 2))
 
 
 def test_strides_are_whole_numbers_of_any_type(spec, window):

@@ -9,7 +9,7 @@ import numpy as np
 
 from physml.errors import ConfigError, SpecError
 from physml.fields import Window
-from physml.rollout.scan import check_kind, check_reach, rollout
+from physml.rollout.scan import check_kind, check_reach, rollout, run_compiled
 
 
 def direct_leads(stepper, window: Window, leads: Sequence[float], key=None):
@@ -40,18 +40,25 @@ def direct_leads(stepper, window: Window, leads: Sequence[float], key=None):
     check_reach(stepper, window, history + longest, f"{history} of history and the longest lead, {longest}")
     start = window.context(0, history, key)
     state = stepper.encode(jnp.asarray(window.frames)[:, :history], start)
-    now = jnp.asarray(window.times)[:, history - 1]
-
-    def predict(numbers):
-        number, lead = numbers
-        context = window.context(jnp.round(lead).astype(jnp.int32) - 1, history)
-        length = jnp.full_like(now, spec.time_step) * lead.astype(now.dtype)
-        own = None if key is None else jax.random.fold_in(key, number)
-        context = dataclasses.replace(context, time=now + length, lead=length, key=own)
-        return stepper.decode(stepper.advance(state, context))
-
-    frames = jax.lax.map(predict, (jnp.arange(len(leads)), jnp.asarray(leads)))
+    frames = run_compiled(_single_steps, (), stepper, state, window, key, jnp.asarray(leads))
     return jax.tree.map(lambda a: jnp.moveaxis(a, 0, 1), frames)
+
+
+def _single_steps():
+    def frames(stepper, state, window: Window, key, leads):
+        history, now = stepper.history, jnp.asarray(window.times)[:, stepper.history - 1]
+
+        def predict(numbers):
+            number, lead = numbers
+            context = window.context(jnp.round(lead).astype(jnp.int32) - 1, history)
+            length = jnp.full_like(now, window.spec.time_step) * lead.astype(now.dtype)
+            own = None if key is None else jax.random.fold_in(key, number)
+            context = dataclasses.replace(context, time=now + length, lead=length, key=own)
+            return stepper.decode(stepper.advance(state, context))
+
+        return jax.lax.map(predict, (jnp.arange(len(leads)), leads))
+
+    return frames
 
 
 def rollout_stride(stepper, window: Window, steps: int, stride: int, key=None, *, remat: bool | str = "none"):

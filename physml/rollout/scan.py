@@ -5,6 +5,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 
 from physml.errors import ConfigError, SpecError
 from physml.fields import Window
@@ -15,7 +16,8 @@ REMAT = ("none", "step", "sqrt")
 def rollout(stepper, window: Window, steps: int, key=None, *, remat: bool | str = "none"):
     """Predicts `steps` frames after the first `stepper.history` frames of `window`.
 
-    Returns what `stepper.decode` returns with axes `(batch, lead, ...)`. Pure, jittable and differentiable.
+    Returns what `stepper.decode` returns with axes `(batch, lead, ...)`. Pure, jittable and differentiable. Outside of
+    jit the loop is compiled once for steppers of one structure.
 
     Args:
         key: typed PRNG key of a stochastic stepper; step i sees `fold_in(key, i)`.
@@ -27,14 +29,30 @@ def rollout(stepper, window: Window, steps: int, key=None, *, remat: bool | str 
     """
     check_window(stepper, window, steps)
 
-    def body(state, step):
-        step_key = None if key is None else jax.random.fold_in(key, step)
-        state = stepper.advance(state, window.context(step, stepper.history, step_key))
-        return state, stepper.decode(state)
-
-    state = stepper.encode(window.frames[:, : stepper.history], window.context(0, stepper.history, key))
-    frames = _scan(body, state, steps, "step" if remat is True else remat or "none")
+    history = stepper.history
+    state = stepper.encode(window.frames[:, :history], window.context(0, history, key))
+    frames = run_compiled(_scanned, (steps, "step" if remat is True else remat or "none"), stepper, state, window, key)
     return jax.tree.map(lambda a: jnp.moveaxis(a, 0, 1), frames)
+
+
+def _scanned(steps: int, remat: str):
+    def frames(stepper, state, window: Window, key):
+        def body(state, step):
+            step_key = None if key is None else jax.random.fold_in(key, step)
+            state = stepper.advance(state, window.context(step, stepper.history, step_key))
+            return state, stepper.decode(state)
+
+        return _scan(body, state, steps, remat)
+
+    return frames
+
+
+def run_compiled(make, options: tuple, stepper, *arguments):
+    """`make(*options)(stepper, *arguments)`, compiled once for all numbers where nothing is traced already."""
+    graph, numbers = nnx.split(stepper) if isinstance(stepper, nnx.Module) else (None, stepper)
+    if graph is None or any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((numbers, arguments))):
+        return make(*options)(stepper, *arguments)
+    return _jitted(make, options, graph)(numbers, *arguments)
 
 
 def remembered(make):
@@ -53,6 +71,12 @@ def remembered(make):
         return cached(*arguments)
 
     return find
+
+
+@remembered
+def _jitted(make, options: tuple, graph):
+    run = make(*options)
+    return jax.jit(lambda numbers, *arguments: run(nnx.merge(graph, numbers), *arguments))
 
 
 def check_window(stepper, window: Window, steps: int, *, forcing: bool = True) -> None:

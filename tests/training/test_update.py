@@ -252,7 +252,7 @@ def test_scalars_keep_their_digits_in_bfloat16():
             jax.debug.callback(lambda numbers: seen.extend(np.asarray(numbers, float)), scalars[:, 0])
             return fields[..., -2:] * self.scale[...]
 
-    config = RefinerConfig(minimum=1e-3)
+    config = RefinerConfig(minimum=1e-3, longest_time=1000.0)
     parts, params, rest = split(config.build(problem.SPEC, Told(), Normalizer.identity(problem.SPEC)))
     half = problem.config(precision="bfloat16")
     jax.block_until_ready(build_loss(Denoising(), parts, half)(params, rest, batch(size=64), jax.random.key(0)))

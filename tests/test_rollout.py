@@ -167,6 +167,17 @@ def test_chunks_see_the_same_clock_and_forcing(tiny, history):
     assert asked[-1] == (28, 30)
 
 
+def test_members_share_the_forcing_of_their_trajectories(tiny, monkeypatch):
+    """It reaches the device once, not for each member."""
+    spec, window = conditioned(tiny)
+    members, sent, real = jax.tree.map(lambda a: np.concatenate([a] * 2), window), [], chunks._advance
+    expected = together(rollout_chunks(Clock(spec, 1), members, 10, 4))
+    monkeypatch.setattr(chunks, "_advance", lambda *a, **k: (sent.append(a[2].forcing.shape[0]), real(*a, **k))[1])
+    shared = rollout_chunks(Clock(spec, 1), members, 10, 4, forcing=lambda i, j: window.forcing[:, 1 + i : 1 + j])
+    assert_array_equal(together(shared), expected)
+    assert set(sent) == {3}
+
+
 def test_chunks_go_on_past_the_given_times(tiny, spec, window):
     clock = dataclasses.replace(spec, time_step=0.25)
     window = dataclasses.replace(window, spec=clock, times=window.times * np.float32(0.25))

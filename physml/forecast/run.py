@@ -113,7 +113,6 @@ def forecast(
     chunk = chunk or _default_chunk(window)
     spectrum_every = _spectrum_every(spectrum_every, window, steps)
     coords = _lead_coordinates(start) | spectrum_coordinates(start.leads, spectrum_every)
-    read = start.forcing and (lambda first, last: _tiled(start.forcing(first, last), members))
     options = {"steps": steps, "chunk": min(chunk, steps), "members": members, "on_divergence": on_divergence}
     options |= {"limit": limit, "spectrum_every": spectrum_every}
     owner = {}
@@ -132,7 +131,7 @@ def forecast(
         try:
             store.begin(saved.names if saved else [])
             pieces = rollout_chunks(
-                stepper, window, steps, chunk, key, forcing=read, spectrum_every=spectrum_every,
+                stepper, window, steps, chunk, key, forcing=start.forcing, spectrum_every=spectrum_every,
                 resume=saved and (saved.step, saved.arrays),
             )  # fmt: skip
             leads = loop(pieces, progress)
@@ -279,7 +278,7 @@ def _with_members(window: Window, members: int | None) -> Window:
     """Members are repetitions along the batch, each with random numbers of its own."""
     if members is None:
         return window
-    return jax.tree.map(lambda array: _tiled(array, members), window)
+    return jax.tree.map(lambda array: np.tile(array, (members, *[1] * (np.ndim(array) - 1))), window)
 
 
 def _perturbed(tiled: Window, window: Window, stepper, key, members: int, size: float, kind: str) -> Window:
@@ -293,10 +292,6 @@ def _perturbed(tiled: Window, window: Window, stepper, key, members: int, size: 
     own_key = jax.random.fold_in(key, PERTURBATION)
     states = perturbed(window, own_key, members, size * np.asarray(frames.scale[...]), kind=kind).frames
     return replace(tiled, frames=np.asarray(states.reshape(-1, *states.shape[2:])))
-
-
-def _tiled(array, members: int | None) -> np.ndarray:
-    return array if members is None else np.tile(array, (members, *[1] * (np.ndim(array) - 1)))
 
 
 def _member_names(start: Start, labels: np.ndarray) -> tuple[str, ...]:

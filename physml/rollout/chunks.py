@@ -11,7 +11,7 @@ import numpy as np
 from flax import nnx
 
 from physml.errors import ConfigError, SpecError
-from physml.fields import Spec, Window
+from physml.fields import Context, Spec, Window
 from physml.metrics.spectra import energy_spectrum, shells
 from physml.rollout.ledger import Ledger, measure
 from physml.rollout.scan import check_window
@@ -58,7 +58,8 @@ def rollout_chunks(
 
     Args:
         forcing: `(first, last) -> (batch, last - first, *space, forcing)` of the frames that steps first..last predict;
-            what `window.forcing` holds when None.
+            what `window.forcing` holds when None. Of a part of the batch, it is repeated for the others: members along
+            the batch share that of their trajectories.
         spectrum_every: steps from one energy spectrum in the ledger to the next; None: no spectra.
         resume: steps that were done before and the `named` state after them: the chunks that were still to come follow,
             the same bits when `chunk` is the same.
@@ -154,6 +155,14 @@ class _Pieces:
         return np.concatenate([before, array, after], axis=1)
 
 
+def _shared(context: Context) -> Context:
+    """With the forcing of a part of the batch repeated for all of it: for one step, on the device."""
+    forcing, batch = context.forcing, context.time.shape[0]
+    if forcing.shape[0] == batch:
+        return context
+    return replace(context, forcing=jnp.tile(forcing, (batch // forcing.shape[0], *[1] * (forcing.ndim - 1))))
+
+
 def _frame_of(decoded):
     """The frame that is kept: the mean of a stepper that decodes to a distribution."""
     return decoded if isinstance(decoded, jax.Array) else decoded.mean
@@ -162,7 +171,7 @@ def _frame_of(decoded):
 @functools.partial(jax.jit, static_argnames=("graph", "spectrum"))
 def _begin(graph, numbers, piece: Window, key, *, spectrum: bool):
     stepper = nnx.merge(graph, numbers)
-    state = stepper.encode(piece.frames, piece.context(0, 1, key))
+    state = stepper.encode(piece.frames, _shared(piece.context(0, 1, key)))
     # Python scalars in the state are weakly typed, which no file keeps: a continued rollout would promote otherwise.
     state = jax.tree.map(lambda a: jax.lax.convert_element_type(a, jnp.result_type(a)) if _weak(a) else a, state)
     frame = _frame_of(stepper.decode(state))
@@ -183,7 +192,7 @@ def _advance(graph, numbers, piece: Window, carry, start, count, key, reference,
 
     def step(state, i):
         step_key = None if key is None else jax.random.fold_in(key, start + i)
-        state = stepper.advance(state, piece.context(i, 1, step_key))
+        state = stepper.advance(state, _shared(piece.context(i, 1, step_key)))
         decoded = stepper.decode(state)
         frame = _frame_of(decoded)
         std = None if frame is decoded else decoded.std

@@ -43,7 +43,7 @@ class Rollout(Common):
     perturb_kind: Literal["smooth", "white"] = "smooth"
     """Whether neighboring points of these fields agree."""
     spectrum_every: int | None = None
-    """Steps from one stored energy spectrum to the next (0: none); by default about fifty are stored."""
+    """Steps from one stored energy spectrum to the next (0: none); by default fifty to a hundred are stored."""
     on_divergence: Literal["raise", "stop", "flag"] = "stop"
     """What to do when a trajectory leaves the finite numbers."""
     constraint: tyro.conf.UseAppendAction[tuple[str, ...]] = ()

@@ -250,11 +250,13 @@ class _Scoring:
 
 @remembered
 def _scored(graph, stacked: int, repeats: int, leads: int, skip: int, scoring: _Scoring):
-    """`(numbers, window, truth, climatology, key) -> scoring(rollout, ...)`, jitted, of `stacked * repeats` members."""
+    """`(numbers, window, truth, climatology, key, number of the batch) -> scoring(rollout, ...)`, jitted, of
+    `stacked * repeats` members."""
 
     @jax.jit
-    def scored(state, window, truth, climatology, key):
+    def scored(state, window, truth, climatology, key, number):
         start, batch = _later(window, skip), window.frames.shape[0]
+        key = jax.random.fold_in(key, number)
         if repeats > 1:
             # Realizations of one start side by side: those of a device stay on it, where tiling would move them all.
             start = jax.tree.map(lambda a: jnp.repeat(a, repeats, axis=0), start)
@@ -300,7 +302,8 @@ class _Run:
         self.climatology = None if climatology is None else self._prepare(climatology, _Scoring(setting.spec))
 
     def _prepare(self, stepper: Stepper, scoring: _Scoring, members: int | None = None):
-        """`(window, truth, climatology, key) -> scoring(rollout, ...)` of a stepper; of `members`, each by itself."""
+        """`(window, truth, climatology, key, number of the batch) -> scoring(rollout, ...)` of a stepper; of `members`,
+        each by itself."""
         stacked = stepper.count if members and isinstance(stepper, Members) else 0
         graph, state = nnx.split(stepper.stacked if stacked else stepper)
         state = jax.tree.map(lambda a: a.addressable_data(0) if not a.is_fully_addressable else a, state)
@@ -326,9 +329,9 @@ class _Run:
                 window, truth, mask = jax.device_put(
                     (window, truth, mask), NamedSharding(self.mesh, PartitionSpec("data"))
                 )
-                key = jax.random.fold_in(self.key, number)
-                normal = None if self.climatology is None else self.climatology(window, truth, None, key)
-                found = {label: model(window, truth, normal, key) for label, model in self.models.items()}
+                draws = self.key, np.int32(number)
+                normal = None if self.climatology is None else self.climatology(window, truth, None, *draws)
+                found = {label: model(window, truth, normal, *draws) for label, model in self.models.items()}
                 spectrum_leads = self.setting.spectrum_leads
                 of_truth = _of_truth(truth, mask, spec=self.setting.spec, spectrum_leads=spectrum_leads)
                 index = np.resize(groups[number * batch : (number + 1) * batch], batch)

@@ -38,8 +38,8 @@ DETAILS = ("bias", "mae", "relative_l2", "nrmse_pooled", "h1", "acc_pooled")  # 
 
 def report(runs: Any, path: str | Path = "report.html", *, title: str | None = None, split: str = "test") -> Path:
     """Writes `path`, one HTML file without references to anything outside it, and metrics.json and metrics.csv (of
-    another split than test metrics-SPLIT.json and metrics-SPLIT.csv) beside it. With a page NAME.html they are
-    NAME.metrics.json and NAME.metrics.csv.
+    another split than test metrics-SPLIT.json and metrics-SPLIT.csv) beside it. With a page of another name
+    than report.html (report-SPLIT.html) they are NAME.metrics.json and NAME.metrics.csv.
 
     Args:
         runs: one or several run folders (as `physml.train` leaves them), objects with an attribute `folder`, files
@@ -59,7 +59,7 @@ def report(runs: Any, path: str | Path = "report.html", *, title: str | None = N
     title = title or (
         f"Run {loaded[0].name}" if len(loaded) == 1 else "Comparison of " + ", ".join(r.name for r in loaded)
     ) + ("" if split == "test" else f", {split} split")
-    own = "" if path.name == "report.html" else f"{path.stem}."
+    own = "" if path.name == file_of("report.html", split) else f"{path.stem}."
     text, plain = (path.with_name(own + file_of(name, split)) for name in ("metrics.csv", "metrics.json"))
     page = render(
         "report.html",

@@ -191,7 +191,7 @@ def test_nmse_of_two_channels_is_a_ratio_of_sums():
     assert_allclose(protocol.NMSE.of(0 * table), 0.0)
 
 
-@pytest.mark.parametrize("size", ["embedded", "published"])
+@pytest.mark.parametrize("size", ["embedded", pytest.param("published", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", CONTENDERS)
 def test_every_contender_can_be_built(name, size):
     """On periodic and walled grids, with and without scalars; no frame is added twice."""

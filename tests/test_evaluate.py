@@ -768,7 +768,7 @@ def test_two_processes_share_the_starts_and_agree():
         assert len(set(finite)) == len(finite) > 10
 
 
-@pytest.mark.parametrize("members", [0, 3])
+@pytest.mark.parametrize("members", [pytest.param(0, marks=pytest.mark.slow), 3])
 def test_a_run_scores_the_members_that_its_evaluation_asks_for(tmp_path, members):
     """Of a stepper that draws random numbers."""
     data = SyntheticConfig(

@@ -64,7 +64,10 @@ def test_divergence_is_that_of_normal_distributions():
 
 @pytest.mark.parametrize(
     ("build", "loss"),
-    [(process, elbo_loss()), (lambda rngs: Member(width=16, depth=2, rngs=rngs), likelihood_loss)],
+    [
+        pytest.param(process, elbo_loss(), marks=pytest.mark.slow),
+        (lambda rngs: Member(width=16, depth=2, rngs=rngs), likelihood_loss),
+    ],
     ids=["anp", "ensemble"],
 )
 def test_training_raises_the_likelihood(build, loss, functions):

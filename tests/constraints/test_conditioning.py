@@ -342,8 +342,14 @@ def updated(problem, update, mean, variance, mass, x):
     return [np.concatenate([np.asarray(part) for part in parts]).reshape(shape) for parts in zip(*results)]
 
 
-@pytest.mark.parametrize("update", UPDATES)
-@pytest.mark.parametrize("name", list(SOFT))
+@pytest.mark.parametrize(
+    ("name", "update"),
+    [
+        pytest.param(name, update, marks=[pytest.mark.slow] * ((name, update) == ("pme", "probconserv_diff")))
+        for name in SOFT
+        for update in UPDATES
+    ],
+)
 def test_updates_are_the_authors(files, name, update):
     data, expected = files[0][name].values()
     data = data.sel(function=expected.function)

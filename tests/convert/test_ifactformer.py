@@ -135,7 +135,10 @@ def sign(y):
     "changes",
     [
         pytest.param({"depth": 2, "in_time_window": 3}, marks=pytest.mark.slow),
-        {"depth": 2, "in_time_window": 2, "model": "IFactFormer_o", "heads": 3, "dim_head": 2},
+        pytest.param(
+            {"depth": 2, "in_time_window": 2, "model": "IFactFormer_o", "heads": 3, "dim_head": 2},
+            marks=pytest.mark.slow,
+        ),
         {"kernel_multiplier": 6},
         {"kernel_multiplier": 1, "use_rope": False, "scaling_factor": 0.3, "in_dim": 4, "out_dim": 1},
     ],

@@ -17,7 +17,10 @@ TOLERANCE = 1e-5
 # Tests compile without optimization, whose plain sums are less exact. Attention by cosines times 100 shows it: errors
 # of up to 1.8e-5 on some processors, where the program that users run has 6e-6. It is replayed as they run it.
 OPTIMIZED = {"poseidon_scot/unconditioned"}
-SLOW = {"poseidon_scot/unconditioned", "sinenet/sinenet2_cond_adagn", "sinenet/sinenet3_zeros"}  # another case is quick
+SLOW = {  # another case of the architecture is quick
+    "poseidon_scot/unconditioned", "sinenet/sinenet2_cond_adagn", "sinenet/sinenet3_zeros", "fno/fno2d_nopos_preact",
+    "modern_unet/unetmod2d_midattn", "pderefiner/refiner2d",
+}  # fmt: skip
 
 
 def named(case):

@@ -154,7 +154,7 @@ def test_the_slope_of_a_step(name):
     assert_allclose(slope, quotient, rtol=1e-3, atol=1e-6 * scale + 1e-9)
 
 
-@pytest.mark.parametrize("name", SMALL)
+@each(SMALL)
 def test_a_file_opens_as_training_data(name, tmp_path):
     """The same bytes twice; labels, units and provenance; windows with statics and parameters."""
     solver = make_solver(name, **SMALL[name])

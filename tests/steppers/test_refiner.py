@@ -155,7 +155,7 @@ def blurry(tiny, spec, config=PLAIN):
     return config.build(spec, plain, scaled(spec))
 
 
-@pytest.mark.parametrize("case", ["refiner1d_ks", "refiner2d"])
+@pytest.mark.parametrize("case", ["refiner1d_ks", pytest.param("refiner2d", marks=pytest.mark.slow)])
 def test_the_stepper_predicts_what_the_authors_predict(case):
     """Prediction and training problem of the recorded runs, from frames, through the stepper."""
     config = json.loads((GOLDEN / case / "config.json").read_text())

@@ -105,7 +105,7 @@ def test_what_a_new_stepper_would_never_learn_is_refused(config, objective, mess
     ],
 )
 def test_what_it_learns_is_not(config, objective):
-    prepare(config, objective)
+    assert prepare(config, objective)[0].objective == objective
 
 
 @pytest.mark.parametrize(

@@ -65,8 +65,13 @@ def pearson(prediction, truth, measure: Measure):
 def centered(frames, measure: Measure):
     """x - <x>, and zero where a frame is constant: there the difference is rounding of <x> alone."""
     anomaly = frames - expand(measure.mean(frames), frames)
-    rounding = (8 * jnp.finfo(anomaly.dtype).eps) ** 2 * measure.mean(frames**2)
-    return jnp.where(expand(measure.mean(anomaly**2) < rounding, frames), 0.0, anomaly)
+    still = measure.mean(anomaly**2) < rounding(measure.mean(frames**2))
+    return jnp.where(expand(still, frames), 0.0, anomaly)
+
+
+def rounding(square):
+    """The mean square below which deviations from a mean are rounding, for numbers of the mean square `square`."""
+    return (8 * jnp.finfo(square.dtype).eps) ** 2 * square
 
 
 def cosine(p, t, measure: Measure):

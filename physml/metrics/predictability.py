@@ -15,7 +15,7 @@ from physml.fields import ArrayLike, Spec
 from physml.metrics.chaos import high_correlation_time
 from physml.metrics.ensemble import variance
 from physml.metrics.metric import Measure, check_pair
-from physml.metrics.pointwise import centered, expand
+from physml.metrics.pointwise import centered, expand, rounding
 
 FEWEST_SAMPLES = 3  # two points always lie on a line
 
@@ -108,8 +108,7 @@ def spread_error(
 def _deviation(numbers):
     """From the mean over samples; zero where all are the same, up to rounding."""
     deviation = numbers - numbers.mean(0)
-    rounding = (8 * jnp.finfo(deviation.dtype).eps) ** 2 * (numbers**2).mean(0)
-    return jnp.where((deviation**2).mean(0) <= rounding, 0.0, deviation)
+    return jnp.where((deviation**2).mean(0) <= rounding((numbers**2).mean(0)), 0.0, deviation)
 
 
 def _check(members, spec: Spec) -> Array:

@@ -11,6 +11,7 @@ from physml.coding import check_fields, name_of, tagged
 from physml.constraints import CONSTRAINTS
 from physml.errors import ConfigError, SpecError
 from physml.fields import Window
+from physml.metrics.pointwise import rounding
 from physml.metrics.spectra import energy_spectrum, shells
 from physml.objectives.scoring import Prediction, check_inner, inner_objectives
 from physml.objectives.unrolled import Around, OneStep, Rollout, Scored
@@ -91,8 +92,7 @@ class SpectralPower:
         truth = jnp.asarray(window.frames)[:, stop - prediction.frames.shape[1] : stop]
         predicted, true = (energy_spectrum(f, grid)[..., 1 : last + 1] for f in (prediction.frames, truth))
         # Where the truth is constant in space, up to rounding, there is no energy to compare with.
-        rounding = (8 * jnp.finfo(true.dtype).eps) ** 2 * (truth**2).mean(tuple(range(2, truth.ndim - 1))) / 2
-        varies = (true.sum(-1) > rounding)[..., None]
+        varies = (true.sum(-1) > rounding((truth**2).mean(tuple(range(2, truth.ndim - 1)))) / 2)[..., None]
         size = true + self.floor * true.sum(-1, keepdims=True)
         return jnp.mean(jnp.where(varies, jnp.abs(predicted - true) / jnp.where(varies, size, 1), 0))
 

@@ -1,6 +1,5 @@
 """Ensembles of rollouts: other random keys, the parameters of other members, or other initial states."""
 
-import functools
 from dataclasses import replace
 
 import jax
@@ -9,7 +8,7 @@ from flax import nnx
 
 from physml.errors import ConfigError
 from physml.fields import Window
-from physml.rollout.scan import check_kind, rollout
+from physml.rollout.scan import check_kind, remembered, rollout
 
 
 def ensemble(stepper, window: Window, steps: int, keys=None, *, remat: bool | str = "none"):
@@ -80,12 +79,12 @@ def _member(graph, steps: int, axes, remat):
     return jax.vmap(run, in_axes=(state, frames, None, keys))
 
 
-@functools.lru_cache(maxsize=32)  # the functions must be the same objects, or every call would compile again
+@remembered
 def _vmapped(graph, steps, axes, remat):
     return jax.jit(_member(graph, steps, axes, remat))
 
 
-@functools.lru_cache(maxsize=32)
+@remembered
 def _pmapped(graph, steps, axes, remat, devices):
     state, frames, keys = axes
     return jax.pmap(_member(graph, steps, axes, remat), in_axes=(state, frames, None, keys), devices=devices)

@@ -42,7 +42,7 @@ class RefinerConfig(DirectConfig):
             numbers of order one. The authors use 0.3 on fields that are not normalized (`normalization="identity"`).
         longest_time: what the network reads at the noisiest step; None: 1000 for networks that embed their scalars as
             the authors' does (modern_unet, sinenet), 1 for those that take them as they are (fno, resnet,
-            poseidon_scot, ...). A built stepper's config holds the number.
+            poseidon_scot, ...).
     """
 
     refinements: int = 3
@@ -63,7 +63,7 @@ class RefinerConfig(DirectConfig):
 
     @property
     def schedule(self) -> "NoiseSchedule":
-        """The noise of every step."""
+        """The noise of every step; with the times of networks that embed their scalars where none are given."""
         return NoiseSchedule(self.refinements, self.minimum, self.longest_time or LONGEST_TIME)
 
     def signature(self, spec: Spec) -> Signature:
@@ -74,9 +74,7 @@ class RefinerConfig(DirectConfig):
     def build(self, spec: Spec, model, normalizer: Normalizer, constraints=()) -> "Refiner":
         """Raises SpecError when the model or the normalizer does not have the shapes of `signature(spec)`."""
         check_fits(self, spec, model, normalizer)
-        embedded = any(isinstance(part, ScalarEmbedding) for _, part in nnx.iter_modules(model))
-        config = replace(self, longest_time=self.longest_time or (LONGEST_TIME if embedded else 1.0))
-        return Refiner(config, spec, model, normalizer, constraints)
+        return Refiner(self, spec, model, normalizer, constraints)
 
 
 class Refiner(Direct):
@@ -87,6 +85,13 @@ class Refiner(Direct):
     when the network computes in bfloat16. What such a network reads is rounded, to 4e-3 for numbers of order one: noise
     below that, as of the default `minimum`, is lost on it; training there warns of it.
     """
+
+    @property
+    def schedule(self) -> "NoiseSchedule":
+        """That of the config, with the times that the network reads."""
+        embedded = any(isinstance(part, ScalarEmbedding) for _, part in nnx.iter_modules(self.model))
+        longest = self.config.longest_time or (LONGEST_TIME if embedded else 1.0)
+        return replace(self.config.schedule, longest_time=longest)
 
     def advance(self, state, context: Context):
         """One step. Raises ConfigError when the context has no key."""
@@ -114,7 +119,7 @@ class Refiner(Direct):
         def model(*inputs, **random):  # merged anew: running statistics that move may not leave the scan
             return nnx.merge(graph, numbers, copy=True)(*inputs, **random)
 
-        found = refine(self.network(model, context), config.schedule, fields, scalars, start, noises)
+        found = refine(self.network(model, context), self.schedule, fields, scalars, start, noises)
         frame = (previous + self.normalizer.increment(config.weight * found.result)).astype(state.dtype)
         frame = self.finish(frame, previous, context)
         return jnp.concatenate([state[:, 1:], frame[:, None]], axis=1)
@@ -131,7 +136,7 @@ class Refiner(Direct):
         fields, scalars = self.read(state, context)
         increment = jnp.asarray(frame, fields.dtype) - jnp.asarray(state[:, -1], fields.dtype)
         target = self.normalizer.normalize_increment(increment) / self.config.weight
-        return denoise(self.network(self.model, context), self.config.schedule, fields, target, scalars, step, noise)
+        return denoise(self.network(self.model, context), self.schedule, fields, target, scalars, step, noise)
 
     def read(self, state, context: Context) -> tuple[Array, Array]:
         """What the network reads beside the noisy increment and its step: `(fields, scalars)`, normalized."""

@@ -407,7 +407,7 @@ def test_configs_that_cannot_be_are_refused(options, message):
 def test_networks_read_times_of_the_size_that_they_take(spec, model, longest):
     for given in (None, 7.0):
         stepper = build_stepper(RefinerConfig(refinements=2, longest_time=given), model, spec, scaled(spec))
-        assert stepper.config.schedule.times.tolist() == [0.0, (given or longest) / 2, given or longest]
+        assert stepper.schedule.times.tolist() == [0.0, (given or longest) / 2, given or longest]
 
 
 def test_configs_are_plain_data_and_networks_must_fit(tiny, spec):

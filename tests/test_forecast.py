@@ -398,7 +398,7 @@ def test_what_does_not_fit_is_refused_before_anything_runs(data, stepper, tmp_pa
         ({"steps": 2, "spectrum_every": 1.5}, "spectrum_every is 1.5, but a whole number"),
         ({"steps": 2, "members": 2, "key": jax.random.key(0), "perturb": "0.1"}, "perturb is '0.1', but a number"),
         ({"steps": 2, "members": 2, "key": jax.random.key(0), "perturb": [0.1]}, "perturb is .*, but a number"),
-        ({"steps": 2, "limit": "a"}, "limit is 'a', but a number"),
+        ({"steps": 2, "limit": "a"}, "limit is 'a', but a positive number"),
     ):
         with pytest.raises(ConfigError, match=message):
             forecast(stepper, data, **options)

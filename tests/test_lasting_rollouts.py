@@ -119,7 +119,9 @@ def test_a_finished_rollout_is_found_finished(data, tmp_path, suffix):
     again.close()
     assert not told
     for steps, start in ((7, data), (6, data + np.float32(1))):
-        with pytest.raises(CheckpointError, match="another model, initial state, forcing or length.*overwrite=True"):
+        with pytest.raises(
+            CheckpointError, match="made with another (steps: 6 there, 7 now|initial state).*overwrite=True"
+        ):
             forecast(stepper, start, steps, out=path, resume="auto")
     with pytest.raises(ConfigError, match="exists"):
         forecast(stepper, data, 6, out=path)
@@ -201,6 +203,7 @@ def test_only_the_same_rollout_is_continued(data, tmp_path):
         ({"limit": 5.0}, "limit"),
         ({"on_divergence": "flag"}, "on_divergence"),
         ({"spectrum_every": 3}, "spectrum_every"),
+        ({"store_every": 2}, "store_every: 1 there, 2 now"),
     ):
         arguments = {"stepper": stepper, "initial": data, "steps": 20, **options, **changed}
         with pytest.raises(CheckpointError, match=f"was begun with another {what}"):
@@ -270,7 +273,7 @@ def test_other_forcing_later_on_is_another_rollout(data, tmp_path, monkeypatch, 
     state.write_bytes(content)
     with forecast(stepper, initial, 20, forcing=forcing(1), resume="auto", **options) as result:
         assert_allclose(result.u[:, -1], initial.u[:, 0] + 20, rtol=1e-6)
-    with pytest.raises(CheckpointError, match="another model, initial state, forcing or length"):
+    with pytest.raises(CheckpointError, match="made with another forcing"):
         forecast(stepper, initial, 20, forcing=forcing(9), resume="auto", **options)
 
 
@@ -552,6 +555,8 @@ def test_a_killed_process_is_continued(tmp_path, suffix):
         (["--out", "no/such/f.zarr"], "is no folder"),
         (["--members", 2, "--perturb", -1], "size above 0"),
         (["--spectrum-every", -1], "counts steps"),
+        (["--store-every", 3], "Take 102 steps"),
+        (["--limit", 0], "limit is 0"),
         (["--at", "99"], "the dataset spans"),
         (["--at", "#0"], "needs 2 frames of history"),
     ],

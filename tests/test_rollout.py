@@ -24,6 +24,7 @@ from physml.rollout import (
     rollout_stride,
 )  # fmt: skip
 from physml.steppers import DirectConfig, ResidualConfig, stack_members
+from physml.steppers.floors import ClimatologyConfig, LinearInverseConfig
 
 chunks = importlib.import_module("physml.rollout.chunks")
 
@@ -390,6 +391,17 @@ def test_a_calendar_that_ends_too_early_is_refused(tiny):
     ):
         with pytest.raises(SpecError, match="reads the calendar, which is given for 6 frames, but 7 are needed"):
             call()
+
+
+def test_floors_whose_calendar_ends_too_early_are_refused(tiny):
+    """Unless they know neither seasons nor hours."""
+    _, window, _ = seasonal(tiny, 6)
+    seasons = ClimatologyConfig(days=366, hours=1)
+    for config in (seasons, ClimatologyConfig(days=1, hours=4), LinearInverseConfig(climatology=seasons)):
+        with pytest.raises(SpecError, match="reads the calendar, which is given for 6 frames, but 7 are needed"):
+            rollout(config.build(window.spec), window, 6)
+    still = ClimatologyConfig(days=1, hours=1).build(window.spec)
+    assert rollout(still, window, 6).shape[1] == 6
 
 
 def test_forcing_that_ends_too_early_is_refused_whatever_the_times(tiny):

@@ -198,12 +198,10 @@ def segments(times: Clock, step: float) -> list[range]:
     return [range(a, b) for a, b in zip(bounds[:-1], bounds[1:], strict=True)]
 
 
-def after(times: Clock, count: int, step: float, first: int = 1) -> np.ndarray:
-    """Labels of `count` frames after the last one of `times`: `first`, `first + 1`, ... steps of `step` (in
-    `times.unit`) later.
-    """
+def after(times: Clock, count: int, step: float) -> np.ndarray:
+    """Labels of `count` frames after the last one of `times`, each a `step` (in `times.unit`) later."""
     last = times.labels[-1]
-    index = np.arange(first, first + count)
+    index = np.arange(1, count + 1)
     kind = times.labels.dtype.kind
     if times.calendar is not None and (months := _whole_months(times, step)):
         return np.array([_add_months(last, int(months * i)) for i in index], times.labels.dtype)
@@ -222,9 +220,9 @@ def valid_attrs(times: Clock) -> dict[str, str]:
     return {"standard_name": "time", "long_name": "valid time", **units}
 
 
-def lead_labels(times: Clock, count: int, step: float, first: int = 1) -> np.ndarray:
-    """Lead times `first * step, ...`: timedelta64[ns] where time is in seconds, else numbers."""
-    leads = np.arange(first, first + count) * step
+def lead_labels(times: Clock, count: int, step: float) -> np.ndarray:
+    """Lead times `step, 2 * step, ...`: timedelta64[ns] where time is in seconds, else numbers."""
+    leads = np.arange(1, count + 1) * step
     return np.round(leads * 1e9).astype("timedelta64[ns]") if times.unit == "s" else leads
 
 

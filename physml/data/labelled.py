@@ -117,7 +117,7 @@ def from_frames(
     like: xr.Dataset,
     times: np.ndarray | None = None,
     *,
-    first: int = 1,
+    leads: np.ndarray | None = None,
     dim: str = "lead",
 ) -> xr.Dataset:
     """The inverse door: `frames (batch, lead, *space, channel)` as a dataset with the labels of `like`.
@@ -130,7 +130,7 @@ def from_frames(
     Args:
         times: valid times `(lead,)`, or `(batch, lead)` for several starts; the frames after the last one of `like`
             when None.
-        first: lead of the first frame, in steps (a forecast written in chunks sets it).
+        leads: lead times `(lead,)`, of frames one step apart when None.
         dim: "lead", or "time" for frames that are not a forecast; `time` is then the dimension.
     """
     frames = np.asarray(frames)
@@ -141,7 +141,7 @@ def from_frames(
         )
     like_clock = ck.clock(like, time_of(like, base_of(like, spec.names[0])))
     count = frames.shape[1]
-    coords = _time_coordinates(like_clock, spec, times, count, first, dim)
+    coords = _time_coordinates(like_clock, spec, times, leads, count, dim)
     variables: dict[str, xr.Variable] = {}
     for name, channels in _by_variable(like, spec).items():
         variable, extra = _labelled_variable(frames, spec, like, name, channels, dim)
@@ -287,14 +287,15 @@ def _plain_coordinate(like: xr.Dataset, dim: str) -> xr.Variable:
     return variable
 
 
-def _time_coordinates(times: ck.Clock, spec: Spec, valid, count: int, first: int, dim: str) -> dict[str, xr.Variable]:
+def _time_coordinates(times: ck.Clock, spec: Spec, valid, leads, count: int, dim: str) -> dict[str, xr.Variable]:
     if valid is None:
-        valid = ck.after(times, count, spec.time_step, first)
+        valid = ck.after(times, count, spec.time_step)
     valid = np.asarray(valid)
     attrs = ck.valid_attrs(times)
     if dim == "time":
         return {"time": xr.Variable(("time",), valid, {k: v for k, v in attrs.items() if k == "units"})}
-    lead = xr.Variable((dim,), ck.lead_labels(times, count, spec.time_step, first), {"long_name": "lead time"})
+    leads = ck.lead_labels(times, count, spec.time_step) if leads is None else leads
+    lead = xr.Variable((dim,), leads, {"long_name": "lead time"})
     dims = (dim,) if valid.ndim == 1 else ("trajectory", dim)
     return {dim: lead, "time": xr.Variable(dims, valid, attrs)}
 

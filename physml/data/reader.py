@@ -71,9 +71,11 @@ class Reader:
             return
         own = ck.time_step(self.times, self.source)
         if abs(own - self.spec.time_step) > 0.01 * self.spec.time_step:
+            found = f"{own:g} {self.times.unit}".rstrip()
+            expected = f"{self.spec.time_step:g} {self.spec.time_unit}".rstrip()
+            finer = "Take every n-th frame, or data" if own < self.spec.time_step else "Use data"
             raise SpecError(
-                f"{self.source}: frames are {own:g} {self.times.unit} apart, but {self.spec.time_step:g} "
-                f"{self.spec.time_unit} was expected. Take every n-th frame, or data with that time step."
+                f"{self.source}: frames are {found} apart, but {expected} was expected. {finer} with that time step."
             )
 
     def read(self, trajectory: int, frames: range) -> Window:

@@ -38,13 +38,14 @@ class Loop:
     on_divergence: str
     limit: float | None
     steps: int
+    store_every: int
     spectrum_every: int | None
     distinct: bool = True
     watch: Watchdog | None = None
     labels: Labels | None = None
 
     def __call__(self, pieces, progress) -> int:
-        """How many leads were kept."""
+        """How many steps were kept."""
         waiting: list[Chunk] = []
         with Signals() if self.store.folder else contextlib.nullcontext() as signals:
             for piece in pieces:
@@ -52,7 +53,7 @@ class Loop:
                     self._begin(piece)
                 count, stopped = self._write(piece)
                 done = piece.start + count
-                waiting.append(_cut(piece, count, self.spectrum_every))
+                waiting.append(_cut(piece, count, self.store_every, self.spectrum_every))
                 finished = stopped or done == self.steps
                 asked = signals is not None and signals.received
                 if finished or asked or len(waiting) == SAVE_EVERY:
@@ -74,7 +75,7 @@ class Loop:
 
     def _begin(self, piece: Chunk) -> None:
         bounds = Bounds.of(self.stepper, piece.initial, self.limit)
-        self.watch = Watchdog(self.spec, bounds, self.names)
+        self.watch = Watchdog(self.spec, bounds, self.names, self.store_every)
         self.labels = Labels(self.spec, piece.initial, bounds, self.members)
         if self.saved:
             self.saved.put_into(self.watch)
@@ -82,8 +83,8 @@ class Loop:
             self.store.extend(SPECTRUM_STEP, 0, self.labels.spectra(piece.initial.spectrum[:, None]))
 
     def _write(self, piece: Chunk) -> tuple[int, bool]:
-        """Writes the good frames of a chunk; returns how many, and whether the rollout ends there."""
-        watch, frames, count = self.watch, piece.frames, piece.frames.shape[1]
+        """Writes the good frames of a chunk; returns how many steps are, and whether the rollout ends there."""
+        watch, frames, every, count = self.watch, piece.frames, self.store_every, piece.ledger.mean.shape[1]
         found = watch.read(piece.start, frames, piece.ledger)
         if piece.std is not None:
             frames = np.concatenate([frames, piece.std], -1)
@@ -94,11 +95,11 @@ class Loop:
         if self.on_divergence == "stop" and watch.events:
             frames = np.array(frames)
             for sample in watch.events:
-                frames[sample, max(watch.good[sample] - piece.start, 0) :] = np.nan
+                frames[sample, max(watch.good[sample] - piece.start, 0) // every :] = np.nan
             if watch.everything_failed:
-                count = _last_good(watch) - piece.start
+                count = _last_stored(watch, every) - piece.start
         if count:
-            self.store.write(piece.start + 1, frames[:, :count])
+            self.store.write(piece.start // every + 1, frames[:, : count // every])
         return count, self.on_divergence == "stop" and watch.everything_failed
 
     def _check_members(self, frames: np.ndarray) -> None:
@@ -119,22 +120,23 @@ class Loop:
         first, every = waiting[0].start, self.spectrum_every
         ledger = jax.tree.map(lambda *parts: np.concatenate(parts, axis=1), *(chunk.ledger for chunk in waiting))
         if ledger.mean.shape[1]:
-            self.store.extend(LEAD, first, self.labels.totals(ledger))
+            self.store.extend(LEAD, first // self.store_every, self.labels.totals(ledger))
         if every and ledger.spectrum.shape[1]:
             self.store.extend(SPECTRUM_STEP, first // every + 1, self.labels.spectra(ledger.spectrum))
 
 
-def _cut(piece: Chunk, count: int, every: int | None) -> Chunk:
-    """The first `count` leads of a chunk's ledger, without the frames."""
+def _cut(piece: Chunk, count: int, stored: int, every: int | None) -> Chunk:
+    """The ledger of the stored ones among the first `count` steps of a chunk, without the frames."""
     spectrum, ledger = piece.ledger.spectrum, replace(piece.ledger, spectrum=None)
-    ledger = jax.tree.map(lambda array: array[:, :count], ledger)
+    ledger = jax.tree.map(lambda array: array[:, stored - 1 : count : stored], ledger)
     if every:
         ledger = replace(ledger, spectrum=spectrum[:, : (piece.start + count) // every - piece.start // every])
     return replace(piece, frames=piece.frames[:, :0].copy(), ledger=ledger, state=None, std=None)
 
 
-def _last_good(watch: Watchdog) -> int:
-    last = int(watch.good.max())
+def _last_stored(watch: Watchdog, every: int) -> int:
+    """The last step that is good for some trajectory and stored."""
+    last = int(watch.good.max()) // every * every
     if not last:
         raise DivergedError(f"Nothing can be kept. {next(iter(watch.events.values())).message}")
     return last

@@ -20,7 +20,7 @@ import xarray as xr
 
 from physml.errors import CheckpointError
 from physml.fields import Window
-from physml.forecast.stores import reopen
+from physml.forecast.stores import ANEW, reopen
 from physml.rollout import Divergence, Watchdog, named
 from physml.saving.weights import read_weights, to_bytes
 
@@ -61,9 +61,13 @@ def identity(
 
 
 def mark(owner: dict[str, str]) -> str:
-    """What a finished output says of its `identity`, of which only the unfinished depends on chunks."""
-    kept = {what: value for what, value in owner.items() if what != "chunk"}
-    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:16]
+    """What a finished output says of its `identity`."""
+    return json.dumps(_without_chunk(owner))
+
+
+def _without_chunk(owner: dict[str, str]) -> dict[str, str]:
+    """Only an unfinished output depends on chunks."""
+    return {what: value for what, value in owner.items() if what != "chunk"}
 
 
 def finished(out: str | Path, owner: dict[str, str]) -> xr.Dataset | None:
@@ -73,14 +77,27 @@ def finished(out: str | Path, owner: dict[str, str]) -> xr.Dataset | None:
     try:
         data = reopen(Path(out))
     except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{out} exists and cannot be read: {error}. Pass overwrite=True.") from error
-    if data.attrs.get(MARK) != mark(owner):
-        data.close()
         raise CheckpointError(
-            f"{out} exists and holds a rollout of another model, initial state, forcing or length, or one made with "
-            "other options or an older physml. Choose another name, or pass overwrite=True."
-        )
-    return data
+            f"{out} exists and cannot be read: {error}. Pass overwrite=True (--overwrite)."
+        ) from error
+    try:
+        found = dict(json.loads(data.attrs[MARK]))
+    except (KeyError, TypeError, ValueError):
+        found = {}
+    difference = _difference(found, _without_chunk(owner))
+    if difference is None:
+        return data
+    data.close()
+    what = f"was made with another {difference}" if found else "is no rollout of this version of physml"
+    raise CheckpointError(f"{out} exists and {what}. Choose another name, or pass overwrite=True (--overwrite).")
+
+
+def _difference(found: dict[str, str], owner: dict[str, str]) -> str | None:
+    """What differs first, in words."""
+    for what in owner:
+        if found.get(what) != owner[what]:
+            return f"{what}: {found.get(what)} there, {owner[what]} now"
+    return None
 
 
 def save(folder: Path, owner: dict[str, str], step: int, state, names: list[str], watch: Watchdog) -> None:
@@ -111,18 +128,14 @@ def load(folder: Path, owner: dict[str, str]) -> Saved | None:
         events = [Divergence(**{**event, "place": tuple(event["place"])}) for event in about["events"]]
         saved = Saved(int(about["step"]), arrays, list(about["names"]), list(about["good"]), events)
     except (safetensors.SafetensorError, KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(
-            f"{path} is damaged: {error!r}. Start anew with resume='never' and overwrite=True."
-        ) from error
+        raise CheckpointError(f"{path} is damaged: {error!r}. {ANEW}.") from error
     if version < FORMAT and owner["forcing"] != "none":
         raise CheckpointError(
             f"{folder} was begun with an older physml, which did not keep enough to tell its forcing from another one. "
-            "Start anew with resume='never' and overwrite=True."
+            f"{ANEW}."
         )
-    for what in owner:
-        if found.get(what) != owner[what]:
-            raise CheckpointError(
-                f"{folder} was begun with another {what}: {found.get(what)} there, {owner[what]} now. Give the same "
-                "to continue it, or start anew with resume='never' and overwrite=True."
-            )
+    if difference := _difference(found, owner):
+        raise CheckpointError(
+            f"{folder} was begun with another {difference}. Give the same to continue it. {ANEW} to drop it."
+        )
     return saved

@@ -19,7 +19,7 @@ from physml.forecast.ledgers import SPECTRUM_STEP, spectrum_coordinates
 from physml.forecast.loop import Loop
 from physml.forecast.start import Start, members_of, start_of
 from physml.forecast.stores import LEAD, check_out, open_store
-from physml.rollout import Watchdog, check_spectrum, perturbed, rollout_chunks
+from physml.rollout import Watchdog, check_limit, check_spectrum, check_stored, perturbed, rollout_chunks
 from physml.steppers import Distribution, Members
 from physml.steppers.describe import provenance
 from physml.steppers.members import drawn
@@ -46,6 +46,7 @@ def forecast(
     masked: bool | None = None,
     overwrite: bool = False,
     resume: Literal["never", "auto"] = "never",
+    store_every: int = 1,
     spectrum_every: int | Literal["auto"] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> xr.Dataset:
@@ -69,7 +70,8 @@ def forecast(
             one of `initial` on, padding behind them is not read. Along a dimension `member` are the states of an
             ensemble, each of which goes on.
         out: a .zarr or .nc path to stream to; memory then does not grow with `steps`, and the result is opened lazily.
-        chunk: frames computed between two looks at the ledger, and per storage chunk.
+        chunk: frames computed between two looks at the ledger, and per storage chunk; with `store_every` a multiple of
+            it, or the next one is taken.
         key: typed PRNG key of a stochastic stepper, jax.random.key(0) if not given.
         members: an ensemble of so many along dimension `member`. An ensemble of steppers (`Experiment.seeds`,
             `physml.stack_members`) gives its own members without being asked, or the same number of each; one stepper
@@ -82,15 +84,18 @@ def forecast(
             each, found by label where `initial` and `forcing` have unique ones, else by position.
         on_divergence: "raise" a DivergedError that names step, variable and place, leaving nothing behind; "stop" a bad
             trajectory there (NaN from then on), and everything when none is left, keeping the good part; "flag" only.
-        limit: standard deviations beyond the training data and the initial state that count as diverged; None: only
-            numbers that are not finite do.
+        limit: standard deviations beyond the training data and the initial state that count as diverged; None or inf:
+            only numbers that are not finite do.
         masked: whether NaN in the initial state mean cells without a field; None: as in the training data.
         overwrite: replace `out` if it exists.
         resume: "auto" continues an unfinished rollout to `out`, if there is one, and opens a finished one; "never"
             refuses to touch either.
+        store_every: steps from one frame (and its entry in the ledger) that is kept to the next; all are watched. It
+            must divide `steps`.
         spectrum_every: also keep `ledger_spectrum_VARIABLE (trajectory, spectrum_step, wavenumber)`, the energy by
-            wavenumber shell (`physml.metrics.spectra`) of the initial state and of every so many steps; "auto": of
-            fifty to a hundred steps (of all, where there are fewer), where the fields have a spectrum.
+            wavenumber shell (`physml.metrics.spectra`) of the initial state and of every so many steps, which
+            `store_every` divides; "auto": of fifty to a hundred stored steps (of all, where there are fewer), where the
+            fields have a spectrum.
         progress: called with (steps done, steps).
 
     Raises SpecError and DataError for data that does not fit the stepper, before anything is computed; CheckpointError
@@ -98,7 +103,8 @@ def forecast(
     Interrupted after SIGTERM or SIGINT (with `out`).
     """
     steps, chunk, members = _whole("steps", steps), _whole("chunk", chunk), _whole("members", members)
-    _check_number("limit", limit)
+    check_limit(limit)
+    store_every = _whole("store_every", store_every)
     own = members_of(initial, stepper)
     _check_options(stepper, steps, chunk, key, members, own, perturb, perturb_kind, on_divergence, out, resume)
     key = jax.random.key(0) if key is None else key
@@ -110,34 +116,36 @@ def forecast(
     names = _member_names(start, labels)
     if perturb is not None:
         window = _perturbed(window, start.window, stepper, key, 1 if own else members, perturb, perturb_kind)
-    chunk = chunk or _default_chunk(window)
-    spectrum_every = _spectrum_every(spectrum_every, window, steps)
-    coords = _lead_coordinates(start) | spectrum_coordinates(start.leads, spectrum_every)
+    spectrum_every = _spectrum_every(spectrum_every, window, steps, store_every)
+    chunk = chunk or _default_chunk(window, store_every)
+    stored = _lead_coordinates(start, store_every)
+    coords = stored | spectrum_coordinates(start.leads, spectrum_every)
     options = {"steps": steps, "chunk": min(chunk, steps), "members": members, "on_divergence": on_divergence}
-    options |= {"limit": limit, "spectrum_every": spectrum_every}
+    options |= {"limit": limit, "store_every": store_every, "spectrum_every": spectrum_every}
     owner = {}
     if out is not None:
         forced = start.forcing.digest() if start.forcing else "none"
         owner = resuming.identity(model, window, start.valid[0], key, forced, **options)
     if resume == "auto" and not overwrite and (done := resuming.finished(out, owner)) is not None:
         return done
-    store = open_store(out, _labels(start, window.mask, stepper.spec, labels), coords, overwrite, resume)
+    store = open_store(out, _labels(start, stored, window.mask, stepper.spec, labels), coords, overwrite, resume)
     with store.alone():
         saved = resuming.load(store.folder, owner) if resume == "auto" else None
         loop = Loop(
-            store, stepper.spec, stepper, names, members, owner, saved, on_divergence, limit, steps, spectrum_every,
-            distinct=not own,
+            store, stepper.spec, stepper, names, members, owner, saved, on_divergence, limit, steps, store_every,
+            spectrum_every, distinct=not own,
         )  # fmt: skip
         try:
             store.begin(saved.names if saved else [])
             pieces = rollout_chunks(
-                stepper, window, steps, chunk, key, forcing=start.forcing, spectrum_every=spectrum_every,
-                resume=saved and (saved.step, saved.arrays),
+                stepper, window, steps, chunk, key, forcing=start.forcing, store_every=store_every,
+                spectrum_every=spectrum_every, resume=saved and (saved.step, saved.arrays),
             )  # fmt: skip
-            leads = loop(pieces, progress)
-            sizes = {LEAD: leads, **({SPECTRUM_STEP: leads // spectrum_every + 1} if spectrum_every else {})}
+            done = loop(pieces, progress)
+            sizes = {LEAD: done // store_every}
+            sizes |= {SPECTRUM_STEP: done // spectrum_every + 1} if spectrum_every else {}
             attrs = {**model, **_divergences(loop.watch)}
-            attrs |= {"steps_asked": str(steps), "stopped_early": int(leads < steps)}
+            attrs |= {"steps_asked": str(steps), "stopped_early": int(done < steps)}
             attrs |= {resuming.MARK: resuming.mark(owner)} if owner else {}
             return store.finish(sizes, loop.labels.summary(loop.watch.good, start.leads[0]), attrs)
         except BaseException as error:
@@ -147,14 +155,15 @@ def forecast(
 
 def check_forecast(
     stepper, initial: xr.Dataset, steps: int, *, out: str | Path, forcing: xr.Dataset | None, chunk: int | None, key,
-    members: int | None, perturb: float | None, perturb_kind: str, on_divergence: str, overwrite: bool, resume: str,
-    spectrum_every: int | Literal["auto"] | None,
+    members: int | None, perturb: float | None, perturb_kind: str, on_divergence: str, limit: float | None,
+    overwrite: bool, resume: str, store_every: int, spectrum_every: int | Literal["auto"] | None,
 ) -> None:  # fmt: skip
     """What `forecast` checks before it computes; raises what it raises."""
+    check_limit(limit)
     own = members_of(initial, stepper)
     _check_options(stepper, steps, chunk, key, members, own, perturb, perturb_kind, on_divergence, out, resume)
     start = start_of(stepper, initial, steps, forcing, None)
-    _spectrum_every(spectrum_every, start.window, steps)
+    _spectrum_every(spectrum_every, start.window, steps, store_every)
     if not (resume == "auto" and Path(out).exists()):
         check_out(out, overwrite, resume)
 
@@ -233,12 +242,14 @@ def _check_key(key) -> None:
         raise ConfigError(f"key is {key!r}, but one key of random numbers was expected: jax.random.key(0).")
 
 
-def _spectrum_every(asked, window: Window, steps: int) -> int | None:
+def _spectrum_every(asked, window: Window, steps: int, store_every: int) -> int | None:
+    """Raises ConfigError for distances of spectra and of stored frames that do not go together or into `steps`."""
+    asked = asked if asked in ("auto", None) else _whole("spectrum_every", asked)
+    if asked not in ("auto", None) and asked < 1:
+        raise ConfigError(f"spectrum_every is {asked!r}, but it counts steps: at least 1, 'auto', or None for none.")
+    check_stored(steps, store_every, None if asked == "auto" else asked)
     if asked is None:
         return None
-    asked = asked if asked == "auto" else _whole("spectrum_every", asked)
-    if asked != "auto" and asked < 1:
-        raise ConfigError(f"spectrum_every is {asked!r}, but it counts steps: at least 1, 'auto', or None for none.")
     try:
         check_spectrum(window.spec, window.mask)
     except SpecError:
@@ -246,7 +257,7 @@ def _spectrum_every(asked, window: Window, steps: int) -> int | None:
             return None
         raise
     # Powers of two: every other distance is another program.
-    return 1 << (max(1, steps // 50).bit_length() - 1) if asked == "auto" else asked
+    return store_every << (max(1, steps // store_every // 50).bit_length() - 1) if asked == "auto" else asked
 
 
 def _as_asked(stepper, members: int | None):
@@ -269,9 +280,9 @@ def _for_inference(stepper):
     return stepper
 
 
-def _default_chunk(window: Window) -> int:
+def _default_chunk(window: Window, store_every: int) -> int:
     frame = 4 * window.frames.shape[0] * int(np.prod(window.frames.shape[2:]))
-    return int(np.clip(CHUNK_BYTES // max(frame, 1), 1, 256))
+    return store_every * int(np.clip(CHUNK_BYTES // max(frame, 1), 1, max(256 // store_every, 1)))
 
 
 def _with_members(window: Window, members: int | None) -> Window:
@@ -299,16 +310,17 @@ def _member_names(start: Start, labels: np.ndarray) -> tuple[str, ...]:
     return tuple(f"{name}, member {m}" for m in labels for name in names) if len(labels) else names
 
 
-def _labels(start: Start, mask, spec, labels: np.ndarray):
-    """`(frames, first step) -> dataset`: names, coordinates and attributes put back on, masked cells NaN again.
+def _labels(start: Start, stored: dict[str, xr.Variable], mask, spec, labels: np.ndarray):
+    """`(frames, number of the first) -> dataset`: names, coordinates, attributes put back on, masked cells NaN again.
 
-    Further channels behind those of `spec` are their standard deviations. `labels` are those of the members, if any.
+    Further channels behind those of `spec` are their standard deviations. `stored` are the coordinates of all frames
+    that are kept, `labels` those of the members, if any.
     """
     missing = None if mask is None else np.asarray(mask)[:, None] == 0
 
     def named(frames: np.ndarray, first: int) -> xr.Dataset:
-        times = start.valid[first - 1 : first - 1 + frames.shape[1]]
-        return from_frames(frames, spec, start.like, times, first=first)
+        leads, times = (stored[name].values[first - 1 : first - 1 + frames.shape[1]] for name in (LEAD, "time"))
+        return from_frames(frames, spec, start.like, times, leads=leads)
 
     def one(frames: np.ndarray, first: int) -> xr.Dataset:
         result = named(frames[..., : len(spec.channels)], first)
@@ -333,10 +345,11 @@ def _labels(start: Start, mask, spec, labels: np.ndarray):
     return every
 
 
-def _lead_coordinates(start: Start) -> dict[str, xr.Variable]:
+def _lead_coordinates(start: Start, every: int) -> dict[str, xr.Variable]:
+    """Of the frames that are kept."""
     return {
-        "lead": xr.Variable(("lead",), start.leads, {"long_name": "lead time"}),
-        "time": xr.Variable(("lead",), start.valid, start.valid_attrs),
+        LEAD: xr.Variable((LEAD,), start.leads[every - 1 :: every], {"long_name": "lead time"}),
+        "time": xr.Variable((LEAD,), start.valid[every - 1 :: every], start.valid_attrs),
     }
 
 

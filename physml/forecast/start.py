@@ -15,6 +15,7 @@ from physml.data.labelled import to_window
 from physml.data.reader import Reader, lengths_of, without_lengths
 from physml.errors import ConfigError, DataError, SpecError
 from physml.fields import Spec, Window
+from physml.rollout import reads_calendar
 
 SMALL, BLOCK, SAMPLES = 2**26, 2**22, 16  # bytes of forcing that are read at once to know it again; or else steps of it
 MEMBER = "member"  # dimension of the members of an ensemble
@@ -219,7 +220,7 @@ def _missing_values(window: Window) -> DataError:
 
 
 def _check_clock(times: ck.Clock, spec: Spec, stepper) -> None:
-    if times.calendar is None and _needs_calendar(stepper):
+    if times.calendar is None and reads_calendar(stepper):
         raise SpecError(
             "The stepper asks for the time of the year or of the day, but initial has no calendar time. "
             "Give it a time coordinate of dates: initial.assign_coords(time=...)."
@@ -229,13 +230,6 @@ def _check_clock(times: ck.Clock, spec: Spec, stepper) -> None:
             f"Time of initial is in {times.unit!r}, but the model's is {spec.time_unit or 'nondimensional'!r}. "
             "Use data with the same kind of time coordinate as in training."
         )
-
-
-def _needs_calendar(stepper) -> bool:
-    config = getattr(stepper, "config", None)
-    climatology = getattr(config, "climatology", config)  # of a linear inverse model, or the stepper's own
-    slots = (getattr(climatology, "days", None) or 1) * (getattr(climatology, "hours", None) or 1)
-    return bool(getattr(config, "calendar", False)) or slots > 1
 
 
 def _with_clock(window: Window, times: ck.Clock, valid: np.ndarray, history: int) -> Window:

@@ -13,8 +13,11 @@ from physml.data.store import exclusive, replace
 from physml.errors import CheckpointError, ConfigError
 
 LEAD = "lead"
+ANEW = "Start anew with resume='never' and overwrite=True (--resume never --overwrite)"
 SUFFIXES = {".nc": "netcdf", ".nc4": "netcdf", ".netcdf": "netcdf", ".zarr": "zarr"}
-Label = Callable[[np.ndarray, int], xr.Dataset]  # frames (batch, lead, *space, channel) and their first step -> labels
+Label = Callable[
+    [np.ndarray, int], xr.Dataset
+]  # frames (batch, lead, *space, channel), the number of the first -> labels
 
 
 def partial_of(path: Path) -> Path:
@@ -40,13 +43,13 @@ def check_out(out: str | Path, overwrite: bool, resume: str) -> Path:
     if path.suffix not in SUFFIXES:
         raise ConfigError(f"{path} ends in {path.suffix!r}, but one of {', '.join(sorted(SUFFIXES))} was expected.")
     if path.exists() and not overwrite:
-        raise ConfigError(f"{path} exists. Choose another name, or pass overwrite=True.")
+        raise ConfigError(f"{path} exists. Choose another name, or pass overwrite=True (--overwrite).")
     if not path.parent.is_dir():
         raise ConfigError(f"{path.parent} is no folder: make it first, or choose another place for {path.name}.")
     if resume == "never" and not overwrite and partial_of(path).exists():
         raise ConfigError(
             f"{partial_of(path)} holds an unfinished rollout. Continue it with resume='auto' (--resume auto), or pass "
-            "overwrite=True to start anew."
+            "overwrite=True (--overwrite) to start anew."
         )
     return path
 
@@ -118,7 +121,7 @@ class _File:
             self.folder.mkdir()
 
     def write(self, first: int, frames: np.ndarray) -> None:
-        """Frames `(batch, lead, *space, channel)` from step `first` on."""
+        """Frames `(batch, lead, *space, channel)`; `first` is the number of the first one, from 1 on."""
         self.extend(LEAD, first - 1, self.label(frames, first))
 
     def extend(self, dim: str, at: int, piece: xr.Dataset) -> None:
@@ -142,8 +145,8 @@ class _File:
 
     def _damaged(self, error: Exception) -> CheckpointError:
         return CheckpointError(
-            f"{self.partial} cannot be continued ({type(error).__name__}: {error}). Start anew with resume='never' and "
-            "overwrite=True; zarr outlasts a killed process more surely than netCDF."
+            f"{self.partial} cannot be continued ({type(error).__name__}: {error}). {ANEW}; zarr outlasts a killed "
+            "process more surely than netCDF."
         )
 
 

@@ -23,9 +23,9 @@ class Chunk:
     """Consecutive frames on the host.
 
     Attributes:
-        start: steps before the first of these frames.
-        frames: `(batch, lead, *space, channel)`.
-        ledger: arrays `(batch, lead, channel)`; spectra of the steps here that `spectrum_every` divides.
+        start: steps before these.
+        frames: `(batch, lead, *space, channel)`, of the steps that `store_every` divides.
+        ledger: of every step, arrays `(batch, step, channel)`; spectra of those that `spectrum_every` divides.
         initial: ledger of the state that the rollout began from, `(batch, channel)`.
         state: of the stepper after these frames, on the device. `named(state)` is what a rollout is continued from.
         std: standard deviations of the frames, of a stepper that decodes to a `Gaussian`.
@@ -47,10 +47,12 @@ def rollout_chunks(
     key=None,
     *,
     forcing: Callable[[int, int], np.ndarray] | None = None,
+    store_every: int = 1,
     spectrum_every: int | None = None,
     resume: tuple[int, Mapping[str, Any]] | None = None,
 ) -> Iterator[Chunk]:
-    """The frames of `rollout`, the same bits, in pieces of `chunk` steps (the last one may be shorter).
+    """The frames of `rollout`, the same bits, in pieces of `chunk` steps, or of the next multiple of `store_every` (the
+    last piece may be shorter).
 
     Every chunk runs the same compiled loop, whose length is data: any number of steps from `chunk` on needs one trace,
     fewer steps that of the next power of two. A chunk is started before the one ahead of it is handed out, so that
@@ -60,22 +62,42 @@ def rollout_chunks(
         forcing: `(first, last) -> (batch, last - first, *space, forcing)` of the frames that steps first..last predict;
             what `window.forcing` holds when None. Of a part of the batch, it is repeated for the others: members along
             the batch share that of their trajectories.
+        store_every: steps from one frame that is kept to the next; the others never leave the device.
         spectrum_every: steps from one energy spectrum in the ledger to the next; None: no spectra.
         resume: steps that were done before and the `named` state after them: the chunks that were still to come follow,
             the same bits when `chunk` is the same.
 
-    Raises SpecError for a window that cannot start the rollout, and for spectra of a grid that has none, at once and
-    not at the first chunk; CheckpointError for a state that is not one of this stepper.
+    Raises at once, not at the first chunk, SpecError for a window that cannot start the rollout and for spectra of a
+    grid that has none, and ConfigError where `store_every` does not divide the steps or the distance of spectra;
+    CheckpointError for a state that is not one of this stepper.
     """
     if steps < 1 or chunk < 1 or (spectrum_every is not None and spectrum_every < 1):
         raise ConfigError(
             f"steps is {steps}, chunk {chunk} and spectrum_every {spectrum_every}, but they count frames: at least 1."
         )
+    check_stored(steps, store_every, spectrum_every)
     check_window(stepper, window, steps, forcing=forcing is None)
     if spectrum_every:
         check_spectrum(window.spec, window.mask)
     chunk = min(chunk, 1 << (steps - 1).bit_length())  # few lengths of buffers: each is compiled for
-    return _generate(stepper, window, steps, chunk, key, forcing, spectrum_every or 0, resume)
+    chunk += -chunk % store_every
+    return _generate(stepper, window, steps, chunk, key, forcing, store_every, spectrum_every or 0, resume)
+
+
+def check_stored(steps: int, store_every: int, spectrum_every: int | None) -> None:
+    """Raises ConfigError where the frames that are kept lack the last one, or one whose spectrum is."""
+    if store_every is None or store_every < 1:
+        raise ConfigError(f"store_every is {store_every}, but it counts steps: at least 1, which stores every frame.")
+    if steps % store_every:
+        raise ConfigError(
+            f"store_every is {store_every}, so of {steps} steps the last {steps % store_every} would be computed and "
+            f"not kept. Take {steps + -steps % store_every} steps, or a store_every that divides them."
+        )
+    if spectrum_every and spectrum_every % store_every:
+        raise ConfigError(
+            f"spectrum_every is {spectrum_every} and store_every {store_every}, but spectra are of frames that are "
+            f"kept. Use a multiple of {store_every}."
+        )
 
 
 def check_spectrum(spec: Spec, mask) -> None:
@@ -85,7 +107,10 @@ def check_spectrum(spec: Spec, mask) -> None:
     shells(spec.grid)
 
 
-def _generate(stepper, window: Window, steps: int, chunk: int, key, forcing, every: int, resume) -> Iterator[Chunk]:
+def _generate(
+    stepper, window: Window, steps: int, chunk: int, key, forcing, stored: int, every: int, resume
+) -> Iterator[Chunk]:
+    """`stored` and `every` are the steps from one frame, and from one spectrum, that is kept to the next."""
     history = stepper.history
     graph, numbers = nnx.split(stepper)
     pieces = _Pieces(window, history, chunk, forcing)
@@ -101,23 +126,23 @@ def _generate(stepper, window: Window, steps: int, chunk: int, key, forcing, eve
         count = min(chunk, steps - start)
         piece = replace(fixed, **pieces.cut(start, count))
         carry, frames, ledger, std = _advance(
-            graph, numbers, piece, carry, start, count, key, initial.mean, chunk=chunk, every=every
+            graph, numbers, piece, carry, start, count, key, initial.mean, chunk=chunk, stored=stored, every=every
         )
         for leaf in jax.tree.leaves((frames, ledger, std)):
             leaf.copy_to_host_async()
         if ahead is not None:
-            yield _on_host(*ahead, initial, every)
+            yield _on_host(*ahead, initial, stored, every)
         ahead = (start, count, carry, frames, ledger, std)
         del frames, ledger, std
     if ahead is not None:
-        yield _on_host(*ahead, initial, every)
+        yield _on_host(*ahead, initial, stored, every)
 
 
-def _on_host(start: int, count: int, state, frames, ledger, std, initial, every: int) -> Chunk:
+def _on_host(start: int, count: int, state, frames, ledger, std, initial, stored: int, every: int) -> Chunk:
     """Time first on the device, batch first for everybody else."""
     spectra, ledger = ledger.spectrum, replace(ledger, spectrum=None)
-    kept = (frames, ledger, std)
-    frames, ledger, std = jax.tree.map(lambda a: np.moveaxis(np.asarray(a)[:count], 0, 1), kept)
+    frames, std = jax.tree.map(lambda a: np.moveaxis(np.asarray(a)[: count // stored], 0, 1), (frames, std))
+    ledger = jax.tree.map(lambda a: np.moveaxis(np.asarray(a)[:count], 0, 1), ledger)
     if every:
         measured = (start + count) // every - start // every
         ledger = replace(ledger, spectrum=np.moveaxis(np.asarray(spectra)[:measured], 0, 1))
@@ -185,9 +210,13 @@ def _weak(leaf) -> bool:
     return getattr(jax.typeof(leaf), "weak_type", False)
 
 
-@functools.partial(jax.jit, static_argnames=("graph", "chunk", "every"))
-def _advance(graph, numbers, piece: Window, carry, start, count, key, reference, *, chunk: int, every: int):
-    """`count` steps from step `start` on; frames, ledger and std come in buffers of `chunk` leads."""
+@functools.partial(jax.jit, static_argnames=("graph", "chunk", "stored", "every"))
+def _advance(
+    graph, numbers, piece: Window, carry, start, count, key, reference, *, chunk: int, stored: int, every: int
+):
+    """`count` steps from step `start` on; the ledger comes in buffers of `chunk` steps, frames and std of those that
+    are stored. `start`, `count` and `chunk` are multiples of `stored`.
+    """
     stepper = nnx.merge(graph, numbers)
 
     def step(state, i):
@@ -196,21 +225,25 @@ def _advance(graph, numbers, piece: Window, carry, start, count, key, reference,
         decoded = stepper.decode(state)
         frame = _frame_of(decoded)
         std = None if frame is decoded else decoded.std
-        return state, (frame, measure(frame, piece.spec, piece.mask, reference), std)
+        return state, ((frame, std), measure(frame, piece.spec, piece.mask, reference))
 
-    shapes = jax.eval_shape(step, carry, jnp.int32(0))[1]
-    buffers = jax.tree.map(lambda s: jnp.zeros((chunk, *s.shape), s.dtype), shapes)
+    def buffer(rows: int, shapes):
+        return jax.tree.map(lambda s: jnp.zeros((rows, *s.shape), s.dtype), shapes)
+
+    def put(row, buffers, now):
+        return jax.tree.map(lambda a, b: jax.lax.dynamic_update_index_in_dim(a, b, row, 0), buffers, now)
 
     def body(i, loop):
-        state, buffers = loop
-        state, now = step(state, i)
-        put = functools.partial(jax.lax.dynamic_update_index_in_dim, index=i, axis=0)
-        return state, jax.tree.map(put, buffers, now)
+        state, frames, ledger = loop
+        state, (frame, totals) = step(state, i)
+        return state, put(i // stored, frames, frame), put(i, ledger, totals)  # the last of a row's steps stays there
 
+    frame, totals = jax.eval_shape(step, carry, jnp.int32(0))[1]
+    loop = (carry, buffer(chunk // stored, frame), buffer(chunk, totals))
     # A loop of dynamic length, not a scan: the last, shorter chunk needs neither a trace of its own nor idle steps.
-    carry, (frames, ledger, std) = jax.lax.fori_loop(0, count, body, (carry, buffers))
+    carry, (frames, std), ledger = jax.lax.fori_loop(0, count, body, loop)
     if every:
         rows = every - 1 - start % every + every * jnp.arange(-(-chunk // every))
-        chosen = jnp.moveaxis(frames[jnp.minimum(rows, chunk - 1)], 0, 1)
+        chosen = jnp.moveaxis(frames[jnp.minimum(rows, chunk - 1) // stored], 0, 1)
         ledger = replace(ledger, spectrum=jnp.moveaxis(energy_spectrum(chosen, piece.spec.grid), 1, 0))
     return carry, frames, ledger, std

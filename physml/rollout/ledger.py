@@ -84,14 +84,14 @@ class Bounds:
     @classmethod
     def of(cls, stepper, initial: Ledger, limit: float | None = 100.0) -> "Bounds":
         """`limit` scales beyond the training data (center and scale of the normalizer) and beyond the initial state
-        (its range and standard deviation), whichever reaches further; None: only numbers that are not finite count.
+        (its range and standard deviation), whichever reaches further; None or inf: only numbers that are not finite
+        count.
         """
-        if limit is not None and not limit > 0:
-            raise ConfigError(f"limit is {limit}, but a positive number of standard deviations was expected (or None).")
+        check_limit(limit)
         low, high = np.asarray(initial.minimum, np.float64), np.asarray(initial.maximum, np.float64)
         spread = np.sqrt(np.asarray(initial.variance, np.float64))
         center, scale = _training_range(stepper)
-        if limit is None:
+        if limit in (None, np.inf):
             return cls(np.full_like(low, -np.inf), np.full_like(high, np.inf), center, scale)
         # A nearly constant initial state tells nothing about the scale of the field.
         varied = spread > 1e-3 * np.abs(np.asarray(initial.mean, np.float64))
@@ -101,6 +101,13 @@ class Bounds:
         if scale is not None:
             lower, upper = np.minimum(lower, center - limit * scale), np.maximum(upper, center + limit * scale)
         return cls(np.where(known, lower, -np.inf), np.where(known, upper, np.inf), center, scale)
+
+
+def check_limit(limit) -> None:
+    """Raises ConfigError for what is no limit of `Bounds`."""
+    number = np.ndim(limit) == 0 and np.asarray(limit).dtype.kind in "iuf"
+    if limit is not None and not (number and limit > 0):
+        raise ConfigError(f"limit is {limit!r}, but a positive number of standard deviations was expected (or None).")
 
 
 def _training_range(stepper) -> tuple[np.ndarray | None, np.ndarray | None]:
@@ -115,7 +122,9 @@ def _training_range(stepper) -> tuple[np.ndarray | None, np.ndarray | None]:
 
 @dataclass(frozen=True)
 class Divergence:
-    """The first bad value of one trajectory: `step` counts from 1, `place` indexes the cell."""
+    """The first bad value of one trajectory: `step` counts from 1, `place` indexes the cell; empty where the frame of
+    that step was not stored.
+    """
 
     sample: int
     step: int
@@ -133,14 +142,16 @@ class Watchdog:
         good: `(batch,)` steps before the first bad one, so far.
     """
 
-    def __init__(self, spec: Spec, bounds: Bounds, names: tuple[str, ...] = ()):
+    def __init__(self, spec: Spec, bounds: Bounds, names: tuple[str, ...] = (), store_every: int = 1):
         """`names` are what messages call the trajectories; their numbers when empty."""
-        self.spec, self.bounds, self.names = spec, bounds, names
+        self.spec, self.bounds, self.names, self.store_every = spec, bounds, names, store_every
         self.events: dict[int, Divergence] = {}
         self.good = np.zeros(bounds.lower.shape[0], int)
 
     def read(self, start: int, frames: np.ndarray, ledger: Ledger) -> list[Divergence]:
-        """New divergences in `frames (batch, lead, *space, channel)`, whose first lead is step `start + 1`."""
+        """New divergences in the steps from `start + 1` on: their `ledger (batch, step, channel)`, and the frames
+        `(batch, lead, *space, channel)` of those that are stored.
+        """
         lower, upper = self.bounds.lower[:, None], self.bounds.upper[:, None]
         low, high = np.asarray(ledger.minimum), np.asarray(ledger.maximum)
         with np.errstate(invalid="ignore"):
@@ -153,9 +164,12 @@ class Watchdog:
             if not len(steps):
                 self.good[sample] = start + bad.shape[1]
                 continue
-            lead = int(steps[0])
-            self.good[sample] = start + lead
-            self.events[sample] = self._describe(sample, start + lead + 1, frames[sample, lead], bad[sample, lead])
+            first = int(steps[0])
+            self.good[sample] = start + first
+            stored = (start + first + 1) % self.store_every == 0
+            frame = frames[sample, first // self.store_every] if stored else None
+            finite, extremes = np.asarray(ledger.finite)[sample, first], (low[sample, first], high[sample, first])
+            self.events[sample] = self._describe(sample, start + first + 1, bad[sample, first], finite, extremes, frame)
             found.append(self.events[sample])
         return found
 
@@ -168,26 +182,32 @@ class Watchdog:
         if found:
             raise DivergedError(min(found, key=lambda event: event.step).message)
 
-    def _describe(self, sample: int, step: int, frame: np.ndarray, bad: np.ndarray) -> Divergence:
+    def _describe(self, sample: int, step: int, bad, finite, extremes, frame) -> Divergence:
+        """The others `(channel,)` and the `frame`, None where it was not stored, are of that step."""
         # A number that is not finite says more than one that is only large.
-        broken = ~np.isfinite(frame).reshape(-1, frame.shape[-1]).all(0)
-        channel = int(np.argmax(broken if broken.any() else bad))
-        field = frame[..., channel]
+        channel = int(np.argmax(bad if finite.all() else ~finite))
+        name = self.spec.names[channel]
         lower, upper = self.bounds.lower[sample, channel], self.bounds.upper[sample, channel]
-        with np.errstate(invalid="ignore"):
-            excess = np.where(np.isfinite(field), np.maximum(field - upper, lower - field), np.inf)
-        place = tuple(int(i) for i in np.unravel_index(int(np.argmax(excess)), field.shape))
-        value, name = float(field[place]), self.spec.names[channel]
-        axes = zip(self.spec.grid.axes, place, strict=True)
-        at = ", ".join(f"{axis.name}={axis.centers[i]:g}{axis.unit and ' ' + axis.unit}" for axis, i in axes)
+        if frame is None:
+            place, at = (), ", in a frame that was not stored"
+            low, high = (float(extreme[channel]) for extreme in extremes)
+            value = low if low < lower or not np.isfinite(low) else high
+        else:
+            field = frame[..., channel]
+            with np.errstate(invalid="ignore"):
+                excess = np.where(np.isfinite(field), np.maximum(field - upper, lower - field), np.inf)
+            place = tuple(int(i) for i in np.unravel_index(int(np.argmax(excess)), field.shape))
+            value, axes = float(field[place]), zip(self.spec.grid.axes, place, strict=True)
+            cell = ", ".join(f"{axis.name}={axis.centers[i]:g}{axis.unit and ' ' + axis.unit}" for axis, i in axes)
+            at = f" at index {place} ({cell})"
         who = self.names[sample] if self.names else sample
         unit = self.spec.channels[channel].unit
         what = f"is {value:g}" if not np.isfinite(value) else (
             f"is {value:g} {unit}".rstrip() + f", outside {lower:g} to {upper:g} (training data and initial state)"
         )  # fmt: skip
         message = (
-            f"The rollout diverged at step {step} (trajectory {who}): variable {name!r} {what} at index {place} "
-            f"({at}). The {step - 1} steps before are good. Take fewer steps, train on longer unrolled windows, or "
+            f"The rollout diverged at step {step} (trajectory {who}): variable {name!r} {what}{at}. "
+            f"The {step - 1} steps before are good. Take fewer steps, train on longer unrolled windows, or "
             "keep the good part with on_divergence='stop'."
         )
         return Divergence(sample, step, name, value, place, message)

@@ -100,7 +100,7 @@ def check_reach(stepper, window: Window, frames: int, what: str, *, forcing: boo
             f"Forcing {names} is given for {window.forcing.shape[1]} frames, but {frames} are needed: {what}. Give "
             "more, or take fewer steps."
         )
-    if _reads_calendar(stepper) and window.calendar.shape[1] < frames:
+    if reads_calendar(stepper) and window.calendar.shape[1] < frames:
         raise SpecError(
             f"The stepper reads the calendar, which is given for {window.calendar.shape[1]} frames, but {frames} are "
             f"needed: {what}. Give the dates of what is predicted too, Window.of(..., times=, calendar=), or use "
@@ -108,10 +108,14 @@ def check_reach(stepper, window: Window, frames: int, what: str, *, forcing: boo
         )
 
 
-def _reads_calendar(stepper) -> bool:
+def reads_calendar(stepper) -> bool:
+    """Whether it asks for the time of the year or of the day: by its config, or by slots of a climatology."""
     for wrapped in ("stepper", "members"):  # of a `Distribution`, and of an ensemble that is `Apart`
         stepper = getattr(stepper, wrapped, stepper)
-    return getattr(getattr(stepper, "config", None), "calendar", False)
+    config = getattr(stepper, "config", None)
+    climatology = getattr(config, "climatology", config)  # of a linear inverse model, or the stepper's own
+    slots = (getattr(climatology, "days", None) or 1) * (getattr(climatology, "hours", None) or 1)
+    return bool(getattr(config, "calendar", False)) or slots > 1
 
 
 def check_kind(window) -> None:

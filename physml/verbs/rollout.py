@@ -42,10 +42,15 @@ class Rollout(Common):
     """Random fields added to the initial state of every member, in standard deviations of the training data."""
     perturb_kind: Literal["smooth", "white"] = "smooth"
     """Whether neighboring points of these fields agree."""
+    store_every: int = 1
+    """Steps from one stored frame to the next; all are computed and watched."""
     spectrum_every: int | None = None
     """Steps from one stored energy spectrum to the next (0: none); by default fifty to a hundred are stored."""
     on_divergence: Literal["raise", "stop", "flag"] = "stop"
     """What to do when a trajectory leaves the finite numbers."""
+    limit: float = 100.0
+    """Standard deviations beyond the training data and the initial state that count as diverged; inf: only numbers that
+    are not finite do."""
     constraint: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """Physics to project onto after every step, NAME:CHANNELS[:OPTION=VALUE], e.g. mass:rho; may be repeated. `none`
     takes off those that the model was saved with."""
@@ -70,8 +75,6 @@ class Rollout(Common):
             raise ConfigError(f"--steps is {self.steps}, but at least 1 frame must be predicted.")
         stepper = self._constrained(stepper)
         initial, forcing = self._initial(stepper.history)
-        if self.out.exists() and not self.overwrite and self.resume == "never":
-            raise ConfigError(f"{self.out} exists. Choose another --out, or give --overwrite.")
         if self.forcing and not stepper.spec.forcing:
             raise ConfigError(f"--forcing is {self.forcing}, but {self.model} takes no forcing. Leave it out.")
         forcing = open_dataset(self.forcing) if self.forcing else forcing
@@ -79,6 +82,7 @@ class Rollout(Common):
             "out": self.out, "forcing": forcing, "chunk": self.chunk, "overwrite": self.overwrite,
             "on_divergence": self.on_divergence, "key": jax.random.key(self.seed), "members": self.members,
             "perturb": self.perturb, "perturb_kind": self.perturb_kind, "resume": self.resume,
+            "store_every": self.store_every, "limit": self.limit,
             "spectrum_every": "auto" if self.spectrum_every is None else self.spectrum_every or None,
         }  # fmt: skip
         if self.dry_run:

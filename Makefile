@@ -18,10 +18,10 @@ demo: $(VENV)/.installed  ## generate Kolmogorov flow, train, roll out 200 steps
 	@echo "Open runs/demo/report.html"
 
 test: $(VENV)/.installed  ## the quick suite
-	$(BIN)/python -m pytest -n $(WORKERS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 test-slow: $(VENV)/.installed  ## everything else that needs no peer package
-	$(BIN)/python -m pytest -n $(WORKERS) -m "slow and not peers"
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "slow and not peers"
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

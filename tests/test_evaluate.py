@@ -741,7 +741,8 @@ def test_two_processes_share_the_starts_and_agree():
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         port = found.getsockname()[1]
-    common = {**os.environ, "XLA_FLAGS": "--xla_backend_optimization_level=0", "JAX_PLATFORMS": "cpu"}
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=1"
+    common = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
     pair = {"PHYSML_COORDINATOR": f"127.0.0.1:{port}", "PHYSML_PROCESSES": "2", "PHYSML_TIMEOUT": "120"}
     command = [sys.executable, "-c", WORKER, str(pathlib.Path(__file__).parent)]
     settings = [common, *({**common, **pair, "PHYSML_PROCESS": str(number)} for number in range(2))]

@@ -397,7 +397,7 @@ def test_floors_whose_calendar_ends_too_early_are_refused(tiny):
     """Unless they know neither seasons nor hours."""
     _, window, _ = seasonal(tiny, 6)
     seasons = ClimatologyConfig(days=366, hours=1)
-    for config in (seasons, ClimatologyConfig(days=1, hours=4), LinearInverseConfig(climatology=seasons)):
+    for config in (seasons, ClimatologyConfig(days=1, hours=4), LinearInverseConfig(lags=1, climatology=seasons)):
         with pytest.raises(SpecError, match="reads the calendar, which is given for 6 frames, but 7 are needed"):
             rollout(config.build(window.spec), window, 6)
     still = ClimatologyConfig(days=1, hours=1).build(window.spec)

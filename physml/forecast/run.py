@@ -141,11 +141,11 @@ def forecast(
                 stepper, window, steps, chunk, key, forcing=start.forcing, store_every=store_every,
                 spectrum_every=spectrum_every, resume=saved and (saved.step, saved.arrays),
             )  # fmt: skip
-            done = loop(pieces, progress)
-            sizes = {LEAD: done // store_every}
-            sizes |= {SPECTRUM_STEP: done // spectrum_every + 1} if spectrum_every else {}
+            reached = loop(pieces, progress)
+            sizes = {LEAD: reached // store_every}
+            sizes |= {SPECTRUM_STEP: reached // spectrum_every + 1} if spectrum_every else {}
             attrs = {**model, **_divergences(loop.watch)}
-            attrs |= {"steps_asked": str(steps), "stopped_early": int(done < steps)}
+            attrs |= {"steps_asked": str(steps), "stopped_early": int(reached < steps)}
             attrs |= {resuming.MARK: resuming.mark(owner)} if owner else {}
             return store.finish(sizes, loop.labels.summary(loop.watch.good, start.leads[0]), attrs)
         except BaseException as error:

@@ -35,8 +35,9 @@ def run_two(folder, fields, name="SIGTERM", step=10**6):
 
 def both(command):
     """Exit codes and outputs of a command in two processes with one device each."""
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=1"
     common = {
-        **os.environ, "XLA_FLAGS": "--xla_backend_optimization_level=0", "JAX_PLATFORMS": "cpu",
+        **os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu",
         "PHYSML_COORDINATOR": f"127.0.0.1:{free_port()}", "PHYSML_PROCESSES": "2", "PHYSML_TIMEOUT": "120",
     }  # fmt: skip
     workers = [

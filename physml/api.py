@@ -16,7 +16,7 @@ from physml.convert.named import load
 from physml.data import MixtureConfig, SyntheticConfig, XarrayDataset, fit_normalizer
 from physml.data.store import exclusive
 from physml.errors import ConfigError
-from physml.evaluate import RolloutScores, evaluate_stepper, save_scores
+from physml.evaluate import RolloutScores, check_evaluation, evaluate_stepper, save_scores
 from physml.experiment import Experiment, load_experiment
 from physml.layers.lora import adapted, add_lora, parameters, trained_share
 from physml.metrics.table import file_of
@@ -76,6 +76,8 @@ def train(
     with layout.use(), contextlib.ExitStack() as held:
         stepper, loaded = first_stepper(_of_seed(experiment, 0), splits["train"], _member(source, 0))
         validate = _validation(experiment, stepper, splits, layout)
+        if scored:
+            check_scoring(experiment, stepper, splits)
         if seeds and not parameter_count(stepper):
             raise ConfigError("seeds asks for an ensemble, but the stepper has no network: all would be the same.")
 
@@ -254,6 +256,25 @@ def _validation(
     if splits.get("valid") is None:
         raise ConfigError("The experiment has a validation by rollouts, but its data has no split 'valid'. Add one.")
     return RolloutScores(experiment.validation, stepper, splits["valid"], layout, experiment.seed)
+
+
+def check_scoring(experiment: Experiment, stepper: Any, splits: dict[str, XarrayDataset]) -> None:
+    """Raises ConfigError or DataError where the trained stepper could not be scored on the test split as asked."""
+    settings = experiment.evaluation
+    if "test" not in splits:
+        return
+    check_evaluation(
+        stepper,
+        splits["test"],
+        settings.steps,
+        starts=settings.starts or None,
+        floors=[STEPPERS[name]().build(stepper.spec) for name in settings.floors],
+        climatology="climatology" in settings.floors,
+        metrics=settings.metrics or None,
+        spectrum_leads=settings.spectrum_leads or None,
+        members=settings.members or None,
+        seeds=len(experiment.seeds) or None,
+    )
 
 
 def fit_floor(config: Any, train_split: XarrayDataset) -> Any:

@@ -61,6 +61,9 @@ def test_training_says_what_it_would_train_on(capsys, folder):
         ("constraints=[{name: mass, channels: [w]}]", "w"),
         ("layout.data=3", "3"),
         ("seed=-1", "whole numbers from 0 on"),
+        ("evaluation.members=3", "draws no random numbers"),
+        ("evaluation.metrics=[acc]", "compares with a climatology"),
+        ("evaluation.starts=1", "need trajectories of 21 frames"),
     ],
 )
 def test_training_checks_what_it_can(capsys, folder, change, message):

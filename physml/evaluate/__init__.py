@@ -15,8 +15,8 @@ from physml.errors import ConfigError, suggest
 from physml.evaluate.agreement import predictability
 from physml.evaluate.forecasts import evaluate_forecasts
 from physml.evaluate.labels import first_leads
+from physml.evaluate.planning import check_evaluation, plan_starts
 from physml.evaluate.rollouts import evaluate_stepper, sample_dataset
-from physml.evaluate.starts import plan_starts
 from physml.evaluate.statistics import whole
 from physml.evaluate.validation import RolloutScores, RolloutValidation
 from physml.metrics.table import load_scores, save_scores, to_csv, to_plain, to_rows
@@ -91,6 +91,7 @@ def _check_options(function: Callable, options: dict[str, Any], what: str) -> No
 __all__ = [
     "RolloutScores",
     "RolloutValidation",
+    "check_evaluation",
     "evaluate",
     "evaluate_forecasts",
     "evaluate_stepper",

@@ -17,17 +17,14 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from physml.contracts import Dataset, Stepper
 from physml.errors import ConfigError, DataError
+from physml.evaluate.planning import choose, member_count, no_ensemble
 from physml.evaluate.scores import Setting, assemble, lead_times
-from physml.evaluate.starts import plan_starts
 from physml.evaluate.statistics import (
     Tally,
     blocks_of_starts,
-    choose_metrics,
-    choose_spectrum_leads,
     ensemble_statistics,
     field_statistics,
     finite_frames,
-    has_spectrum,
     pair_statistics,
     whole,
 )
@@ -101,20 +98,13 @@ def evaluate_stepper(
         model.spec.check_same(spec, mine=f"the stepper {label!r}", theirs="the data")
     climatology = climatology if climatology is not None else models.get(CLIMATOLOGY)
     history = max(model.history for model in (*models.values(), *([] if climatology is None else [climatology])))
-    plan = plan_starts(dataset.lengths, history, leads, starts)
-    groups, grouping = blocks_of_starts(plan, leads)
-    first = dataset.read(plan[0][0], range(max(plan[0][1] - history, 0), plan[0][1] + 1))
-    masked = first.mask is not None
-    spectral = has_spectrum(spec.grid, masked)
-    counts = {name: _member_count(stepper, members)}
+    counts = {name: member_count(stepper.count if isinstance(stepper, Members) else None, members)}
     models[name] = drawn(stepper) if members else stepper
-    chosen = choose_metrics(
-        metrics, climatology=climatology is not None, spectrum=spectral, ensemble=(counts[name] or 1) > 1
+    plan, *chosen = choose(
+        dataset, history, leads, starts, metrics, spectrum_leads, climatology is not None, (counts[name] or 1) > 1
     )
-    setting = Setting(
-        spec, chosen, np.arange(1, leads + 1), choose_spectrum_leads(spectrum_leads, leads) if spectral else (),
-        thresholds, grouping, draws, level,
-    )  # fmt: skip
+    groups, grouping = blocks_of_starts(plan, leads)
+    setting = Setting(spec, *chosen, thresholds, grouping, draws, level)
     key = jax.random.key(0) if key is None else key
     if processes and jax.process_count() > 1:  # each counts its batches from 0: without this, they would share draws
         key = jax.random.fold_in(key, jax.process_index())
@@ -154,15 +144,6 @@ def _name_models(stepper: Stepper, floors: dict[str, Stepper], name: str) -> dic
             "Pass another `name=`."
         )
     return {name: stepper, **floors}
-
-
-def _member_count(stepper: Stepper, asked: int | None) -> int | None:
-    """Members that are rolled out; None for a single stepper. Raises ConfigError for a number that cannot be shared."""
-    own = stepper.count if isinstance(stepper, Members) else None
-    if asked is not None and (asked < 1 or asked % (own or 1)):
-        what = f"the stepper is an ensemble of {own}: use a multiple of it" if own else "at least one is needed"
-        raise ConfigError(f"members is {asked}, but {what}.")
-    return asked or own
 
 
 @dataclass(frozen=True)
@@ -282,11 +263,7 @@ class _Run:
                     counts = weights[..., None] * exists[:, None, :]
                 truth_tally.add(jax.device_get(of_truth), {}, index, counts)
                 if number == 0 and several and found[several][3]:
-                    raise ConfigError(
-                        f"Several members of {several!r} are the same: the stepper draws no random numbers. Leave "
-                        "`members` out, or stack steppers of several seeds (physml.stack_members). Forecasts from "
-                        "perturbed initial states: physml.forecast(..., members=, perturb=0.01), then physml.evaluate."
-                    )
+                    raise no_ensemble(repr(several))
                 for label, (parts, pairs, *_) in found.items():
                     parts, pairs = jax.device_get((parts, pairs))
                     pairs |= {key: metric.per_pair(parts[key]) for key, metric in self.of_ensembles.items()}

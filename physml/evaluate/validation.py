@@ -11,7 +11,7 @@ from flax import nnx
 
 from physml.contracts import Dataset, Stepper
 from physml.errors import ConfigError, suggest
-from physml.evaluate.starts import plan_starts
+from physml.evaluate.planning import plan_starts
 from physml.evaluate.statistics import as_names, choose_metrics
 from physml.fields import Window, stack
 from physml.metrics import METRICS, Measure, high_correlation_time

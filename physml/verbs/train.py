@@ -65,6 +65,7 @@ class Training(Common):
         """
         from physml import api
         from physml.runs import check_folder
+        from physml.steppers.describe import parameter_count
         from physml.training.validation import count_windows
 
         experiment, _, _ = api.prepare(experiment)
@@ -74,9 +75,10 @@ class Training(Common):
         splits = api.open_data(experiment)
         api.check_splits(splits)
         found = {"data": {name: _size(split) for name, split in splits.items()}}
-        history, parameters = _shapes(experiment, splits["train"])
-        if parameters:
-            count_windows(splits["train"], experiment.objective.frames(history), "training")
+        stepper = _shaped(experiment, splits["train"])
+        if parameters := parameter_count(stepper):
+            count_windows(splits["train"], experiment.objective.frames(stepper.history), "training")
+        api.check_scoring(experiment, stepper, splits)
         return experiment, {**found, "parameters": parameters}
 
 
@@ -93,23 +95,21 @@ def _size(split: Any) -> str:
     return f"{len(split.lengths)} trajectories, {sum(split.lengths)} frames on a grid {split.spec.grid.shape}"
 
 
-def _shapes(experiment: Any, train_split: Any) -> tuple[int, int]:
-    """History and trainable numbers of the stepper, of which nothing is computed. Raises ConfigError where its parts do
-    not fit each other or the data.
+def _shaped(experiment: Any, train_split: Any) -> Any:
+    """The stepper, of whose numbers nothing is computed. Raises ConfigError where its parts do not fit each other or
+    the data.
     """
     from flax import nnx
 
     from physml import api
     from physml.normalize import Normalizer
-    from physml.steppers.describe import parameter_count
 
     spec = train_split.spec
     if experiment.stepper.signature(spec) is None:
-        return 0, 0  # a floor
+        return experiment.stepper.build(spec)  # a floor
     normalizer = Normalizer.identity(spec, intervals=getattr(experiment.stepper, "intervals", ()))
     plain = dataclasses.replace(experiment, start_from=None, lora=None)
-    built = nnx.eval_shape(lambda: api.first_stepper(plain, train_split, normalizer=normalizer)[0])
-    return built.history, parameter_count(built)
+    return nnx.eval_shape(lambda: api.first_stepper(plain, train_split, normalizer=normalizer)[0])
 
 
 @dataclass(frozen=True, kw_only=True)

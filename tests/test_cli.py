@@ -207,6 +207,14 @@ def test_finetuning_says_what_it_loaded(capsys, trained, tmp_path):
     assert "model.blocks.2" in err
 
 
+def test_python_runs_the_package():
+    """`python -m physml`, where the command itself is not on the path."""
+    from physml import __version__
+
+    found = subprocess.run([sys.executable, "-m", "physml", "--version"], check=True, capture_output=True, timeout=60)
+    assert found.stdout.decode().strip() == __version__
+
+
 @pytest.mark.slow
 def test_a_terminated_training_exits_with_75_and_goes_on(trained, tmp_path):
     """As a batch system does it: SIGTERM, then the same command with --resume auto."""

@@ -1,0 +1,5 @@
+"""`python -m physml` is `physml`."""
+
+from physml.cli import main
+
+main()

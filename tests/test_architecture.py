@@ -24,6 +24,7 @@ ROWS = (  # lowest first; names on one row never import each other
     ("benchmarks",),
     ("verbs",),
     ("cli",),
+    ("__main__",),
 )
 SAME_ROW = {("fields", "errors")}  # the only step sideways: typed errors for specs
 ROW = {name: i for i, row in enumerate(ROWS) for name in row}

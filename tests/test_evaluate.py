@@ -1,6 +1,5 @@
 """Evaluation: aligned by valid time, blind to the future, averaged over starts, floors beside the model."""
 
-import contextlib
 import json
 import os
 import pathlib
@@ -8,7 +7,6 @@ import socket
 import subprocess
 import sys
 
-import every_stepper
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -20,15 +18,7 @@ from numpy.testing import assert_allclose
 from physml import api
 from physml.data import SyntheticConfig, XarrayDataset, from_frames, spec_of
 from physml.errors import ConfigError, DataError, SpecError
-from physml.evaluate import (
-    check_evaluation,
-    evaluate,
-    evaluate_stepper,
-    load_scores,
-    plan_starts,
-    save_scores,
-    to_rows,
-)
+from physml.evaluate import evaluate, evaluate_stepper, load_scores, plan_starts, save_scores, to_rows
 from physml.evaluate.statistics import blocks_of_starts
 from physml.experiment import Evaluation, Experiment
 from physml.fields import Window
@@ -777,44 +767,6 @@ def test_two_processes_share_the_starts_and_agree():
     for found in (draws[0], draws[1] + draws[2]):  # the error of a still truth is the noise of its start
         finite = [value for value in found if np.isfinite(value)]
         assert len(set(finite)) == len(finite) > 10
-
-
-@pytest.mark.parametrize(
-    ("evaluation", "seeds", "error"),
-    [
-        ({"steps": 9, "starts": 1}, (), (DataError, "need trajectories of 10 frames, but the longest has 5")),
-        ({"floors": ("extrapolation",), "steps": 4, "starts": 1}, (), (DataError, "2 frames of history")),
-        ({"metrics": ("crps_fair",)}, (), (ConfigError, "scores ensembles")),
-        ({"metrics": ("acc",)}, (), (ConfigError, "compares with a climatology")),
-        ({"spectrum_leads": (5,)}, (), (ConfigError, "leads count from 1 to 2")),
-        ({"members": 3}, (), (ConfigError, "draws no random numbers")),
-        ({"members": 4}, (0, 1), (ConfigError, "draws no random numbers")),
-        ({"members": 3}, (0, 1), (ConfigError, "ensemble of 2: use a multiple")),
-    ],
-)
-def test_an_evaluation_that_cannot_work_is_refused_before_training(tmp_path, evaluation, seeds, error):
-    data = SyntheticConfig(
-        "burgers", points=16, steps=4, trajectories={"train": 2, "valid": 1, "test": 2}, options={"solver_points": 32},
-        cache=str(tmp_path / "cache"),
-    )  # fmt: skip
-    experiment = Experiment(
-        data=data, model=FNOConfig(modes=(2,), width=4, depth=1), training=TrainingConfig(steps=1, batch=4),
-        seeds=seeds, evaluation=Evaluation(**{"steps": 2, "floors": ("persistence",), **evaluation}),
-    )  # fmt: skip
-    with pytest.raises(error[0], match=error[1]):
-        api.train(experiment, folder=tmp_path / "runs")
-    assert not (tmp_path / "runs").exists()
-
-
-@pytest.mark.parametrize("name", every_stepper.OPTIONS)
-def test_which_steppers_draw_random_numbers_is_known_before_training(name):
-    stepper = every_stepper.stepper_of(name)
-    data = XarrayDataset(every_stepper.data_of(name), stepper.spec)
-    options = {"starts": None, "floors": [], "climatology": False, "metrics": ("rmse",), "spectrum_leads": None}
-    random = name in ("refiner", "gaussian")
-    with contextlib.nullcontext() if random else pytest.raises(ConfigError, match="draws no random numbers"):
-        check_evaluation(stepper, data, 2, members=2, seeds=None, **options)
-    check_evaluation(stepper, data, 2, members=2, seeds=2, **options)
 
 
 @pytest.mark.parametrize("members", [pytest.param(0, marks=pytest.mark.slow), 3])

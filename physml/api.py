@@ -17,7 +17,7 @@ from physml.data import MixtureConfig, SyntheticConfig, XarrayDataset, fit_norma
 from physml.data.store import exclusive
 from physml.errors import ConfigError
 from physml.evaluate import RolloutScores, check_evaluation, evaluate_stepper, save_scores
-from physml.experiment import Experiment, load_experiment
+from physml.experiment import Evaluation, Experiment, load_experiment
 from physml.layers.lora import adapted, add_lora, parameters, trained_share
 from physml.metrics.table import file_of
 from physml.objectives.scoring import check_objective
@@ -260,21 +260,17 @@ def _validation(
 
 def check_scoring(experiment: Experiment, stepper: Any, splits: dict[str, XarrayDataset]) -> None:
     """Raises ConfigError or DataError where the trained stepper could not be scored on the test split as asked."""
-    settings = experiment.evaluation
     if "test" not in splits:
         return
-    check_evaluation(
-        stepper,
-        splits["test"],
-        settings.steps,
-        starts=settings.starts or None,
-        floors=[STEPPERS[name]().build(stepper.spec) for name in settings.floors],
-        climatology="climatology" in settings.floors,
-        metrics=settings.metrics or None,
-        spectrum_leads=settings.spectrum_leads or None,
-        members=settings.members or None,
-        seeds=len(experiment.seeds) or None,
-    )
+    settings = experiment.evaluation
+    floors = {name: STEPPERS[name]().build(stepper.spec) for name in settings.floors}
+    seeds = len(experiment.seeds) or None
+    check_evaluation(stepper, splits["test"], settings.steps, floors=floors, seeds=seeds, **_asked(settings))
+
+
+def _asked(settings: Evaluation) -> dict[str, Any]:
+    """Options of `evaluate_stepper`, whose defaults an evaluation has where it says nothing."""
+    return {name: getattr(settings, name) or None for name in ("starts", "metrics", "members", "spectrum_leads")}
 
 
 def fit_floor(config: Any, train_split: XarrayDataset) -> Any:
@@ -302,15 +298,12 @@ def score(run: Run, splits: dict[str, XarrayDataset], stepper: Any = None, split
         stepper if stepper is not None else run.stepper,
         splits[split],
         settings.steps,
-        starts=settings.starts or None,
         batch=settings.batch,
         floors=floors,
-        metrics=settings.metrics or None,
-        members=settings.members or None,
-        spectrum_leads=settings.spectrum_leads or None,
         key=jax.random.key(run.experiment.seed),
         sample=run.folder / file_of("sample.nc", split),
         name=run.experiment.name,
+        **_asked(settings),
     )
     scores.attrs["split"] = split
     save_scores(scores, run.folder)

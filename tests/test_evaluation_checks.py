@@ -45,8 +45,7 @@ def test_an_evaluation_that_cannot_work_is_refused_before_training(tmp_path, eva
 def test_which_steppers_draw_random_numbers_is_known_before_training(name):
     stepper = every_stepper.stepper_of(name)
     data = XarrayDataset(every_stepper.data_of(name), stepper.spec)
-    options = {"starts": None, "floors": [], "climatology": False, "metrics": ("rmse",), "spectrum_leads": None}
     random = name in ("refiner", "gaussian")
     with contextlib.nullcontext() if random else pytest.raises(ConfigError, match="draws no random numbers"):
-        check_evaluation(stepper, data, 2, members=2, seeds=None, **options)
-    check_evaluation(stepper, data, 2, members=2, seeds=2, **options)
+        check_evaluation(stepper, data, 2, members=2)
+    check_evaluation(stepper, data, 2, members=2, seeds=2)

@@ -131,7 +131,8 @@ def test_a_trained_stepper_may_be_tuned_on_fewer_leads(tmp_path):
     from physml.saving import StartFrom
 
     saving.save(stepper(TOLD), tmp_path / "model")
-    prepare(TOLD, AllToAll(3), start_from=StartFrom(str(tmp_path / "model")))
+    start = StartFrom(str(tmp_path / "model"))
+    assert prepare(TOLD, AllToAll(3), start_from=start)[0].objective == AllToAll(3)
 
 
 def test_training_refuses_what_does_not_fit_its_stepper(tmp_path):

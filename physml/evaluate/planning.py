@@ -14,25 +14,27 @@ from physml.fields import Window, stack
 from physml.rollout import rollout
 from physml.steppers.members import drawn
 
+CLIMATOLOGY = "climatology"  # a floor of this name also serves as the climatology of skill and ACC
+
 
 def check_evaluation(
     stepper: Stepper,
     dataset: Dataset,
     leads: int,
     *,
-    starts: int | None,
-    floors: Sequence[Stepper],
-    climatology: bool,
-    metrics: str | Sequence[str] | None,
-    spectrum_leads: Sequence[int] | None,
-    members: int | None,
-    seeds: int | None,
+    starts: int | None = None,
+    floors: dict[str, Stepper] | None = None,
+    metrics: str | Sequence[str] | None = None,
+    spectrum_leads: Sequence[int] | None = None,
+    members: int | None = None,
+    seeds: int | None = None,
 ) -> None:
     """Raises what `evaluate_stepper` would after training `stepper`, of which only the structure counts; one of each of
     the `seeds` will be stacked. `floors` need not be fitted.
     """
-    history, count = max(model.history for model in (stepper, *floors)), member_count(seeds, members)
-    plan, *_ = choose(dataset, history, leads, starts, metrics, spectrum_leads, climatology, (count or 1) > 1)
+    floors, count = floors or {}, member_count(seeds, members)
+    history = max(model.history for model in (stepper, *floors.values()))
+    plan, *_ = choose(dataset, history, leads, starts, metrics, spectrum_leads, CLIMATOLOGY in floors, (count or 1) > 1)
     if (members or 1) > (seeds or 1):
         window = stack([_first(dataset, plan, stepper.history)])
         if not _draws(drawn(stepper), window):
@@ -52,6 +54,7 @@ def _draws(stepper: Stepper, window: Window) -> bool:
 
 
 def no_ensemble(name: str) -> ConfigError:
+    """What to raise where members were asked for that cannot differ."""
     return ConfigError(
         f"Several members of {name} are the same: the stepper draws no random numbers. Leave `members` out, or stack "
         "steppers of several seeds (physml.stack_members). Forecasts from perturbed initial states: "

@@ -17,7 +17,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from physml.contracts import Dataset, Stepper
 from physml.errors import ConfigError, DataError
-from physml.evaluate.planning import choose, member_count, no_ensemble
+from physml.evaluate.planning import CLIMATOLOGY, choose, member_count, no_ensemble
 from physml.evaluate.scores import Setting, assemble, lead_times
 from physml.evaluate.statistics import (
     Tally,
@@ -36,7 +36,6 @@ from physml.rollout.scan import remembered
 from physml.steppers import Members
 from physml.steppers.members import drawn
 
-CLIMATOLOGY = "climatology"  # a floor of this name also serves as the climatology of skill and ACC
 SAMPLE_VALUES = 2**25  # numbers per field of sample.nc: longer rollouts are thinned
 
 

@@ -150,7 +150,7 @@ class Watchdog:
 
     def read(self, start: int, frames: np.ndarray, ledger: Ledger) -> list[Divergence]:
         """New divergences in the steps from `start + 1` on: their `ledger (batch, step, channel)`, and the frames
-        `(batch, lead, *space, channel)` of those that are stored.
+        `(batch, lead, *space, channel)` of those that are stored. `store_every` divides `start`.
         """
         lower, upper = self.bounds.lower[:, None], self.bounds.upper[:, None]
         low, high = np.asarray(ledger.minimum), np.asarray(ledger.maximum)

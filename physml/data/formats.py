@@ -2,7 +2,7 @@
 
 A format of a benchmark is a function `open_dataset(place, **options) -> xr.Dataset` and a function `recognizes(place)`
 that looks at names and small headers only. Both take a `Place`; what `open_dataset` promises is written at
-`physml.data.open_dataset`. Plain GRIB, netCDF and zarr come last and take single files, which `netcdf.open_many` joins.
+`physml.data.open_dataset`. Plain GRIB, netCDF and zarr come last and take single files (several: `joining.open_many`).
 """
 
 import os

@@ -7,17 +7,14 @@ executed: zarr arrays coded as pickles are refused.
 import glob
 import math
 import os
-import struct
 import uuid
 import warnings
-from collections.abc import Sequence
 from contextlib import contextmanager
-from pathlib import Path
 
-import numpy as np
 import xarray as xr
 
 from physml.data import axes as ax
+from physml.data.classic import check_length
 from physml.data.hdf5_chunks import Netcdf4
 from physml.data.heaps import HEAD, check_heaps
 from physml.data.remote import file_system, first_line, is_there, is_url, open_file, zarr_store
@@ -51,7 +48,7 @@ def open_netcdf(path: str, *, chunks=None, group: str | None = None, decode_time
         ds = guarded_open(path, lambda: xr.open_dataset(Netcdf4.open(whole, group=group), **options))
         ds.encoding["source"] = whole  # as xarray says it of other files
         return ds
-    _check_classic_length(path)
+    check_length(path)
     return guarded_open(path, lambda: xr.open_dataset(path, engine="netcdf4", group=group, **options))
 
 
@@ -79,27 +76,6 @@ def open_zarr(path: str, *, chunks=None, group: str | None = None, decode_times:
     ordered = ds.drop_vars(list(ds.data_vars)).assign({name: ds[name] for name in sorted(ds.data_vars, key=str)})
     ordered.encoding = ds.encoding
     return ordered
-
-
-def open_many(paths: Sequence[str], opener, **options) -> xr.Dataset:
-    """Several files of one dataset: joined along time where times differ, along `trajectory` where they repeat.
-
-    Files that hold different variables are merged. Raises DataError when grids or units differ, naming the two files.
-    """
-    parts = [(path, in_chunks(name_dimensions(opener(path, **options)))) for path in paths]
-    _check_alike(parts)
-    groups: dict[frozenset, list] = {}
-    for path, ds in parts:
-        groups.setdefault(frozenset(map(str, ds.data_vars)), []).append((path, ds))
-    joined = [_join(members) for members in groups.values()]
-    if len(joined) == 1:
-        result = joined[0]
-    else:
-        names = [members[0][0] for members in groups.values()]
-        result = _merge(joined, names)
-    result.encoding["source"] = f"{paths[0]} (and {len(paths) - 1} more)"
-    result.encoding["files"] = tuple(map(str, paths))
-    return result
 
 
 def expand(path, storage_options: dict | None = None) -> list[str]:
@@ -303,197 +279,3 @@ def _expand_folder(path: str) -> list[str]:
         names = [os.path.basename(item) for item in inside][:10]
         raise DataError(f"The folder {path} holds no netCDF file and no zarr store. It holds {names or 'nothing'}.")
     return files
-
-
-def _check_classic_length(path: str) -> None:
-    """Raises DataError when a classic netCDF file is shorter than its header says (the C library would read zeros)."""
-    with open(path, "rb") as file:
-        try:
-            expected = _classic_length(file)
-        except (struct.error, ValueError, LookupError, OverflowError) as error:
-            raise DataError(f"{path} is truncated inside its header. Copy or download it again.") from error
-    size = os.path.getsize(path)
-    if size < expected:
-        raise DataError(
-            f"{path} is truncated: {size} bytes, but its header needs {expected}. Copy or download it again."
-        )
-
-
-def _classic_length(file) -> int:
-    """Bytes that the header of a classic netCDF file (CDF-1, -2, -5) promises; netCDF file format specification."""
-    version = file.read(4)[3]
-    count_format, offset_format = (">q" if version == 5 else ">i"), (">i" if version == 1 else ">q")
-    sizes = {1: 1, 2: 1, 3: 2, 4: 4, 5: 4, 6: 8, 7: 1, 8: 2, 9: 4, 10: 8, 11: 8}
-
-    def number(fmt=count_format):
-        return struct.unpack(fmt, file.read(struct.calcsize(fmt)))[0]
-
-    def skip(length):
-        padded = length + -length % 4
-        if length < 0 or len(file.read(padded)) != padded:
-            raise ValueError("header ends early")
-
-    def count():
-        size = number()
-        if size < 0:  # the C library would take it as billions
-            raise ValueError("negative count")
-        return range(size)
-
-    def items():
-        number(">i")  # tag of the list, or zero when it is absent
-        return count()
-
-    def skip_attributes():
-        for _ in items():
-            skip(number())
-            kind = number(">i")
-            skip(number() * sizes[kind])
-
-    records = number()
-    dims = []
-    for _ in items():
-        skip(number())
-        dims.append(number())
-    skip_attributes()
-    ends, record_bytes, record_ends = [0], 0, []
-    variables = []
-    for _ in items():
-        skip(number())
-        shape = [dims[number()] for _ in count()]
-        skip_attributes()
-        kind = number(">i")
-        number()  # vsize: recomputed below, because it overflows for big variables
-        variables.append((shape, sizes[kind], number(offset_format)))
-    recorded = [v for v in variables if v[0] and v[0][0] == 0]
-    for shape, size, begin in variables:
-        if shape and shape[0] == 0:
-            slab = int(np.prod(shape[1:], dtype=object)) * size
-            record_bytes += slab if len(recorded) == 1 else slab + -slab % 4
-            record_ends.append((begin, slab))
-        else:
-            ends.append(begin + int(np.prod(shape, dtype=object) if shape else 1) * size)
-    if records > 0:
-        ends += [begin + (records - 1) * record_bytes + slab for begin, slab in record_ends]
-    return max(ends)
-
-
-# --- several files ----------------------------------------------------------------------------------------------------
-
-
-def _check_alike(parts: list[tuple[str, xr.Dataset]]) -> None:
-    """Raises DataError when two files differ in grid or units."""
-    seen: dict[str, tuple[str, np.ndarray | int]] = {}
-    units: dict[str, tuple[str, str]] = {}
-    for path, ds in parts:
-        for dim in ds.dims:
-            if ax.role(ds, dim) in ("trajectory", "time"):
-                continue
-            values = ax.coordinate_values(ds, dim)
-            values = np.arange(ds.sizes[dim]) if values is None else values
-            other, known = seen.setdefault(str(dim), (path, values))
-            if len(values) != len(known) or not np.allclose(values, known, rtol=1e-6, atol=1e-6 * (np.ptp(known) or 1)):
-                raise DataError(
-                    f"{path} and {other} are on different grids: {dim!r} has {len(values)} points {_ends(values)} in "
-                    "the first, "
-                    f"{len(known)} points {_ends(known)} in the second. Open them one by one, or interpolate."
-                )
-        for name, variable in ds.data_vars.items():
-            unit = str(variable.attrs.get("units", ""))
-            other, known = units.setdefault(str(name), (path, unit))
-            if unit != known:
-                raise DataError(f"{name!r} is in {unit!r} in {path}, but in {known!r} in {other}. Convert one of them.")
-
-
-def _ends(values: np.ndarray) -> str:
-    return f"({values[0]:g}..{values[-1]:g})" if len(values) else "()"
-
-
-def _join(members: list[tuple[str, xr.Dataset]]) -> xr.Dataset:
-    """Files with the same variables, along time or along trajectory."""
-    if len(members) == 1:
-        return members[0][1]
-    times = [np.asarray(ds["time"].values) if "time" in ds.variables else None for _, ds in members]
-    if all(t is not None and t.ndim <= 1 for t in times) and not all(np.array_equal(t, times[0]) for t in times):
-        return _join_time(members, [np.atleast_1d(t) for t in times])
-    stacked = []
-    for _, ds in members:
-        if "trajectory" in ds.dims:
-            stacked.append(ds)
-        else:
-            fields = [n for n, v in ds.data_vars.items() if v.ndim]
-            stacked.append(ds.assign({n: ds[n].expand_dims("trajectory") for n in fields}))
-    stacked = _spread(stacked)
-    return _concat([(p, d) for (p, _), d in zip(members, stacked, strict=True)], "trajectory")
-
-
-def _join_time(members, times) -> xr.Dataset:
-    order = sorted(range(len(members)), key=lambda i: times[i][0])
-    for a, b in zip(order[:-1], order[1:], strict=True):
-        if not times[a][-1] < times[b][0]:
-            raise DataError(
-                f"{members[a][0]} ends at {times[a][-1]}, but {members[b][0]} begins at {times[b][0]}: their times "
-                "overlap. "
-                "Trajectories of one dataset must share one time axis; parts of one trajectory must not overlap."
-            )
-    parts = [(p, d if "time" in d.dims else d.expand_dims("time")) for p, d in (members[i] for i in order)]
-    return _concat(parts, "time")
-
-
-def _spread(datasets: list[xr.Dataset]) -> list[xr.Dataset]:
-    """Gives `trajectory` to scalars and static fields that differ between files (parameters of the files)."""
-    names = [
-        n
-        for n, v in datasets[0].variables.items()
-        if not {"trajectory", "time"} & set(v.dims) and n not in datasets[0].dims
-    ]
-    for name in names:
-        values = [np.asarray(ds[name].values) for ds in datasets if name in ds.variables]
-        if len(values) == len(datasets) and all(_same(v, values[0]) for v in values):
-            continue
-        if len(values) < len(datasets):
-            continue
-        datasets = [
-            ds.drop_vars(name).assign(
-                {name: ds[name].variable.set_dims({"trajectory": ds.sizes["trajectory"], **dict(ds[name].sizes)})}
-            )
-            for ds in datasets
-        ]
-    return datasets
-
-
-def _same(a: np.ndarray, b: np.ndarray) -> bool:
-    return np.array_equal(a, b, equal_nan=a.dtype.kind == "f")
-
-
-def _concat(members, dim: str) -> xr.Dataset:
-    try:
-        return xr.concat(
-            [ds for _, ds in members], dim, data_vars="minimal", coords="minimal", compat="override", join="override",
-            combine_attrs="drop_conflicts",
-        )  # fmt: skip
-    except (ValueError, KeyError) as error:
-        raise DataError(f"{members[0][0]} and the files after it cannot be joined along {dim}: {error}") from error
-
-
-def _merge(datasets: list[xr.Dataset], names: list[str]) -> xr.Dataset:
-    try:
-        return xr.merge(datasets, join="exact", compat="no_conflicts", combine_attrs="drop_conflicts")
-    except (ValueError, xr.MergeError) as error:
-        fullest = max(range(len(datasets)), key=lambda i: len(datasets[i].data_vars))
-        for name, ds in zip(names, datasets, strict=True):
-            lacking = {*datasets[fullest].data_vars} - {*ds.data_vars}
-            shared = {*datasets[fullest].data_vars} & {*ds.data_vars}
-            if lacking and any("time" in ds[own].dims for own in shared):  # parts of one series
-                raise DataError(
-                    f"{name} has no variable {min(map(str, lacking))!r}, which {names[fullest]} has, so the two cannot "
-                    "be joined. Download or generate it again, or leave it out."
-                ) from error
-        raise DataError(
-            f"{names[0]} and {names[1]} hold different variables, but cannot be merged: {first_line(error)}. Their "
-            "coordinates "
-            "must be equal; open them one by one otherwise."
-        ) from error
-
-
-def as_text(path: str | Path | Sequence) -> str:
-    return os.fspath(path) if isinstance(path, str | os.PathLike) else ", ".join(map(str, path))

@@ -5,7 +5,7 @@ import os
 
 import xarray as xr
 
-from physml.data import netcdf
+from physml.data import joining, netcdf
 from physml.data.formats import FORMATS, recognize
 from physml.data.labelled import source_of
 from physml.data.place import Place
@@ -46,13 +46,13 @@ def _read_plain(files: list[str], format: str | None, options: dict) -> xr.Datas
         _check_options(own, options)
         return FORMATS[own].open(file, **options)
 
-    return opener(files[0]) if len(files) == 1 else netcdf.open_many(files, opener)
+    return opener(files[0]) if len(files) == 1 else joining.open_many(files, opener)
 
 
 def _read_benchmark(path, format: str, options: dict) -> xr.Dataset:
     """The data set at one place."""
     if not isinstance(path, str | os.PathLike):
-        raise ConfigError(f"{format} is opened from one file or folder, but {netcdf.as_text(path)} was given.")
+        raise ConfigError(f"{format} is opened from one file or folder, but {path!r} was given.")
     place = Place(path, options.pop("storage_options", None))
     chunks = options.pop("chunks", None)
     _check_options(format, options)

@@ -29,7 +29,7 @@ from flax import nnx
 
 import physml
 from physml import Evaluation, Experiment, OptimizerConfig, SyntheticConfig, TrainingConfig, Unrolled
-from physml.api import initial_stepper, open_data
+from physml.api import initial_stepper
 from physml.fields import stack
 from physml.metrics.chaos import high_correlation_time
 from physml.models import ResNetConfig
@@ -150,7 +150,7 @@ def main() -> None:
     leads = 40 if arguments.quick else round(10 / arguments.interval)
     begin = time.perf_counter()
     first = experiment(ARMS[0], 0, arguments)
-    splits = open_data(first)
+    splits = first.data.open()
     print(f"data: {time.perf_counter() - begin:.0f} s")
     bare = initial_stepper(first, splits["train"])
     nnx.update(bare.model, jax.tree.map(jnp.zeros_like, nnx.state(bare.model, nnx.Param)))

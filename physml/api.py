@@ -13,7 +13,7 @@ import xarray as xr
 
 from physml import saving
 from physml.convert.named import load
-from physml.data import MixtureConfig, SyntheticConfig, XarrayDataset, fit_normalizer
+from physml.data import XarrayDataset, fit_normalizer
 from physml.data.store import exclusive
 from physml.errors import ConfigError
 from physml.evaluate import RolloutScores, check_evaluation, evaluate_stepper, save_scores
@@ -27,8 +27,9 @@ from physml.progress import Silent
 from physml.report import report
 from physml.runs import Run, claim, describe
 from physml.saving import LoadReport, build_stepper
-from physml.steppers import STEPPERS, Members
+from physml.steppers import Members
 from physml.steppers.describe import parameter_count
+from physml.steppers.floors import floors_beside
 from physml.training import fit, fit_members, spread_members
 
 log = logging.getLogger("physml")
@@ -56,7 +57,7 @@ def train(
         folder: where runs are kept.
         resume: "auto" continues the newest complete checkpoint of the same run, "never" refuses an existing run.
         overwrite: replace an existing run.
-        progress: receives the state of the training, see `physml.training.Progress`.
+        progress: receives the state of the training, see `physml.progress.Progress`.
         tracker: receives the logged numbers, see `physml.training.tracking`.
         splits: the experiment's data, where they are open already.
         scored: whether to score and report; False leaves that to the caller.
@@ -71,7 +72,7 @@ def train(
     path, progress = Path(folder) / experiment.name, progress or Silent()
     experiment, source, layout = prepare(experiment)
     seeds = experiment.seeds
-    splits = open_data(experiment, progress) if splits is None else splits
+    splits = experiment.data.open(progress) if splits is None else splits
     check_splits(splits)
     with layout.use(), contextlib.ExitStack() as held:
         stepper, loaded = first_stepper(_of_seed(experiment, 0), splits["train"], _member(source, 0))
@@ -139,13 +140,6 @@ def _of_seed(experiment: Experiment, number: int) -> Experiment:
     return dataclasses.replace(experiment, seed=experiment.seeds[number], seeds=()) if experiment.seeds else experiment
 
 
-def open_data(experiment: Experiment, progress: Any = None) -> dict[str, XarrayDataset]:
-    """The splits of an experiment; generates those that are solved and not in the cache yet."""
-    if isinstance(experiment.data, SyntheticConfig | MixtureConfig):
-        return experiment.data.open(progress)
-    return experiment.data.open()
-
-
 def initial_stepper(experiment: Experiment, train_split: XarrayDataset) -> Any:
     """The stepper before training: fitted normalizer, fresh or given weights; without a network a fitted floor."""
     source = open_source(experiment)
@@ -205,7 +199,8 @@ def first_stepper(
             raise ConfigError(
                 f"{type(experiment.stepper).__name__} has no network: start_from and lora cannot go with it."
             )
-        return fit_floor(experiment.stepper, train_split), None
+        config = experiment.stepper
+        return config.fit(train_split) if hasattr(config, "fit") else config.build(spec), None
     if experiment.model is None:
         raise ConfigError("The experiment has no model: set `model`, e.g. model=FNOConfig(modes=(16, 16)).")
     intervals = getattr(experiment.stepper, "intervals", ())
@@ -263,7 +258,8 @@ def check_scoring(experiment: Experiment, stepper: Any, splits: dict[str, Xarray
     if "test" not in splits:
         return
     settings = experiment.evaluation
-    floors = {name: STEPPERS[name]().build(stepper.spec) for name in settings.floors}
+    beside = floors_beside(stepper.history, settings.floors)
+    floors = {name: config.build(stepper.spec) for name, config in beside.items()}
     seeds = len(experiment.seeds) or None
     check_evaluation(stepper, splits["test"], settings.steps, floors=floors, seeds=seeds, **_asked(settings))
 
@@ -273,29 +269,32 @@ def _asked(settings: Evaluation) -> dict[str, Any]:
     return {name: getattr(settings, name) or None for name in ("starts", "metrics", "members", "spectrum_leads")}
 
 
-def fit_floor(config: Any, train_split: XarrayDataset) -> Any:
-    """A floor with its default options, fitted to the training split where it has something to fit."""
-    if hasattr(config, "fit"):
-        return config.fit(train_split)
-    return config.build(train_split.spec, None, None)
-
-
-def score(run: Run, splits: dict[str, XarrayDataset], stepper: Any = None, split: str = "test") -> xr.Dataset:
+def score(
+    run: Run,
+    splits: dict[str, XarrayDataset],
+    stepper: Any = None,
+    split: str = "test",
+    evaluation: Evaluation | None = None,
+) -> xr.Dataset:
     """Scores a run and its floors on one split; writes scores.nc, scores.json and sample.nc into the run folder, for
     another split than test scores-SPLIT.nc, scores-SPLIT.json and sample-SPLIT.nc.
 
+    The stepper is the one of the run, and scored as its experiment says, where no other is given.
+
     Raises ConfigError for a split that the data lack.
     """
-    settings = run.experiment.evaluation
-    for needed in (split, *(["train"] if settings.floors else [])):
+    settings = evaluation or run.experiment.evaluation
+    stepper = run.stepper if stepper is None else stepper
+    beside = floors_beside(stepper.history, settings.floors)
+    for needed in (split, *(["train"] if beside else [])):
         if needed not in splits:
             raise ConfigError(
                 f"Scoring {run.folder} on its split {split!r} needs the split {needed!r}, but its data have "
                 f"{', '.join(splits) or 'none'}. Choose one of these, or give `data` that split."
             )
-    floors = {name: fit_floor(STEPPERS[name](), splits["train"]) for name in settings.floors}
+    floors = {name: config.fit(splits["train"]) for name, config in beside.items()}
     scores = evaluate_stepper(
-        stepper if stepper is not None else run.stepper,
+        stepper,
         splits[split],
         settings.steps,
         batch=settings.batch,

@@ -1,7 +1,7 @@
 """The command line: thin verbs over the Python API. Nothing numerical is imported before a verb runs.
 
 Exit codes: 0 done; 1 failed (training or a rollout left the finite numbers, or a defect); 2 bad usage or bad input;
-75 interrupted with its state saved (resume with `--resume auto`).
+75 interrupted with its state saved (resume with `--resume auto`), 130 interrupted otherwise.
 """
 
 import dataclasses
@@ -16,14 +16,12 @@ from typing import Any, Literal
 import tyro
 
 from physml.verbs.benchmark import Benchmark
-from physml.verbs.common import Assignments, Common, Words, first_line, frames_until, headline
+from physml.verbs.common import Assignments, Common, Words, first_line, frames_until, headline, progress_of
 from physml.verbs.data import VERBS as DATA_VERBS
 from physml.verbs.export import Export
 from physml.verbs.finetune import Finetune
 from physml.verbs.rollout import Rollout
 from physml.verbs.train import Train
-
-INTERRUPTED = 75
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +63,8 @@ class Evaluate(Common):
         if (Path(self.subject) / "config.yaml").is_file():
             return self._run_folder()
         if self.truth is None:
+            if "://" not in self.subject and not Path(self.subject).exists():
+                raise ConfigError(f"There is no {self.subject}. Name the folder of a run, or the file of a forecast.")
             raise ConfigError(f"{self.subject} is no run folder, so it is read as a forecast: give --truth FILE.")
         if self.set or self.split != "test":
             given = "--set" if self.set else "--split"
@@ -101,8 +101,8 @@ class Evaluate(Common):
         from physml.report import report
         from physml.runs import open_run
 
-        for name in ("truth", "out", "climatology", "floor", "metric", "scheduler", "trajectory"):
-            if getattr(self, name) not in (None, ()):
+        for name in ("truth", "out", "climatology", "floor", "metric", "scheduler", "trajectory", "overwrite"):
+            if getattr(self, name) not in (None, ()) and getattr(self, name) is not False:
                 raise ConfigError(
                     f"--{name} is for a forecast file, but {self.subject} is a run, which is scored as its "
                     "configuration says. Change that with --set, e.g. --set 'evaluation.metrics=[rmse]'."
@@ -117,8 +117,9 @@ class Evaluate(Common):
         experiment = load_experiment(run.experiment, self.set)
         if self.dry_run:
             return {"would score": self.subject, "split": self.split, "steps": experiment.evaluation.steps}
-        run.__dict__["experiment"] = experiment
-        scores = score(run, experiment.data.open(), split=self.split)
+        with progress_of(self, "generating") as progress:
+            splits = experiment.data.open(progress)
+        scores = score(run, splits, split=self.split, evaluation=experiment.evaluation)
         page = report([run.folder], run.folder / file_of("report.html", self.split), split=self.split)
         return {"scores": headline(scores), "split": self.split, "report": str(page)}
 
@@ -296,7 +297,7 @@ def _execute(verb: Common) -> int:
         from physml.errors import Interrupted
 
         if isinstance(error, Interrupted):
-            return _fail(verb, str(error), INTERRUPTED)
+            return _fail(verb, str(error), Interrupted.exit_code)
         if isinstance(error, PhysmlError):
             return _fail(verb, str(error), 1 if isinstance(error, DivergedError) else 2)
         return _fail(verb, f"{type(error).__name__}: {error} (a defect; --debug shows where)", 1)

@@ -28,7 +28,7 @@ from physml.normalize import KINDS
 from physml.objectives import OBJECTIVES, OneStep
 from physml.parallel.mesh import Layout
 from physml.saving import StartFrom
-from physml.steppers import STEPPERS, ResidualConfig
+from physml.steppers import FLOORS, STEPPERS, ResidualConfig
 from physml.training import TrainingConfig
 
 DATA = {"files": DataConfig, "mixture": MixtureConfig, "synthetic": SyntheticConfig}
@@ -41,7 +41,8 @@ class Evaluation:
     Attributes:
         steps: leads, counted in frames.
         starts: start frames per trajectory, evenly spread (0: every possible one).
-        floors: steppers scored beside the model, with their default options.
+        floors: steppers scored beside the model, with their default options. None: persistence, or climatology where
+            the stepper starts from no frame (history 0).
         metrics: names of `physml.metrics.METRICS`; empty means all that apply to the data.
         spectrum_leads: leads (counted in frames) whose energy spectrum is kept; empty means first, middle and last.
         batch: start frames that are rolled out at once.
@@ -51,7 +52,7 @@ class Evaluation:
 
     steps: int = 20
     starts: int = 0
-    floors: tuple[str, ...] = ("persistence",)
+    floors: tuple[str, ...] | None = None
     metrics: tuple[str, ...] = ()
     spectrum_leads: tuple[int, ...] = ()
     batch: int = 32
@@ -59,11 +60,12 @@ class Evaluation:
 
     def __post_init__(self):
         for name in ("floors", "metrics"):
-            object.__setattr__(self, name, as_names(getattr(self, name)))
+            if (names := getattr(self, name)) is not None:
+                object.__setattr__(self, name, as_names(names))
         if self.steps < 1 or self.batch < 1 or self.starts < 0 or self.members < 0:
             raise ConfigError(f"evaluation needs steps >= 1, batch >= 1, starts >= 0 and members >= 0, but got {self}.")
         metrics = {**METRICS, **ENSEMBLE_METRICS}
-        for names, registry, what in ((self.floors, STEPPERS, "floor"), (self.metrics, metrics, "metric")):
+        for names, registry, what in ((self.floors or (), FLOORS, "floor"), (self.metrics, metrics, "metric")):
             for name in names:
                 if name not in registry:
                     from physml.errors import suggest

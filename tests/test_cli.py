@@ -69,7 +69,8 @@ def test_every_verb_teaches(capsys, words):
         (["finetune", "poseidon-t", "experiments/demo.py"], "weights"),
         (["finetune", "runs", "experiments/demo.py", "--set", "lora.rank=0"], "lora.rank"),
         (["rollout", "absent", "--initial", "absent.nc"], "absent"),
-        (["evaluate", "absent.nc"], "--truth"),
+        (["evaluate", "absent.nc"], "There is no absent.nc"),
+        (["evaluate", "README.md"], "--truth FILE"),
         (["report", "absent"], "config.yaml"),
         (["convert", "fnoo", "--config", "c.json", "--weights", "w.safetensors", "--out", "o"], "fno"),
         (["models", "fnoo"], "fno"),
@@ -394,6 +395,7 @@ def test_scores_of_another_split_stand_beside_those_of_the_test_split(capsys, tr
         ("runs/tiny", ["--set", "model.width=999"], "model.width=999 cannot be"),
         ("runs/tiny", ["--set", "evaluation.steps=4", "--set", "seed=3"], "seed=3 cannot be"),
         ("runs/tiny", ["--trajectory", "0"], "--trajectory is for a forecast"),
+        ("runs/tiny", ["--overwrite"], "--overwrite is for a forecast"),
     ],
 )
 def test_evaluate_ignores_no_option(capsys, trained, monkeypatch, subject, words, said):

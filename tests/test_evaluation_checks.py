@@ -1,16 +1,20 @@
 """What an evaluation cannot do is said before a training that ends with it."""
 
 import contextlib
+import dataclasses
 
 import every_stepper
+import numpy as np
 import pytest
 
 from physml import api
 from physml.data import SyntheticConfig, XarrayDataset
+from physml.data.synthetic import Counts
 from physml.errors import ConfigError, DataError
 from physml.evaluate import check_evaluation
 from physml.experiment import Evaluation, Experiment
 from physml.models import FNOConfig
+from physml.steppers import DirectConfig
 from physml.training import TrainingConfig
 
 
@@ -39,6 +43,33 @@ def test_an_evaluation_that_cannot_work_is_refused_before_training(tmp_path, eva
     with pytest.raises(error[0], match=error[1]):
         api.train(experiment, folder=tmp_path / "runs")
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.fixture
+def without_time(tmp_path):
+    """Coefficient to solution: trajectories of a single frame, and a stepper that starts from none."""
+    data = SyntheticConfig("darcy_flow", 8, Counts(8, 2, 3), options={"modes": 8}, cache=str(tmp_path / "cache"))
+    return Experiment(
+        data=data, model=FNOConfig(modes=(2, 2), width=4, depth=1), stepper=DirectConfig(history=0),
+        training=TrainingConfig(steps=1, batch=4), evaluation=Evaluation(steps=1, metrics=("rmse",)),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("floors", [None, ("climatology",), ()])
+def test_a_problem_without_time_is_scored_beside_the_mean_of_its_solutions(tmp_path, without_time, floors):
+    evaluation = dataclasses.replace(without_time.evaluation, floors=floors)
+    run = api.train(dataclasses.replace(without_time, evaluation=evaluation), folder=tmp_path / "runs")
+    assert list(run.scores.model.values) == ["run", *(["climatology"] if floors is None else floors)]
+    assert np.isfinite(run.scores.score).all()
+
+
+def test_a_floor_that_needs_a_frame_is_refused_where_there_is_none(tmp_path, without_time):
+    evaluation = dataclasses.replace(without_time.evaluation, floors=("persistence",))
+    with pytest.raises(ConfigError, match="'persistence' starts from a frame.*Use floors="):
+        api.train(dataclasses.replace(without_time, evaluation=evaluation), folder=tmp_path / "runs")
+    assert not (tmp_path / "runs").exists()
+    with pytest.raises(ConfigError, match="'residual' is no floor"):
+        Evaluation(floors=("residual",))
 
 
 @pytest.mark.parametrize("name", every_stepper.OPTIONS)

@@ -36,8 +36,9 @@ from physml.metrics.table import replace_file, write_netcdf
 from physml.parallel.mesh import Layout
 from physml.progress import Progress, Silent
 from physml.rollout import rollout
-from physml.steppers import STEPPERS, DirectConfig, ResidualConfig
+from physml.steppers import ClimatologyConfig, DirectConfig, ResidualConfig
 from physml.steppers.describe import parameter_count
+from physml.steppers.floors import floors_beside
 from physml.training import OptimizerConfig, TrainingConfig
 from physml.training.timing import seconds_per_update
 
@@ -157,8 +158,8 @@ def benchmark(
         _check_models(task, opened, models, size)
         if plan is None:
             continue
-        for floor in _floors(options.suite, task):
-            _score_floor(out, options.suite, task, opened, floor)
+        for floor, config in floors_beside(task.history, options.suite.floors if task.history else None).items():
+            _score_floor(out, options.suite, task, opened, floor, config)
         for model in models:
             _run_model(out, plan, options, task, opened, model, progress)
         write_leaderboard(out, options.suite, name)
@@ -175,7 +176,7 @@ class _Opened:
     @functools.cached_property
     def climatology(self) -> Any:
         """The mean of the training split at each time of the year and of the day."""
-        return api.fit_floor(STEPPERS["climatology"](), self.splits["train"])
+        return ClimatologyConfig().fit(self.splits["train"])
 
     @staticmethod
     def of(task: Task, progress: Progress) -> "_Opened":
@@ -187,15 +188,10 @@ class _Opened:
 
 
 def _open(config: Any, progress: Progress) -> dict[str, Any]:
-    splits = api.open_data(Experiment(data=config), progress)
+    splits = config.open(progress)
     if missing := {"train", "test"} - set(splits):
         raise DataError(f"The data has no split {min(missing)!r}, which a benchmark needs.")
     return splits
-
-
-def _floors(suite: Suite, task: Task) -> tuple[str, ...]:
-    """Without time there is nothing to persist or extrapolate: the mean of the training solutions remains."""
-    return suite.floors if task.history else ("climatology",)
 
 
 def _stepper_config(task: Task) -> Any:
@@ -315,12 +311,10 @@ def _affordable(experiment: Experiment, opened: _Opened, seconds: float) -> int:
     return int(np.clip(seconds / each, FEWEST, MOST))
 
 
-def _score_floor(out: Path, suite: Suite, task: Task, opened: _Opened, floor: str) -> None:
+def _score_floor(out: Path, suite: Suite, task: Task, opened: _Opened, floor: str, config: Any) -> None:
     folder = out / task.name / floor
     if not (folder / DONE).is_file():
-        config = STEPPERS[floor]() if task.history else STEPPERS[floor](history=0)
-        stepper = api.fit_floor(config, opened.splits["train"])
-        _score(suite, task, opened, stepper, floor, folder, {})
+        _score(suite, task, opened, config.fit(opened.splits["train"]), floor, folder, {})
 
 
 def _score(

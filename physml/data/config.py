@@ -96,9 +96,10 @@ class DataConfig:
         if taken := {"path", "format", "rename"} & set(self.options):
             raise ConfigError(f"options has {min(taken)!r}, which is a field of the data itself: set {min(taken)}.")
 
-    def open(self) -> dict[str, XarrayDataset]:
-        """The splits as datasets that share one spec. Raises DataError, SpecError or ConfigError that says what does
-        not fit.
+    def open(self, progress: Any = None) -> dict[str, XarrayDataset]:
+        """The splits as datasets that share one spec; files leave nothing for `progress` to tell.
+
+        Raises DataError, SpecError or ConfigError that says what does not fit.
         """
         splits = {name: tuple(getattr(self, name)) for name in SPLITS if len(getattr(self, name))}
         if not splits:

@@ -54,7 +54,7 @@ class MixtureConfig:
         """The splits by name; all share one spec. Raises what the parts raise, SpecError where they do not fit."""
         opened = {}
         for name, part in self.parts.items():
-            opened[name] = part.open(progress) if isinstance(part, SyntheticConfig) else part.open()
+            opened[name] = part.open(progress)
             if "train" not in opened[name]:
                 raise ConfigError(f"Part {name!r} has no train split, but every part of a mixture needs one.")
         spec = union({name: splits["train"].spec for name, splits in opened.items()}, self.same_time_step)

@@ -5,9 +5,9 @@ alone gives an empty one (NaN) to be filled from a saved folder.
 """
 
 import dataclasses
-import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -22,6 +22,7 @@ from physml.steppers.eofs import linear_propagator, streaming_eofs
 DAY = 86400.0
 YEAR = 365.2425 * DAY
 DAYS = 366  # slots of the year; the last one only in leap years
+BLOCK_BYTES = 64 * 2**20
 
 
 @dataclass(frozen=True)
@@ -46,9 +47,6 @@ class ExtrapolationConfig(PersistenceConfig):
     def build(self, spec: Spec, model=None, normalizer=None, constraints=()) -> "Extrapolation":
         _refuse(self, model, constraints)
         return Extrapolation(self, spec)
-
-    def fit(self, dataset: Dataset) -> "Extrapolation":
-        return self.build(dataset.spec)
 
 
 @dataclass(frozen=True)
@@ -161,10 +159,6 @@ class Persistence(nnx.Module):
     def __init__(self, config: PersistenceConfig, spec: Spec):
         self.config, self.spec, self.history = config, spec, 1
 
-    @classmethod
-    def fit(cls, dataset: Dataset) -> "Persistence":
-        return PersistenceConfig().fit(dataset)
-
     def encode(self, frames, context: Context):
         return frames[:, -1]
 
@@ -183,10 +177,6 @@ class Extrapolation(nnx.Module):
 
     def __init__(self, config: ExtrapolationConfig, spec: Spec):
         self.config, self.spec, self.history = config, spec, 2
-
-    @classmethod
-    def fit(cls, dataset: Dataset) -> "Extrapolation":
-        return ExtrapolationConfig().fit(dataset)
 
     def encode(self, frames, context: Context):
         return frames
@@ -208,10 +198,6 @@ class Climatology(nnx.Module):
         self.config, self.spec, self.history = config, spec, config.history
         shape = (config.days or 1, config.hours or 1, *spec.grid.shape, len(spec.channels))
         self.mean = Statistic(jnp.full(shape, jnp.nan) if mean is None else jnp.asarray(mean, jnp.float32))
-
-    @classmethod
-    def fit(cls, dataset: Dataset, **options) -> "Climatology":
-        return ClimatologyConfig(**options).fit(dataset)
 
     def encode(self, frames, context: Context):
         return frames[:, -1] if self.history else self.at(context.calendar)
@@ -250,10 +236,6 @@ class LinearInverse(nnx.Module):
         self.unscale = Statistic(jnp.asarray(unscale, jnp.float32))
         self.operator = Statistic(jnp.asarray(operator, jnp.float32))
 
-    @classmethod
-    def fit(cls, dataset: Dataset, **options) -> "LinearInverse":
-        return LinearInverseConfig(**options).fit(dataset)
-
     def encode(self, frames, context: Context):
         # `context` belongs to the frame after the last one: the history's own calendar lies 1, 2, ... steps before it.
         components = []
@@ -284,21 +266,29 @@ FLOORS = {
 }
 
 
-def fit_floors(dataset: Dataset) -> dict[str, nnx.Module]:
-    """Every floor, fitted to a training split. Warns about, and leaves out, one that the data cannot support."""
-    fitted = {}
-    for name, config in FLOORS.items():
-        try:
-            fitted[name] = config().fit(dataset)
-        except DataError as error:
-            warnings.warn(f"The floor {name!r} is left out: {error}", stacklevel=2)
-    return fitted
+def floors_beside(history: int, names: Sequence[str] | None = None) -> dict[str, Any]:
+    """Configs, by name and with their default options, of the floors of a stepper that starts from `history` frames.
+
+    `names` None: persistence, or the climatology where the stepper starts from no frame. Raises ConfigError for a floor
+    that needs a frame beside such a stepper.
+    """
+    if names is None:
+        names = ("persistence",) if history else ("climatology",)
+    if history:
+        return {name: FLOORS[name]() for name in names}
+    for name in names:
+        if name != "climatology":
+            raise ConfigError(
+                f"The floor {name!r} starts from a frame, but the stepper from none (history is 0). Use "
+                "floors=('climatology',), the mean of the training solutions, or floors=()."
+            )
+    return {name: ClimatologyConfig(history=0) for name in names}
 
 
-def blocks(dataset: Dataset, trajectories=None, megabytes: float = 64.0) -> Iterator[Window]:
-    """The frames of a split in order, as windows without a batch axis of at most that size."""
+def blocks(dataset: Dataset, trajectories=None) -> Iterator[Window]:
+    """The frames of a split in order, as windows without a batch axis of at most 64 MiB."""
     frame_size = 4 * int(np.prod(dataset.spec.grid.shape)) * max(len(dataset.spec.channels), 1)
-    length = max(1, int(megabytes * 2**20 // frame_size))
+    length = max(1, int(BLOCK_BYTES // frame_size))
     for trajectory in range(len(dataset.lengths)) if trajectories is None else trajectories:
         total = dataset.lengths[trajectory]
         for start in range(0, total, length):

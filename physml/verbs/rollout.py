@@ -135,10 +135,9 @@ class Rollout(Common):
             return start, None if self.at is None else frames_until(data, None, self.trajectory)
         if not (Path(self.model) / "config.yaml").is_file():
             raise ConfigError(f"{self.model} is no run with data of its own: give --initial FILE to start from.")
-        from physml.api import open_data
         from physml.runs import open_run
 
-        splits = open_data(open_run(self.model).experiment)
+        splits = open_run(self.model).experiment.data.open()
         if "test" not in splits:
             raise ConfigError(f"The data of {self.model} has no test split: give --initial FILE to start from.")
         trajectory = self.trajectory or 0

@@ -72,7 +72,7 @@ class Training(Common):
         check_folder(self.out / experiment.name, experiment, self.resume, self.overwrite)
         if not _in_files(experiment.data):
             return experiment, {"data": "generated when training starts, so not checked"}
-        splits = api.open_data(experiment)
+        splits = experiment.data.open()
         api.check_splits(splits)
         found = {"data": {name: _size(split) for name, split in splits.items()}}
         stepper = _shaped(experiment, splits["train"])

@@ -245,7 +245,7 @@ def test_a_run_starts_from_another_and_says_so(first, tmp_path):
     assert run.loaded.source == str(first.folder)
     assert run.experiment.start_from == StartFrom(str(first.folder))
     assert first.loaded is None
-    start = api.initial_stepper(finer, api.open_data(finer)["train"])
+    start = api.initial_stepper(finer, finer.data.open()["train"])
     for path, value in numbers(first.stepper).items():
         assert_array_equal(numbers(start)[path], value)
 
@@ -263,7 +263,7 @@ def test_members_start_from_their_own(first, tmp_path):
             api.open_source(dataclasses.replace(again, seeds=seeds))
     physml.save(source.stepper.member(1), tmp_path / "one")
     alone = dataclasses.replace(again, seeds=(), start_from=str(tmp_path / "one"))
-    start = api.initial_stepper(alone, api.open_data(alone)["train"])
+    start = api.initial_stepper(alone, alone.data.open()["train"])
     for path, value in numbers(source.stepper.member(1)).items():
         assert_array_equal(numbers(start)[path], value)
 
@@ -290,7 +290,7 @@ def test_start_from_in_files(tmp_path):
 
 def test_fresh_numbers_are_never_frozen(first):
     wider = dataclasses.replace(TINY, start_from=str(first.folder), stepper=ResidualConfig(history=2))
-    split_ = api.open_data(wider)["train"]
+    split_ = wider.data.open()["train"]
     groups = (ParameterGroup("lifting", learning_rate=0.0),)
     training = dataclasses.replace(TINY.training, optimizer=OptimizerConfig(groups=groups))
     with pytest.raises(ConfigError, match=r"model\.lifting\.first\.weight.*stay random.*groups whose rate is 0"):
@@ -304,7 +304,7 @@ def test_fresh_numbers_are_never_frozen(first):
 def test_floors_have_nothing_to_start_from(first):
     floor = dataclasses.replace(TINY, stepper=STEPPERS["persistence"](), start_from=str(first.folder))
     with pytest.raises(ConfigError, match="no network"):
-        api.initial_stepper(floor, api.open_data(floor)["train"])
+        api.initial_stepper(floor, floor.data.open()["train"])
 
 
 # Validation by rollouts
@@ -387,7 +387,7 @@ def test_training_stops_by_a_rollout_metric_and_keeps_the_best(tmp_path):
     finite = {step: value for step, value in scores.items() if value is not None}
     best = min(finite, key=finite.get)
     assert max(scores) == best + 2 * 3 < 60
-    valid = api.open_data(experiment)["valid"]
+    valid = experiment.data.open()["valid"]
     check = evaluate_stepper(run.stepper, valid, 4, starts=1, metrics=["rmse"])
     assert_allclose(float(check["score"].sel(metric="rmse").mean()), finite[best], rtol=1e-4)
 
@@ -436,6 +436,6 @@ def test_validations_that_cannot_work():
     with pytest.raises(DataError, match="frames"):
         RolloutScores(RolloutValidation(steps=50), stepper, data, Layout())
     experiment = dataclasses.replace(TINY, validation=RolloutValidation(steps=4))
-    splits = {"train": api.open_data(TINY)["train"]}
+    splits = {"train": TINY.data.open()["train"]}
     with pytest.raises(ConfigError, match="'valid'"):
         api.train(experiment, splits=splits)

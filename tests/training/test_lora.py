@@ -188,7 +188,7 @@ def test_an_experiment_trains_the_change_only(first, tmp_path, caplog):
     expected = output(run.stepper)
     assert_allclose(output(merge_lora(run.stepper)), expected, atol=1e-6 * np.abs(expected).max(), rtol=0)
     # A tuned run can be started from again: its changes are folded in.
-    again = api.initial_stepper(dataclasses.replace(tuning, start_from=str(run.folder)), api.open_data(TINY)["train"])
+    again = api.initial_stepper(dataclasses.replace(tuning, start_from=str(run.folder)), TINY.data.open()["train"])
     assert_allclose(output(again), expected, atol=1e-6 * np.abs(expected).max(), rtol=0)
 
 

@@ -66,6 +66,10 @@ def test_steps_change_inside_wrapped_objectives():
     assert noisy.validation == Unrolled(5, differentiate=2)
     assert Curriculum(steps=(1, 5, 3)).frames(2) == 7
     assert Curriculum(steps=(1, 5), validation_steps=2).validation == Unrolled(2)
+    with pytest.raises(ConfigError, match="Curriculum cannot hold a Curriculum.*Give it one objective"):
+        Curriculum(Curriculum())
+    with pytest.raises(ConfigError, match="Put the NoisyInputs into the Curriculum"):
+        NoisyInputs(Curriculum(), std=0.1)
 
 
 def test_training_goes_through_the_stages(uninterrupted):

@@ -24,6 +24,7 @@ from physml.forecast import blow_ups, forecast, loop, stability
 from physml.forecast import start as starting
 from physml.forecast.resume import MARK
 from physml.metrics import energy_spectrum
+from physml.normalize import Normalizer
 from physml.rollout import named, restore, rollout_chunks
 from physml.steppers import STEPPERS
 
@@ -186,6 +187,16 @@ def test_a_signal_saves_and_stops(data, tmp_path, number):
     assert signal.getsignal(number) is before
     forecast(stepper, data, 20, out=path, chunk=3, resume="auto").close()
     same(path, forecast(stepper, data, 20, chunk=3))
+
+
+def test_another_key_of_perturbed_members_is_called_so(data, tmp_path):
+    stepper = Odd(spec_of(data))
+    stepper.normalizer = Normalizer.identity(stepper.spec)
+    options = {"out": tmp_path / "f.zarr", "members": 2, "perturb": 0.1, "chunk": 2}
+    with pytest.raises(Stop):
+        forecast(stepper, data, 20, key=jax.random.key(0), progress=stop_at(4), **options)
+    with pytest.raises(CheckpointError, match="was begun with another key"):
+        forecast(stepper, data, 20, key=jax.random.key(1), resume="auto", **options)
 
 
 def test_only_the_same_rollout_is_continued(data, tmp_path):

@@ -70,6 +70,20 @@ def test_one_step_loss_and_gradient():
     assert_allclose(gradient(OneStep()), 2 * (A * U0 - TRUTH) * U0, rtol=1e-5)
 
 
+@pytest.mark.parametrize("objective", [Unrolled(steps=3), Pushforward(steps=2), NoisyInputs(OneStep(), 0.1)], ids=repr)
+def test_notebooks_call_objectives_compiled_once(objective, monkeypatch):
+    traces, call = [], Scale.__call__
+    monkeypatch.setattr(Scale, "__call__", lambda self, *fields: traces.append(1) or call(self, *fields))
+    own, window, key, compiled = stepper(), constant_window(), jax.random.key(3), nnx.jit(objective)
+    expected = objective(own, window, key)
+    found, before = compiled(own, window, key), len(traces)
+    again = compiled(own, window, key)
+    assert len(traces) == before
+    for loss, aux in (found, again):
+        assert_allclose(loss, expected[0], rtol=1e-6)
+        assert aux.keys() == expected[1].keys()
+
+
 def test_unrolled_loss_and_gradient_reach_back_through_every_step():
     objective = Unrolled(steps=3)
     loss, aux = value(objective)
@@ -303,6 +317,7 @@ def test_bad_arguments_are_named():
         value(Unrolled(9))
     for wrong in (
         {"steps": 0}, {"differentiate": 0}, {"steps": 2, "differentiate": 3}, {"weights": (1.0,)}, {"discount": 0.0},
+        {"discount": np.nan}, {"discount": np.inf}, {"steps": 2, "weights": (np.nan, 1.0)}, {"weights": (np.inf,)},
         {"weights": (1.0, 1.0), "discount": 0.5}, {"loss": "mze"}, {"space": "fourier"}, {"truncate": 0},
     ):  # fmt: skip
         with pytest.raises(ConfigError):

@@ -53,8 +53,9 @@ def identity(
         digest.update(np.ascontiguousarray(leaf).tobytes())
     return {
         "model": f"{model['model_id']} {model['config_hash']}",
-        "initial state": f"{begins} {digest.hexdigest()[:12]}",
+        # Before the initial state, which the key perturbs.
         "key": "none" if key is None else str(np.asarray(jax.random.key_data(key)).tolist()),
+        "initial state": f"{begins} {digest.hexdigest()[:12]}",
         **{name: str(value) for name, value in options.items()},
         "forcing": forcing,  # the last to be compared: it depends on the steps
     }

@@ -34,10 +34,9 @@ def inner_objectives() -> Mapping[str, type]:
 def check_inner(objective, owner: str) -> None:
     """Raises ConfigError where `owner` cannot hold this objective."""
     if hasattr(objective, "stages"):
-        raise ConfigError(
-            f"{owner} cannot hold a {type(objective).__name__}, which changes while training goes on. "
-            f"Put the {owner} into the {type(objective).__name__}."
-        )
+        kind = type(objective).__name__
+        advice = "Give it one objective." if kind == owner else f"Put the {owner} into the {kind}."
+        raise ConfigError(f"{owner} cannot hold a {kind}, which changes while training goes on. {advice}")
     check_objective(objective, owner)
 
 

@@ -1,5 +1,6 @@
 """The error of one step or of a rollout, from true frames."""
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -129,13 +130,14 @@ class Unrolled(Rollout):
             raise ConfigError(f"truncate is {self.truncate}, but gradients flow through groups of at least 1 step.")
         if self.weights and self.discount != 1:
             raise ConfigError("Give either `weights` of the leads or a `discount`, not both.")
-        if self.weights and (len(self.weights) != self.scored or min(self.weights) < 0 or sum(self.weights) <= 0):
+        proper = not self.weights or (min(self.weights) >= 0 and 0 < sum(self.weights) < math.inf)
+        if len(self.weights) not in (0, self.scored) or not proper:
             raise ConfigError(
                 f"weights are {self.weights}, but {self.scored} leads are scored: give {self.scored} numbers, "
-                "0 or more and not all 0."
+                "0 or more, finite and not all 0."
             )
-        if self.discount <= 0:
-            raise ConfigError(f"discount is {self.discount}, but it must be positive.")
+        if not 0 < self.discount < math.inf:
+            raise ConfigError(f"discount is {self.discount}, but it must be a finite number above 0.")
 
     @property
     def scored(self) -> int:

@@ -112,7 +112,7 @@ def check_export(
         if not (folder / SIGNATURE).is_file():
             raise CheckpointError(f"{folder} exists and holds no export: it is not replaced. Choose another.")
         if not overwrite:
-            raise CheckpointError(f"{folder} exists. Choose another, or pass overwrite=True to replace an export.")
+            raise CheckpointError(f"{folder} exists. Choose another, or pass overwrite=True (--overwrite).")
     return folder
 
 

@@ -4,6 +4,7 @@ Lippe et al. 2023, arXiv:2308.05732; numbers as in the authors' code (pdearena) 
 First the stepper, then the pure functions on normalized fields `(batch, *space, channel)` that it is made of.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -55,9 +56,9 @@ class RefinerConfig(DirectConfig):
         check_fields(self)
         if self.history < 1:
             raise ConfigError(f"history is {self.history}, but a refiner adds to the last frame: give at least 1.")
-        if not (self.weight > 0 and (self.longest_time is None or self.longest_time > 0)):
+        if not (0 < self.weight < math.inf and (self.longest_time is None or 0 < self.longest_time < math.inf)):
             raise ConfigError(
-                f"weight is {self.weight} and longest_time {self.longest_time}, but both must be positive."
+                f"weight is {self.weight} and longest_time {self.longest_time}, but both must be finite and above 0."
             )
         _ = self.schedule  # refuses what cannot be
 

@@ -389,7 +389,9 @@ def test_scores_and_forecasts_bring_a_key(tiny, spec):
         ({"refinements": 1.5}, r"refinements is 1.5 \(float\), but an integer"),
         ({"minimum": 0.0}, "between 0 and 1"),
         ({"weight": 0.0}, "weight is 0.0"),
+        ({"weight": np.inf}, "weight is inf"),
         ({"longest_time": -1.0}, "longest_time -1.0"),
+        ({"longest_time": np.inf}, "longest_time inf"),
     ],
 )
 def test_configs_that_cannot_be_are_refused(options, message):

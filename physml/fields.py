@@ -126,6 +126,7 @@ class Spec:
         parameters: scalars of a trajectory.
         time_step: time between frames, in `time_unit`.
         time_unit: "s" for calendar data, "" for nondimensional time.
+        mask: variable of the data that is 0 where fields do not exist, besides their NaN.
     """
 
     grid: Grid
@@ -135,6 +136,7 @@ class Spec:
     parameters: tuple[Channel, ...] = ()
     time_step: float = 1.0
     time_unit: str = ""
+    mask: str | None = None
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -165,7 +167,7 @@ class Spec:
         )
         return cls(
             Grid(axes), channels("channels"), channels("forcing"), channels("static"), channels("parameters"),
-            data["time_step"], data["time_unit"],
+            data["time_step"], data["time_unit"], data.get("mask"),
         )  # fmt: skip
 
     def check_same(self, other: "Spec", *, mine: str = "the model", theirs: str = "the data") -> None:
@@ -298,7 +300,7 @@ class Window:
         parameters: `(batch, parameter)`.
         forcing: `(batch, time, *space, forcing)`.
         static: `(batch, *space, static)`.
-        mask: `(batch, *space, channel)` or None, 1 where the field exists (frames hold 0 elsewhere).
+        mask: `(batch, *space, channel)` or None, 1 where the field exists (frames hold 0 where the data have NaN).
         spec: names, units and grid.
     """
 

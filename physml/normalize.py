@@ -4,6 +4,7 @@ Its numbers are `Statistic` variables: saved with the model, placed on devices w
 """
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -41,7 +42,7 @@ class Normalizer(nnx.Module):
     `normalize` and `denormalize` act on frames `(..., channel)`, `increment` turns a normalized increment into a
     physical one (increments have a scale of their own: at small time steps they are much smaller than the fields).
     `forcing`, `static` and `parameters` are `Scaling`s of the conditioning groups, None where the spec has none.
-    `masked` tells whether the data had cells without a field (land): forecasts then accept NaN there.
+    `masked (channel,)` tells whether the data had cells without that field (land): forecasts then accept its NaN.
     `intervals` names the steps, in frames, that increments have a scale of their own for, `interval_increments
     (interval, channel)`; None where there are none.
     """
@@ -52,6 +53,7 @@ class Normalizer(nnx.Module):
     ):  # fmt: skip
         self.frames = Scaling(center, scale)
         self.increments = Statistic(jnp.asarray(increment_scale, jnp.float32))
+        masked = np.broadcast_to(masked, len(spec.channels))
         self.masked = Statistic(jnp.asarray(masked, jnp.float32))  # not bool: states are differentiated
         sizes = {"forcing": len(spec.forcing), "static": len(spec.static), "parameters": len(spec.parameters)}
         given = {"forcing": forcing, "static": static, "parameters": parameters}
@@ -83,8 +85,8 @@ class Normalizer(nnx.Module):
         return increment / self.increments[...]
 
     @classmethod
-    def identity(cls, spec: Spec, masked: bool = False, intervals: Sequence[int] = ()) -> "Normalizer":
-        """Leaves every number as it is."""
+    def identity(cls, spec: Spec, masked: Any = False, intervals: Sequence[int] = ()) -> "Normalizer":
+        """Leaves every number as it is. `masked` is one for all channels, or one for each."""
         n = len(spec.channels)
         scales = {interval: np.ones(n) for interval in check_intervals(intervals)}
         return cls(spec, np.zeros(n), np.ones(n), np.ones(n), masked=masked, intervals=scales)
@@ -118,7 +120,7 @@ class Normalizer(nnx.Module):
         _check(kind)
         spec, moments = totals.spec, totals.moments
         if kind == "identity":
-            return cls.identity(spec, totals.masked, totals.intervals)
+            return cls.identity(spec, totals.hidden, totals.intervals)
         center, scale = moments["channels"].center_scale(kind, [c.name for c in spec.channels])
 
         def increments(name):
@@ -137,7 +139,7 @@ class Normalizer(nnx.Module):
             return moments[name].center_scale(kind, names, constant_ok=True) if names else None
 
         groups = (group("forcing"), group("static"), group("parameters"))
-        return cls(spec, center, scale, increments("increments"), *groups, masked=totals.masked, intervals=intervals)
+        return cls(spec, center, scale, increments("increments"), *groups, masked=totals.hidden, intervals=intervals)
 
 
 class Moments:
@@ -217,7 +219,7 @@ class Totals:
         intervals: distances of frames, beyond neighbors, whose differences are gathered.
         moments: of "channels", "increments", "forcing", "static", "parameters" and "increments_H" of every interval H.
         low, high: extremes of every channel where it exists. missing: sum over frames of the share of hidden cells.
-        frames: how many. masked: whether windows had a mask.
+        frames: how many.
     """
 
     def __init__(self, spec: Spec, intervals: Sequence[int] = ()):
@@ -228,14 +230,19 @@ class Totals:
         self.moments = {name: Moments(size) for name, size in moments.items()}
         self._recent = np.zeros((0,))  # the last frames of the trajectory at hand
         self.low, self.high = np.full(sizes["channels"], np.inf), np.full(sizes["channels"], -np.inf)
-        self.missing, self.frames, self.masked = np.zeros(sizes["channels"]), 0, False
+        self.missing, self.frames = np.zeros(sizes["channels"]), 0
+
+    @property
+    def hidden(self) -> np.ndarray:
+        """Channels that do not exist everywhere: by a mask that the data name all of them."""
+        return (self.missing > 0) | (self.spec.mask is not None)
 
     def add(self, window: Window) -> None:
         area = self.spec.grid.weights()[..., None]
         cells = np.broadcast_to(area, (*self.spec.grid.shape, len(self.spec.channels)))
         exists = None
         if window.mask is not None:
-            self.masked, exists = True, np.asarray(window.mask) > 0
+            exists = np.asarray(window.mask) > 0
             cells = cells * window.mask
             self.missing += (len(window.frames) - _seen(window)) * (~exists).mean(axis=tuple(range(exists.ndim - 1)))
         frames = np.asarray(window.frames)
@@ -276,7 +283,7 @@ class Totals:
         """Plain JSON-able containers, without the spec; `Totals.from_dict` gives exactly the same numbers."""
         moments = {name: {key: getattr(m, key).tolist() for key in NUMBERS} for name, m in self.moments.items()}
         own = {name: getattr(self, name).tolist() for name in ("low", "high", "missing")}
-        return {"moments": moments, **own, "frames": self.frames, "masked": self.masked}
+        return {"moments": moments, **own, "frames": self.frames}
 
     @classmethod
     def from_dict(cls, data: dict, spec: Spec, intervals: Sequence[int] = ()) -> "Totals":
@@ -287,7 +294,7 @@ class Totals:
                 setattr(moments, key, _numbers(data["moments"][name][key], len(getattr(moments, key))))
         for name in ("low", "high", "missing"):
             setattr(result, name, _numbers(data[name], len(spec.channels)))
-        result.frames, result.masked = int(data["frames"]), bool(data["masked"])
+        result.frames = int(data["frames"])
         return result
 
 

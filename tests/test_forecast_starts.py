@@ -11,10 +11,15 @@ from numpy.testing import assert_allclose, assert_array_equal
 from physml.data import XarrayDataset, open_dataset, spec_of
 from physml.data import clock as ck
 from physml.errors import ConfigError, DataError, SpecError
+from physml.evaluate import evaluate
 from physml.forecast import forecast
+from physml.models import FNOConfig
 from physml.normalize import Normalizer
-from physml.steppers import STEPPERS
+from physml.steppers import STEPPERS, ResidualConfig
+from physml.steppers.describe import build_stepper
 from physml.verbs.common import frames_until
+
+EXISTS = np.array([1, 1, 0, 0, 1, 1, 1, 1], "f4")
 
 
 class Tells(nnx.Module):
@@ -415,3 +420,26 @@ def test_attributes_of_any_type_are_written(tmp_path, suffix):
         assert (result.x.attrs["on"], result.x.attrs["since"]) == (1, "2001-01-01")
         assert (result.attrs["since"], result.attrs["whole"], result.attrs["count"]) == ("2001-01-01", 2, 5)
     assert data.u.attrs["flag"] is True
+
+
+@pytest.mark.parametrize("suffix", [None, ".zarr", ".nc"])
+@pytest.mark.parametrize("chosen", [slice(None), [1], 1])
+def test_a_forecast_holds_all_that_another_one_needs_to_go_on(tmp_path, suffix, chosen):
+    data = waves(np.arange(9.0)).rename(trajectory="case")
+    data = data.assign(hill=("x", np.arange(8.0)), viscosity=("case", [0.1, 0.2]), gravity=9.8, fluid=("x", EXISTS))
+    data = data.isel(case=chosen)
+    spec = spec_of(data, ["u"], static=["hill"], parameters=["viscosity", "gravity"], mask="fluid")
+    normalizer = Normalizer.identity(spec, masked=True)
+    stepper = build_stepper(ResidualConfig(), FNOConfig(modes=(2,), width=4, depth=1), spec, normalizer, seed=0)
+    start, options = data.isel(time=[0]), {"chunk": 2}
+    whole = forecast(stepper, start, 6, **options)
+    out = None if suffix is None else tmp_path / f"first{suffix}"
+    first = forecast(stepper, start, 4, out=out, **options)
+    if out is not None:
+        first.close()
+        first = open_dataset(out)
+    assert {"hill", "viscosity", "gravity", "fluid"} <= {*first.coords}
+    assert_array_equal(first.viscosity.squeeze(), data.viscosity)
+    on = forecast(stepper, first, 2, **options)
+    assert_array_equal(on.u, whole.u[:, 4:])
+    assert list(evaluate(first, data, metrics=("rmse",)).channel.values) == ["u"]

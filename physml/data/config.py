@@ -137,6 +137,7 @@ class DataConfig:
         return spec_of(
             ds, self.variables or None, self.forcing, self.static, self.parameters,
             flatten=self.flatten, space=self.space, periodic=self.periodic, time_step=self.time_step,
+            mask=self.mask,
         )  # fmt: skip
 
     def select(self, ds: xr.Dataset) -> xr.Dataset:
@@ -214,7 +215,7 @@ class DataConfig:
                 own = first
             except SpecError:
                 own = first.on(own.grid)
-            result[name] = XarrayDataset(ds, own, self.mask)
+            result[name] = XarrayDataset(ds, own)
         return result
 
 

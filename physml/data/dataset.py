@@ -33,9 +33,9 @@ class XarrayDataset:
         lengths: frames of every trajectory (of every run of every trajectory).
     """
 
-    def __init__(self, ds: xr.Dataset, spec: Spec, mask: str | None = None):
-        self.ds, self.spec, self.mask = ds, spec, mask
-        self.reader = Reader(ds, spec, mask)
+    def __init__(self, ds: xr.Dataset, spec: Spec):
+        self.ds, self.spec = ds, spec
+        self.reader = Reader(ds, spec)
         self.reader.check_units()
         self.reader.check_step()
         self.runs = ck.segments(self.reader.times, spec.time_step)

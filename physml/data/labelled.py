@@ -7,6 +7,7 @@ on.
 A channel is a variable of the dataset, or one level of it: channel `z_850` is variable `z` at level 850.
 """
 
+import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
@@ -33,6 +34,7 @@ def spec_of(
     space: Sequence[str] = (),
     periodic: Sequence[str] | None = None,
     time_step: float | None = None,
+    mask: str | None = None,
 ) -> Spec:
     """Names, units and grid of `ds`.
 
@@ -46,6 +48,7 @@ def spec_of(
         periodic: names of the periodic axes, overriding what the file says. Longitudes that go all around are periodic
             anyway.
         time_step: in the unit of time; derived from the time axis when None.
+        mask: variable that is 0 where fields do not exist, besides NaN.
 
     Raises DataError for a variable that is not there, SpecError for variables on different grids, ConfigError for a
     field that is named twice.
@@ -57,10 +60,10 @@ def spec_of(
         raise DataError(
             f"{source} has no dimension {sorted(unknown)[0]!r} to flatten." + suggest(min(unknown), ds.dims)
         )
-    for name in (*(variables or ()), *forcing, *static, *parameters):
+    for name in (*(variables or ()), *forcing, *static, *parameters, *([mask] if mask else [])):
         if base_of(ds, name) is None:
             raise missing_variable(ds, name)
-    chosen = list(variables or _predicted(ds, {*forcing, *static, *parameters}, flat, source))
+    chosen = list(variables or _predicted(ds, {*forcing, *static, *parameters, mask}, flat, source))
     grid, _ = _grid(ds, chosen, flat, space, periodic, source)
     times = ck.clock(ds, time_of(ds, base_of(ds, chosen[0])))
     step = float(time_step) if time_step is not None else ck.time_step(times, source)
@@ -72,6 +75,7 @@ def spec_of(
         _channels(ds, parameters, set()),
         step,
         times.unit,
+        mask,
     )
     _check_distinct(spec)
     return spec
@@ -91,14 +95,22 @@ def _check_distinct(spec: Spec) -> None:
         seen[name] = group
 
 
-def to_window(ds: xr.Dataset, spec: Spec, mask: str | None = None) -> Window:
+MASKED_BY = "masked_by"  # attribute of forecasts: the variable that is 0 where they have no fields
+
+
+def with_mask_of(ds: xr.Dataset, spec: Spec) -> Spec:
+    """`spec`, without its mask where `ds` does not hold that variable: NaN alone tell then where fields exist."""
+    return spec if spec.mask is None or base_of(ds, spec.mask) else dataclasses.replace(spec, mask=None)
+
+
+def to_window(ds: xr.Dataset, spec: Spec) -> Window:
     """Every frame of every trajectory as one batched window of host arrays (float32), in the order of `spec`.
 
-    NaN that stay at one place (land) become `mask`, with 0 in the frames. `mask` names a variable that is 0 where
-    fields do not exist. Raises SpecError when units or grid differ from `spec`, DataError for missing variables, NaN
-    elsewhere, and for time that is not regular.
+    NaN that stay at one place (land) become `mask`, with 0 in the frames, as do cells where the variable `spec.mask` is
+    0, whose numbers are kept. Raises SpecError when units or grid differ from `spec`, DataError for missing variables,
+    NaN elsewhere, and for time that is not regular.
     """
-    reader = Reader(ds, spec, mask)
+    reader = Reader(ds, spec)
     reader.check_units()
     reader.check_step()
     runs = ck.segments(reader.times, spec.time_step)
@@ -156,7 +168,7 @@ def from_frames(
 # --- deriving a spec --------------------------------------------------------------------------------------------------
 
 
-def _predicted(ds: xr.Dataset, taken: set[str], flat: set[str], source: str) -> list[str]:
+def _predicted(ds: xr.Dataset, taken: set[str | None], flat: set[str], source: str) -> list[str]:
     """Fields of `ds` that vary in time (all fields when none does), in the order of the file.
 
     Where none lies in space, those that vary in time: the state of a system of ordinary differential equations.

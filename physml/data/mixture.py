@@ -231,9 +231,9 @@ def union(specs: Mapping[str, Spec], same_time_step: bool = True) -> Spec:
                 f"Times are in {first.time_unit or 'no unit'!r} in {first_name}, but in "
                 f"{spec.time_unit or 'no unit'!r} in {name}. Parts of a mixture need one unit of time."
             )
-    return dataclasses.replace(
-        first, **{group: tuple(channel for _, channel in members.values()) for group, members in groups.items()}
-    )
+    channels = {group: tuple(channel for _, channel in members.values()) for group, members in groups.items()}
+    masks = {spec.mask for spec in specs.values()}
+    return dataclasses.replace(first, **channels, mask=masks.pop() if len(masks) == 1 else None)
 
 
 def _positions(spec: Spec, whole: Spec) -> dict[str, list[int]]:

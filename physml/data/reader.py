@@ -30,11 +30,11 @@ class Reader:
         parameters: `(trajectory, parameter)` float32.
     """
 
-    def __init__(self, ds: xr.Dataset, spec: Spec, mask: str | None = None):
+    def __init__(self, ds: xr.Dataset, spec: Spec):
         self.ds, self.spec, self.source = ds, spec, source_of(ds)
         groups = ("channels", "forcing", "static")
         self.fields = {group: resolve(ds, getattr(spec, group), spec) for group in groups}
-        self.mask_field = [] if mask is None else resolve(ds, (Channel(mask),), spec)
+        self.mask_field = [] if spec.mask is None else resolve(ds, (Channel(spec.mask),), spec)
         every = [field for group in self.fields.values() for field in group]
         self.index = {field.variable: self._space_index(field) for field in [*every, *self.mask_field]}
         self.trajectory_dim = next((f.dims["trajectory"] for f in every if "trajectory" in f.dims), None)
@@ -52,7 +52,7 @@ class Reader:
         self._remembered: dict[int, tuple[np.ndarray, np.ndarray]] = {}
         self._check_static()
         self.groups = (spec.channels, spec.forcing)
-        self.masked = mask is not None or bool(self.missing(0).any())
+        self.masked = spec.mask is not None or bool(self.missing(0).any())
 
     def check_units(self) -> None:
         """Raises SpecError where a unit of the dataset differs from the spec's."""

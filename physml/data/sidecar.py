@@ -149,7 +149,7 @@ def _stat(path: str) -> list:
 def _selection(dataset: Any) -> str:
     """A digest of everything between the files and the windows."""
     reader, ds = dataset.reader, dataset.ds
-    state = hashlib.sha256(_digest([FORMAT, dataset.spec.to_dict(), dataset.lengths, str(dataset.mask)]).encode())
+    state = hashlib.sha256(_digest([FORMAT, dataset.spec.to_dict(), dataset.lengths]).encode())
     state.update(repr(np.asarray(reader.times.labels).tolist()).encode())
     state.update(reader.parameters.tobytes())
     if "trajectory" in ds.variables:

@@ -101,8 +101,9 @@ class SyntheticConfig:
         splits = {}
         for split, recipe in self.recipes().items():
             data = open_dataset(ensure(recipe, self.path(split), progress))
-            spec = spec_of(data, channels, static=static, parameters=solver.drawn)
-            splits[split] = XarrayDataset(data, spec, "mask" if "mask" in static else None)
+            mask = "mask" if "mask" in static else None
+            spec = spec_of(data, channels, static=static, parameters=solver.drawn, mask=mask)
+            splits[split] = XarrayDataset(data, spec)
         return splits
 
 

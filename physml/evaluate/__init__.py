@@ -11,6 +11,7 @@ from typing import Any
 import xarray as xr
 
 from physml.data import XarrayDataset
+from physml.data.labelled import MASKED_BY, with_mask_of
 from physml.errors import ConfigError, suggest
 from physml.evaluate.agreement import predictability
 from physml.evaluate.forecasts import evaluate_forecasts
@@ -60,7 +61,9 @@ def evaluate(
         if leads is None:
             raise ConfigError("A stepper is rolled out to be scored: say how far with `leads=`.")
         _check_options(evaluate_stepper, options, "a stepper")
-        dataset = truth if not isinstance(truth, xr.Dataset) else XarrayDataset(truth, prediction.spec)
+        dataset = truth
+        if isinstance(truth, xr.Dataset):
+            dataset = XarrayDataset(truth, with_mask_of(truth, prediction.spec))
         return evaluate_stepper(
             prediction, dataset, leads, metrics=metrics, climatology=climatology, floors=floors or None, name=name,
             **options
@@ -76,8 +79,23 @@ def evaluate(
     if leads is not None:
         predictions = {label: first_leads(label, ds, leads) for label, ds in predictions.items()}
     return evaluate_forecasts(
-        predictions, truth, metrics=metrics, climatology=climatology, floors=floors or (), **options
+        predictions,
+        _masked(truth, predictions),
+        metrics=metrics,
+        climatology=climatology,
+        floors=floors or (),
+        **options,
     )
+
+
+def _masked(truth: xr.Dataset, predictions: dict[str, xr.Dataset]) -> xr.Dataset:
+    """The truth, NaN where its variable is 0 that masked the forecasts."""
+    for name in {ds.attrs[MASKED_BY] for ds in predictions.values() if MASKED_BY in ds.attrs} & {*truth.data_vars}:
+        exists = truth[name] != 0
+        fields = {key: field for key, field in truth.data_vars.items() if {*exists.dims} <= {*field.dims}}
+        moving = {key: field.where(exists) for key, field in fields.items() if key != name and field.dtype.kind == "f"}
+        truth = truth.assign(moving)
+    return truth
 
 
 def _check_options(function: Callable, options: dict[str, Any], what: str) -> None:

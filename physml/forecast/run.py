@@ -11,7 +11,9 @@ import numpy as np
 import xarray as xr
 from flax import nnx
 
-from physml.data.labelled import from_frames
+from physml.data import axes as ax
+from physml.data.channels import base_of
+from physml.data.labelled import MASKED_BY, from_frames
 from physml.errors import ConfigError, DivergedError, SpecError
 from physml.fields import Window
 from physml.forecast import resume as resuming
@@ -57,8 +59,9 @@ def forecast(
     Beside them the ledger, `ledger_QUANTITY_VARIABLE (trajectory, lead)` (finite, mean, energy, variance, minimum,
     maximum; training range as attributes), that of the initial state, `ledger_initial_QUANTITY_VARIABLE (trajectory)`,
     the lead time of one step, `ledger_time_step`, and `steps_completed (trajectory)`, the steps before a divergence.
-    Attributes name the model, its config hash and the version. A Gaussian stepper alone also gives standard deviations,
-    `VARIABLE_std`; when `members` are asked for, of an ensemble of them too, it is drawn from.
+    Static fields, parameters and the mask that the stepper read are coordinates, so that another forecast can go on
+    from this one. Attributes name the model, its config hash and the version. A Gaussian stepper alone also gives
+    standard deviations, `VARIABLE_std`; when `members` are asked for, of an ensemble of them too, it is drawn from.
 
     With `out` the state is saved beside it, in `OUT.partial`, every few chunks and when SIGTERM or SIGINT asks to stop;
     the same call with `resume="auto"` then gives bit for bit what an uninterrupted one gives.
@@ -86,7 +89,8 @@ def forecast(
             trajectory there (NaN from then on), and everything when none is left, keeping the good part; "flag" only.
         limit: standard deviations beyond the training data and the initial state that count as diverged; None or inf:
             only numbers that are not finite do.
-        masked: whether NaN in the initial state mean cells without a field; None: as in the training data.
+        masked: whether NaN in the initial state, and zeros of the variable that `mask` named in training, mean cells
+            without a field; None: as in the training data.
         overwrite: replace `out` if it exists.
         resume: "auto" continues an unfinished rollout to `out`, if there is one, and opens a finished one; "never"
             refuses to touch either.
@@ -147,6 +151,7 @@ def forecast(
             attrs = {**model, **_divergences(loop.watch)}
             attrs |= {"steps_asked": str(steps), "stopped_early": int(reached < steps)}
             attrs |= {resuming.MARK: resuming.mark(owner)} if owner else {}
+            attrs |= {MASKED_BY: stepper.spec.mask} if window.mask is not None and stepper.spec.mask else {}
             return store.finish(sizes, loop.labels.summary(loop.watch.good, start.leads[0]), attrs)
         except BaseException as error:
             store.abort(keep=loop.saved and not isinstance(error, DivergedError))
@@ -317,10 +322,11 @@ def _labels(start: Start, stored: dict[str, xr.Variable], mask, spec, labels: np
     that are kept, `labels` those of the members, if any.
     """
     missing = None if mask is None else np.asarray(mask)[:, None] == 0
+    conditions = _conditions(start.like, spec)
 
     def named(frames: np.ndarray, first: int) -> xr.Dataset:
         leads, times = (stored[name].values[first - 1 : first - 1 + frames.shape[1]] for name in (LEAD, "time"))
-        return from_frames(frames, spec, start.like, times, leads=leads)
+        return from_frames(frames, spec, start.like, times, leads=leads).assign_coords(conditions)
 
     def one(frames: np.ndarray, first: int) -> xr.Dataset:
         result = named(frames[..., : len(spec.channels)], first)
@@ -343,6 +349,18 @@ def _labels(start: Start, stored: dict[str, xr.Variable], mask, spec, labels: np
         )
 
     return every
+
+
+def _conditions(like: xr.Dataset, spec) -> dict[str, xr.Variable]:
+    """Static fields, parameters and the mask, as coordinates: another rollout can go on from the forecast alone."""
+    names = [channel.name for channel in (*spec.static, *spec.parameters)] + [spec.mask] * (spec.mask is not None)
+    bases = {base_of(like, name) for name in names} - {None, *(base_of(like, name) for name in spec.names)}
+    found = {}
+    for base in sorted(bases):
+        fixed = like.variables[base].isel({dim: 0 for dim in like.variables[base].dims if ax.role(like, dim) == "time"})
+        dims = ["trajectory" if ax.role(like, dim) == "trajectory" else dim for dim in fixed.dims]
+        found[base] = xr.Variable(dims, fixed.values, fixed.attrs)
+    return found
 
 
 def _lead_coordinates(start: Start, every: int) -> dict[str, xr.Variable]:

@@ -11,10 +11,10 @@ import xarray as xr
 from physml.data import axes as ax
 from physml.data import clock as ck
 from physml.data.channels import base_of, missing_variable, time_of
-from physml.data.labelled import to_window
+from physml.data.labelled import to_window, with_mask_of
 from physml.data.reader import Reader, lengths_of, without_lengths
 from physml.errors import ConfigError, DataError, SpecError
-from physml.fields import Spec, Window
+from physml.fields import Channel, Spec, Window
 from physml.rollout import reads_calendar
 
 SMALL, BLOCK, SAMPLES = 2**26, 2**22, 16  # bytes of forcing that are read at once to know it again; or else steps of it
@@ -102,9 +102,17 @@ def start_of(stepper, initial: xr.Dataset, steps: int, forcing: xr.Dataset | Non
     spec = stepper.spec
     whole, count = _history(initial, spec, stepper.history), members_of(initial, stepper)
     like = whole.isel({MEMBER: 0}, drop=True) if count else whole
-    window = _window(_members_as_trajectories(whole, spec) if count else whole, spec, stepper.history)
-    if window.mask is not None and not _allows_missing(stepper, masked):
-        raise _missing_values(window)
+    fields = _members_as_trajectories(whole, spec) if count else whole
+    read = replace(spec, mask=None) if masked is False else with_mask_of(fields, spec)
+    window = _window(fields, read, stepper.history)
+    if window.mask is not None and read.mask is None:
+        _check_missing(window, _allows_missing(stepper, masked))
+    if window.mask is None and read.mask != spec.mask and masked is None:
+        raise DataError(
+            f"The model was trained on data whose variable {spec.mask!r} is 0 where fields do not exist, but initial "
+            f"has neither {spec.mask!r} nor NaN there. Give one of them, or pass masked=False where all cells exist."
+        )
+    window = replace(window, spec=spec)
     times = ck.clock(like, time_of(like, base_of(like, spec.names[0])))
     _check_clock(times, spec, stepper)
     valid = ck.after(times, steps, spec.time_step)
@@ -190,32 +198,41 @@ def _as_one_frame(initial: xr.Dataset, variables: set[str]) -> xr.Dataset:
 
 def _window(like: xr.Dataset, spec: Spec, history: int) -> Window:
     """The history, without forcing, which is read step by step. Without history: static fields and parameters alone."""
-    read = replace(spec, forcing=()) if history else replace(spec, forcing=(), channels=())
+    read = replace(spec, forcing=())
+    if not history:
+        shown = () if spec.mask is None else (Channel(spec.mask),)
+        read = replace(read, channels=(), static=(*spec.static, *shown), mask=None)
     window = to_window(like, read)
     batch = window.frames.shape[0]
     if not history:
         frames = np.zeros((batch, 1, *spec.grid.shape, len(spec.channels)), np.float32)
-        window = replace(window, frames=frames, mask=None)
+        static, shown = np.split(window.static, [len(spec.static)], axis=-1)
+        mask = None if spec.mask is None else (shown != 0) * np.ones(len(spec.channels), np.float32)
+        window = replace(window, frames=frames, static=static, mask=mask)
     return replace(window, forcing=np.zeros((batch, 1, *spec.grid.shape, len(spec.forcing)), np.float32), spec=spec)
 
 
-def _allows_missing(stepper, masked: bool | None) -> bool:
-    if masked is not None:
-        return masked
+def _allows_missing(stepper, masked: bool | None) -> np.ndarray:
+    """For each channel, or for all."""
     normalizer = getattr(stepper, "normalizer", None)
     # Floors keep no normalizer; they treat masked cells as data do.
-    return normalizer is None or bool(normalizer.masked[...])
+    allowed = masked if masked is not None else normalizer is None or normalizer.masked[...]
+    return np.asarray(allowed, bool)
 
 
-def _missing_values(window: Window) -> DataError:
-    sample, *place, channel = (int(i) for i in np.argwhere(np.asarray(window.mask) == 0)[0])
+def _check_missing(window: Window, allowed: np.ndarray) -> None:
+    """Raises DataError for a cell without a value in a channel that must have one."""
+    wrong = (np.asarray(window.mask) == 0) & ~allowed
+    if not wrong.any():
+        return
+    sample, *place, channel = (int(i) for i in np.argwhere(wrong)[0])
     spec = window.spec
     at = ", ".join(f"{axis.name}={axis.centers[i]:g}" for axis, i in zip(spec.grid.axes, place, strict=True))
-    count = int((np.asarray(window.mask)[sample, ..., channel] == 0).sum())
-    return DataError(
+    count = int(wrong[sample, ..., channel].sum())
+    raise DataError(
         f"The initial state has NaN: variable {spec.names[channel]!r}, trajectory {sample}, {count} cells, first at "
-        f"index {tuple(place)} ({at}), but the model was trained on data without gaps. Fill them, or pass masked=True "
-        "when the field does not exist there."
+        f"index {tuple(place)} ({at}), but the model was trained on data without gaps there. Fill them, or pass "
+        "masked=True when the field does not exist there."
     )
 
 
@@ -274,7 +291,7 @@ def _forcing(source: xr.Dataset, spec: Spec, times: ck.Clock, valid, batch: int,
                 f"forcing.isel({MEMBER}=0), or make members trajectories: "
                 f"forcing.rename({MEMBER}='trajectory'), and initial too."
             )
-    fields = replace(spec, channels=spec.forcing, forcing=(), static=(), parameters=())
+    fields = replace(spec, channels=spec.forcing, forcing=(), static=(), parameters=(), mask=None)
     reader = Reader(source, fields)
     reader.check_units()
     order = None if like is None else _by_label(source, reader.trajectory_dim, like, batch)

@@ -193,7 +193,7 @@ class Zarr(_File):
     def finish(self, sizes: dict[str, int], extra: xr.Dataset, attrs: dict) -> xr.Dataset:
         for _, array in self.group.arrays():
             dims = array.metadata.dimension_names
-            shape = tuple(sizes.get(dim, size) for dim, size in zip(dims, array.shape, strict=True))
+            shape = tuple(sizes.get(dim, size) for dim, size in zip(dims or (), array.shape, strict=True))
             if shape != array.shape:
                 array.resize(shape)
         extra = extra.assign_attrs({**self.group.attrs, **attrs})

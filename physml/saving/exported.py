@@ -176,7 +176,7 @@ def _shapes(stepper, steps: int, batch) -> dict[str, jax.ShapeDtypeStruct]:
 
 def _masked(stepper) -> bool:
     masked = getattr(getattr(stepper, "normalizer", None), "masked", None)
-    return masked is not None and bool(masked[...])
+    return masked is not None and bool(masked[...].any())
 
 
 def _program(stepper, steps: int, names: Sequence[str]):

@@ -66,7 +66,7 @@ def load(folder: str | Path, grid: Grid | tuple[int, ...] | None = None):
     folder = _find(Path(folder))
     config = _read_json(folder / CONFIG)
     _check_format(config, folder)
-    arrays = read_weights(folder / WEIGHTS, config.get("sha256"))
+    arrays = _masked_by_channel(read_weights(folder / WEIGHTS, config.get("sha256")))
     try:
         if config["kind"] == "model":
             build, moved = _model_builder(config, grid)
@@ -87,6 +87,14 @@ def load(folder: str | Path, grid: Grid | tuple[int, ...] | None = None):
             return restore_lora(plain(), description)
 
     return fill(build, arrays, str(folder / WEIGHTS), moved)
+
+
+def _masked_by_channel(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Older files have one `masked` for all channels of a normalizer."""
+    name, center = "normalizer.masked", arrays.get("normalizer.frames.center")
+    if center is not None and name in arrays and arrays[name].ndim < center.ndim:
+        arrays[name] = np.broadcast_to(arrays[name][..., None], center.shape)
+    return arrays
 
 
 def write_text(path: str | Path, text: str) -> None:

@@ -179,7 +179,7 @@ def test_land_becomes_a_mask(make):
 def test_a_mask_variable_adds_to_missing_values(make):
     ds = make.waves().assign(fluid=(("x", "y"), np.ones((8, 6), "i1")))
     ds.fluid[2, 3] = 0
-    window = to_window(ds, spec_of(ds, ("u",)), mask="fluid")
+    window = to_window(ds, spec_of(ds, ("u",), mask="fluid"))
     assert window.mask.sum() == 4 * (48 - 1)
     assert (window.mask[:, 2, 3] == 0).all()
 

@@ -1,0 +1,125 @@
+"""Cells without a field, told by NaN or by a variable: the same in training, rollouts and scores."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import xarray as xr
+from numpy.testing import assert_allclose, assert_array_equal
+
+import physml
+from physml import api, cli, saving
+from physml.data import DataConfig, XarrayDataset, fit_normalizer, spec_of
+from physml.errors import DataError
+from physml.evaluate import evaluate
+from physml.experiment import Evaluation, Experiment
+from physml.models import FNOConfig
+from physml.normalize import Normalizer
+from physml.saving import folder as folders
+from physml.saving.weights import serialize
+from physml.steppers import DirectConfig, ResidualConfig
+from physml.steppers.describe import build_stepper
+from physml.training import TrainingConfig
+
+MODEL = FNOConfig(modes=(3,), width=4, depth=1)
+EXISTS = np.ones(16, "f4")
+EXISTS[3:6] = 0
+
+
+@pytest.fixture(scope="module")
+def filled():
+    """Two fields with numbers also where `fluid` is 0, as codes of fluid flow write them."""
+    random = np.random.default_rng(0)
+    fields = {n: (("trajectory", "time", "x"), 3 + random.standard_normal((2, 9, 16)).astype("f4")) for n in "uv"}
+    return xr.Dataset({**fields, "fluid": ("x", EXISTS)}, {"x": np.arange(16) / 16, "time": np.arange(9.0)})
+
+
+@pytest.fixture(scope="module")
+def empty(filled):
+    """The same with NaN there, and no variable that tells."""
+    return filled.where(filled.fluid != 0).drop_vars("fluid")
+
+
+def stepper_of(data, mask=None):
+    dataset = XarrayDataset(data, spec_of(data, ("u", "v"), mask=mask))
+    return build_stepper(ResidualConfig(), MODEL, dataset.spec, fit_normalizer(dataset, "zscore"), seed=0)
+
+
+def test_numbers_under_a_mask_have_no_influence(filled, empty):
+    stepper, other = stepper_of(filled, "fluid"), stepper_of(empty)
+    assert_array_equal(stepper.normalizer.frames.center[...], other.normalizer.frames.center[...])
+    found, expected = (physml.forecast(s, d.isel(time=[0]), 4) for s, d in ((stepper, filled), (other, empty)))
+    assert np.isnan(found.u.values[..., EXISTS == 0]).all()
+    for name in ("u", "v", "ledger_mean_u", "ledger_energy_v"):
+        assert_array_equal(found[name], expected[name], err_msg=name)
+    assert "ledger_spectrum_u" not in physml.forecast(stepper, filled.isel(time=[0]), 4, spectrum_every="auto")
+    on = physml.forecast(stepper, found.isel(lead=[-1]), 2)  # its NaN tell where there is no field
+    assert_allclose(on.u, physml.forecast(stepper, filled.isel(time=[0]), 6).u[:, 4:], rtol=1e-5)
+
+
+def test_forecasts_are_scored_where_they_exist(filled, empty):
+    found = physml.forecast(stepper_of(filled, "fluid"), filled.isel(time=[0]), 4)
+    scores, expected = (evaluate(found, truth, metrics=("rmse", "mae")).score for truth in (filled, empty))
+    assert np.isfinite(scores).all()
+    assert_array_equal(scores, expected)
+    rolled = evaluate(stepper_of(filled, "fluid"), filled, leads=4, starts=1, metrics=("rmse",)).score
+    assert_allclose(rolled.sel(metric="rmse"), scores.sel(metric="rmse"), rtol=1e-5)
+
+
+def test_a_mask_that_is_not_there_is_asked_for(filled, empty):
+    stepper, start = stepper_of(filled, "fluid"), filled.drop_vars("fluid").isel(time=[0])
+    with pytest.raises(DataError, match="whose variable 'fluid' is 0.*has neither 'fluid' nor NaN.*masked=False"):
+        physml.forecast(stepper, start, 2)
+    assert np.isfinite(physml.forecast(stepper, start, 2, masked=False).u).all()
+    assert np.isnan(physml.forecast(stepper, empty.isel(time=[0]), 2).u[..., EXISTS == 0]).all()
+
+
+def test_gaps_are_known_by_channel(filled):
+    land = filled.drop_vars("fluid").assign(u=filled.u.where(filled.fluid != 0))
+    stepper = stepper_of(land)
+    assert_array_equal(stepper.normalizer.masked[...], [1, 0])
+    start = land.isel(time=[0]).copy(deep=True)
+    assert np.isfinite(physml.forecast(stepper, start, 2).v).all()
+    start.v[0, 0, 9] = np.nan
+    with pytest.raises(DataError, match=r"'v', trajectory 0, 1 cells, first at index \(9,\).*without gaps there"):
+        physml.forecast(stepper, start, 2)
+    assert np.isnan(physml.forecast(stepper, start, 2, masked=True).v[0, :, 9]).all()
+
+
+def test_older_files_with_one_flag_for_all_channels_load(filled, tmp_path, monkeypatch):
+    stepper = stepper_of(filled, "fluid")
+    flag = stepper.normalizer.masked
+    flag[...] = flag[...][0]
+    monkeypatch.setattr(folders, "serialize", lambda module: serialize(stepper))
+    saving.save(stepper, tmp_path / "old")
+    assert_array_equal(saving.load(tmp_path / "old").normalizer.masked[...], [1, 1])
+    spec = saving.load(tmp_path / "old").spec
+    assert spec.mask == "fluid"
+    written = spec.to_dict()
+    del written["mask"]
+    assert type(spec).from_dict(written) == dataclasses.replace(spec, mask=None)
+
+
+def test_a_run_rolls_out_with_its_mask(filled, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    filled.to_netcdf("flow.nc")
+    data = DataConfig("flow.nc", variables=("u", "v"), mask="fluid", split_by="trajectory", train=(0, 1), valid=(),
+                      test=(1, 2))  # fmt: skip
+    experiment = Experiment(
+        data=data, model=MODEL, training=TrainingConfig(steps=1, batch=4),
+        evaluation=Evaluation(steps=3, starts=1, floors=()),
+    )  # fmt: skip
+    run = api.train(experiment, folder=tmp_path / "runs")
+    with pytest.raises(SystemExit):
+        cli.main(["rollout", str(run.folder), "--steps", "3", "--out", "f.zarr", "--json"])
+    with physml.open_dataset("f.zarr") as found, xr.open_dataset(run.folder / "sample.nc") as sample:
+        assert np.isnan(found.u.values[..., EXISTS == 0]).all()
+        assert_allclose(found.u[0], sample.u_forecast, rtol=1e-5)
+
+
+def test_a_stepper_without_history_reads_its_mask(filled):
+    still = filled.isel(time=0, drop=True)
+    spec = spec_of(still.rename(v="a").isel(trajectory=0), ("u",), static=("a",), mask="fluid")
+    stepper = build_stepper(DirectConfig(history=0), MODEL, spec, Normalizer.identity(spec), seed=0)
+    found = physml.forecast(stepper, still.rename(v="a").isel(trajectory=0), 1)
+    assert_array_equal(np.isnan(found.u.values.ravel()), EXISTS == 0)

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from physml.errors import ConfigError, DataError, Interrupted
+from physml.errors import ConfigError, DataError, DivergedError, Interrupted
 from physml.fields import stack
 from physml.interrupt import Signals
 from physml.objectives.curriculum import Stage, stages_of
@@ -155,7 +155,17 @@ def _loop(run: Run, step: int, stop: int, update, loader, score, journal: Journa
             continue
         report.now()
         with clock.paused():
-            new_best = validating and run.judge(step, score(run.weights, run.rest), journal)
+            try:
+                new_best = validating and run.judge(step, score(run.weights, run.rest), journal)
+            except DivergedError:
+                raise
+            except Exception:
+                # Nothing is wrong with the weights. Several processes save together, when all of them were about to.
+                if saving or jax.process_count() == 1:
+                    journal.sync()
+                    run.save(step, scored=False)
+                    run.checkpoints.wait()
+                raise
             if saving or stopping or new_best:
                 journal.sync()
                 run.save(step, scored=new_best)

@@ -169,6 +169,26 @@ def test_the_first_of_equal_scores_stays_the_best(tmp_path, mode, scores):
     assert_same(seen[1], result.stepper)
 
 
+def unable(stepper):
+    raise OSError("the disk is full")
+
+
+@pytest.mark.parametrize(
+    ("every", "validate", "error", "step"),
+    [(0, lambda stepper: {"mine": 1.0}, ConfigError, 6), (4, unable, OSError, 4)],
+)
+def test_a_validation_that_fails_loses_no_update(tmp_path, every, validate, error, step):
+    fields = {"steps": 6, "validate_every": every, "checkpoint_every": 0, "datasets": {"train": problem.Waves()}}
+    with pytest.raises(error, match="valid/loss|full"):
+        train(tmp_path / "run", **fields, options={"validate": validate})
+    assert (tmp_path / "run" / "checkpoints" / str(step)).is_dir()
+    scores = {"validate": lambda stepper: {"mine": 1.0}}
+    result = train(tmp_path / "run", **fields, monitor="mine", options=scores)
+    assert [record["step"] for record in result.history if record["kind"] == "train"] == [1, 2, 3, 4, 5, 6]
+    whole = train(tmp_path / "whole", **fields)
+    assert_same(nnx.state(whole.stepper, nnx.Param), result.stepper)
+
+
 def test_patience_needs_something_to_validate(tmp_path):
     with pytest.raises(ConfigError, match="nothing to validate.*split 'valid'"):
         train(tmp_path, datasets={"train": problem.Waves()}, patience=2)

@@ -1,6 +1,5 @@
 """The objective's loss over a split, with the same windows at every call."""
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -38,19 +37,20 @@ class Validation:
         count = count_windows(dataset, frames, "validation")
         chosen = min(limit, count) if limit else count
         self.numbers = [i * count // chosen for i in range(chosen)]
-        self.dataset, self.samples, self.batch = dataset, Samples(tuple(dataset.lengths), frames), batch
+        self.dataset, self.samples = dataset, Samples(tuple(dataset.lengths), frames)
         self.loss, self.layout = loss, layout
-        self.keys = {first: _folded(key, first) for first in range(0, chosen, batch)}
+        self.sizes = batches(chosen, batch, layout.mesh.shape["data"])
+        self.firsts = np.cumsum([0, *self.sizes[:-1]]).tolist()
+        self.keys = [_folded(key, first) for first in self.firsts]
         if hasattr(dataset, "prepare"):
             dataset.prepare(self.samples, count=chosen)
 
     def __call__(self, params: dict, rest: dict) -> dict[str, Any]:
         """{"valid/loss": ..., "valid/loss/CHANNEL": ...}: numbers, or arrays `(member,)` where `loss` gives these."""
-        results, sizes = [], []
-        for first, key in self.keys.items():
-            numbers = self.numbers[first : first + self.batch]
-            sizes.append(len(numbers))
-            results.append(self.loss(params, rest, self.layout.place(self._read(numbers)), key))
+        results, sizes = [], self.sizes
+        for first, size, key in zip(self.firsts, sizes, self.keys, strict=True):
+            window = self._read(self.numbers[first : first + size])
+            results.append(self.loss(params, rest, self.layout.place(window), key))
         losses, extras = zip(*jax.device_get(results), strict=True)
         counts = np.array([size * np.maximum(extra.get("weight", 1), 1e-30) for size, extra in zip(sizes, extras)])
         values = {"valid/loss": np.average(losses, axis=0, weights=counts)}
@@ -64,9 +64,8 @@ class Validation:
         return {**values, **channel_values("valid/loss", mean, self.dataset.spec)}
 
     def _read(self, numbers: list[int]):
-        """This process's share of a batch, repeated where it does not divide over the devices."""
-        devices = self.layout.mesh.shape["data"]
-        numbers = numbers * (math.lcm(len(numbers), devices) // len(numbers))
+        """This process's share of a batch, repeated where there are fewer windows than devices."""
+        numbers = numbers * -(-self.layout.mesh.shape["data"] // len(numbers))
         share = len(numbers) // jax.process_count()
         mine = numbers[jax.process_index() * share :][:share]
         if hasattr(self.dataset, "read_batch"):
@@ -74,6 +73,18 @@ class Validation:
         places = [self.samples[number] for number in mine]
         frames = self.samples.frames
         return stack([self.dataset.read(p.trajectory, range(p.start, p.start + frames)) for p in places])
+
+
+def batches(count: int, batch: int, devices: int) -> list[int]:
+    """Sizes of at most `batch` that add up to `count`; each is a multiple of the devices, or divides their number."""
+    sizes = []
+    while count:
+        size = min(batch, count)
+        # The last few are repeated, all equally often, until every device has one.
+        size = size - size % devices or max(part for part in range(1, size + 1) if devices % part == 0)
+        sizes.append(size)
+        count -= size
+    return sizes
 
 
 @jax.jit

@@ -13,7 +13,7 @@ from physml.metrics.losses import MSE
 from physml.objectives import OneStep
 from physml.parallel.mesh import Layout
 from physml.training.update import build_loss, split
-from physml.training.validation import Validation
+from physml.training.validation import Validation, batches
 
 
 class Lacking(problem.Waves):
@@ -86,6 +86,33 @@ def test_every_batch_draws_its_own_numbers_the_same_at_every_call(members):
     assert_allclose(np.array(drawn[:3]), drawn[3:], rtol=0)
     assert_allclose(once["valid/loss"], np.average(drawn[:3], axis=0, weights=(4, 4, 3)), rtol=1e-6)
     assert_allclose(again["valid/loss"], once["valid/loss"], rtol=0)
+
+
+@pytest.mark.parametrize("count", [3, 7, 11, 15])
+def test_no_batch_is_larger_than_those_of_training(count):
+    """On four devices a tail of 7 windows is placed as 4, 2 (twice) and 1 (four times), not as 28."""
+    sizes, seen = [], []
+
+    def loss(params, rest, window, key):
+        sizes.append(len(window.frames))
+        seen.append(window.frames.mean())
+        return seen[-1], {}
+
+    data, layout = problem.Waves((count + 1,)), Layout(data=4)
+    validation = Validation(data, 2, 8, 0, loss, layout, jax.random.key(0))
+    whole = stack([data.read(0, range(i, i + 2)) for i in range(count)])
+    assert_allclose(validation({}, {})["valid/loss"], whole.frames.mean(), atol=1e-6)
+    assert set(sizes) <= {4, 8}
+
+
+@pytest.mark.parametrize("devices", [1, 4, 5, 6, 8])
+def test_sizes_of_batches_suit_the_devices(devices):
+    for count in range(1, 50):
+        sizes = batches(count, 4 * devices, devices)
+        assert sum(sizes) == count
+        assert max(sizes) <= 4 * devices
+        assert all(size % devices == 0 or devices % size == 0 for size in sizes)
+    assert batches(127, 64, 8) == [64, 56, 4, 2, 1]
 
 
 def test_windows_are_spread_over_the_split():

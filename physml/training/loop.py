@@ -117,11 +117,11 @@ def run_stages(run: Run, stages, datasets, objective, history: int, validate, tr
         step = run.resume(resume)
         first = jax.process_index() == 0  # it alone writes logs
         shown = progress if progress and first else Silent()
+        if tracker and first:  # before there is a journal, which finishes it
+            settings = {"training": dataclasses.asdict(config), "objective": repr(objective), "seed": run.seed}
+            tracker.start(settings)
         journal = Journal(run.folder, step, tracker, write=first)
         try:
-            if tracker and first:
-                settings = {"training": dataclasses.asdict(config), "objective": repr(objective), "seed": run.seed}
-                tracker.start(settings)
             report = run.report(journal, shown, dataset.spec, stages)
             with Signals() as signals:
                 for stage, stage_config in stages:

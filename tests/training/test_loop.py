@@ -95,6 +95,18 @@ def test_progress_and_tracker_see_the_run(trained):
     assert [step for step, *_ in tracker.calls[1:-1]] == [record["step"] for record in result.history]
 
 
+def test_a_tracker_that_does_not_start_says_why(tmp_path):
+    class Offline(Tracker):
+        def start(self, config):
+            raise OSError("no network")
+
+        def finish(self):
+            raise AttributeError("run")  # what the adapters give that did not start
+
+    with pytest.raises(OSError, match="no network"):
+        train(tmp_path, steps=1, options={"tracker": Offline()})
+
+
 def test_the_returned_stepper_holds_the_averaged_weights(trained):
     """Its validation loss is the recorded one, and it is not what the last raw weights give."""
     result, folder, *_ = trained

@@ -116,7 +116,6 @@ def errors(stepper, frames: np.ndarray) -> tuple[float, float]:
     data = dataset(frames)
     whole = stack([data.read(i, range(1 + LEADS)) for i in range(len(frames))])
     window, truth = whole.slice(0, 1), whole.frames[:, -1]  # axes in the order of the data's spec
-    stepper.eval()
     forecasts = (
         jax.jit(lambda w: direct_leads(stepper, w, [LEADS]))(window)[:, -1],
         jax.jit(lambda w: rollout(stepper, w, LEADS))(window)[:, -1],

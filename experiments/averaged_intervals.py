@@ -48,7 +48,6 @@ def train(data, model, intervals: tuple[int, ...], updates: int, steps: int = 1)
         objective = RandomInterval(intervals, steps=unroll)
         with tempfile.TemporaryDirectory() as folder:
             stepper = fit(stepper, data, objective, training, Layout(), folder, resume="never").stepper
-    stepper.eval()
     return stepper
 
 

@@ -145,7 +145,6 @@ def trained(name: str, splits: dict[str, XarrayDataset], updates: int, noise: fl
     with tempfile.TemporaryDirectory() as scratch:
         run = fit(stepper, {"train": train}, objective, training, Layout(), scratch, seed=seed, resume="never")
     stepper = run.stepper
-    stepper.eval()
     print(f"{name}: {parameter_count(stepper):,} parameters, {time.perf_counter() - began:.0f} s", flush=True)
     physml.save(stepper, folder)
     return stepper

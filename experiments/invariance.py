@@ -81,9 +81,7 @@ def trained(data, model, updates: int):
         optimizer=OptimizerConfig(learning_rate=2e-3, warmup=0.05, clip=1.0),
     )  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
-        stepper = fit(stepper, {"train": data["train"]}, OneStep(), training, Layout(), folder, resume="never").stepper
-    stepper.eval()
-    return stepper
+        return fit(stepper, {"train": data["train"]}, OneStep(), training, Layout(), folder, resume="never").stepper
 
 
 def stress_of_velocity(network):

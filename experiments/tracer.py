@@ -151,7 +151,6 @@ def train(config: TransportConfig, data, model, updates: int, unroll: int, seed:
         )  # fmt: skip
         with tempfile.TemporaryDirectory() as folder:
             stepper = fit(stepper, data, objective, training, Layout(), folder, seed=seed, resume="never").stepper
-    stepper.eval()
     return stepper
 
 

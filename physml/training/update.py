@@ -29,7 +29,7 @@ class Parts:
     running: tuple[tuple[str, ...], ...] = ()  # where in `rest` the running statistics of batch normalization are
 
     def merge(self, params: dict, rest: dict, dtype: Any = None):
-        """The stepper; its model computes in `dtype` if given."""
+        """The stepper as it predicts, without dropout; its model computes in `dtype` if given."""
         if dtype is not None:
             running = self.statistics(rest)  # small numbers are added to them many times: they stay in float32
             params, rest = ({**tree, "model": _cast(tree.get("model", {}), dtype)} for tree in (params, rest))
@@ -38,6 +38,7 @@ class Parts:
         stepper = nnx.merge(self.graphdef, _fill(self.params, params), _fill(self.rest, rest))
         if dtype is not None:
             stepper.model = _InPrecision(stepper.model, dtype)
+        stepper.eval()
         return stepper
 
     def statistics(self, rest: dict) -> Statistics:

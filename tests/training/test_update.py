@@ -16,7 +16,7 @@ from physml.errors import ConfigError
 from physml.fields import Axis, Channel, Grid, Spec, Window, stack
 from physml.models import FNOConfig, ModernUNetConfig, ResNetConfig
 from physml.normalize import Normalizer
-from physml.objectives import Denoising, Unrolled
+from physml.objectives import Denoising, OneStep, Unrolled
 from physml.saving import build_stepper
 from physml.steppers import DirectConfig, RefinerConfig, ResidualConfig
 from physml.training import TrainingConfig
@@ -322,4 +322,9 @@ def test_dropout_draws_in_updates_and_rests_in_validation():
     drawn = [update(initial_state(params, transform, config), rest, key, (window,), 1)[1]["loss"] for key in keys]
     assert float(drawn[0][0]) != float(drawn[1][0])
     loss = build_loss(Unrolled(steps=2), parts, config)
-    assert_array_equal(*(loss(params, rest, window, key)[0] for key in keys))
+    rests = loss(params, rest, window, keys[0])[0]
+    assert_array_equal(loss(params, rest, window, keys[1])[0], rests)
+    stepper.train()  # the mode of the stepper given does not matter
+    parts, params, rest = split(stepper)
+    assert_array_equal(build_loss(Unrolled(steps=2), parts, config)(params, rest, window, keys[0])[0], rests)
+    assert_array_equal(*(OneStep()(parts.merge(params, rest), window, key)[0] for key in keys))

@@ -156,6 +156,11 @@ class Run:
                 f"{self.folder} was trained with seed {data['seed']}, but seed {self.seed} is asked for: the order of "
                 f"the data would change on the way. Use seed {data['seed']}, or start a new run."
             )
+        if data["total"] != self.total:
+            logger.warning(
+                "%s was planned for %d updates and goes on to %d: the learning rate follows the new schedule.",
+                self.folder, data["total"], self.total,
+            )  # fmt: skip
         self.take(arrays, data)
         step = data["loader"]["step"]
         logger.info("Resumed %s at step %d.", self.folder, step)

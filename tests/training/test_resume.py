@@ -165,6 +165,15 @@ def test_another_seed_is_refused(uninterrupted):
         train(reference, fields, seed=5)
 
 
+def test_another_number_of_steps_changes_the_schedule_and_says_so(tmp_path, caplog):
+    train(tmp_path, {"steps": 2})
+    train(tmp_path, {"steps": 2})
+    assert "planned" not in caplog.text
+    rates = [line["learning_rate"] for line in train(tmp_path, {"steps": 4}).history if "learning_rate" in line]
+    assert "was planned for 2 updates and goes on to 4: the learning rate follows the new schedule" in caplog.text
+    np.testing.assert_allclose(rates, [0.01, 0.005, 0.005, 0.01 * (2 - 2**0.5) / 4], rtol=1e-5)  # half a cosine each
+
+
 def test_resume_from_a_path(tmp_path):
     first, other = tmp_path / "first", tmp_path / "other"
     with pytest.raises(Interrupted):

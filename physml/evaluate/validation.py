@@ -9,10 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from physml.coding import check_fields
 from physml.contracts import Dataset, Stepper
 from physml.errors import ConfigError, suggest
 from physml.evaluate.planning import plan_starts
-from physml.evaluate.statistics import as_names, choose_metrics
+from physml.evaluate.statistics import choose_metrics
 from physml.fields import Window, stack
 from physml.metrics import METRICS, Measure, high_correlation_time
 from physml.parallel.mesh import Layout
@@ -47,7 +48,9 @@ class RolloutValidation:
     batch: int = 16
 
     def __post_init__(self):
-        object.__setattr__(self, "metrics", as_names(self.metrics))
+        if isinstance(self.metrics, str):
+            object.__setattr__(self, "metrics", (self.metrics,))
+        check_fields(self)
         for name, least in (("steps", 1), ("starts", 1), ("trajectories", 0), ("batch", 1)):
             if getattr(self, name) < least:
                 raise ConfigError(f"validation.{name} is {getattr(self, name)}, but it must be at least {least}.")

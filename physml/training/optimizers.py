@@ -11,9 +11,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from physml.errors import ConfigError, nearest_paths, suggest
-
-SCHEDULES = ("constant", "cosine", "one_cycle", "step")
+from physml.coding import check_fields
+from physml.errors import ConfigError, nearest_paths
 
 
 @dataclass(frozen=True)
@@ -32,6 +31,7 @@ class ParameterGroup:
     weight_decay: float | None = None
 
     def __post_init__(self):
+        check_fields(self)
         try:
             re.compile(self.pattern)
         except re.error as error:
@@ -82,12 +82,7 @@ class OptimizerConfig:
     groups: tuple[ParameterGroup, ...] = ()
 
     def __post_init__(self):
-        for value, valid, what in (
-            (self.name, OPTIMIZERS, "optimizer"), (self.schedule, SCHEDULES, "schedule"),
-            (self.decay, ("all", "matrices"), "decay"),
-        ):  # fmt: skip
-            if value not in valid:
-                raise ConfigError(f"There is no {what} {value!r}." + suggest(value, valid))
+        check_fields(self)
         for name in ("learning_rate", "warmup", "final", "every", "weight_decay", "clip"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ConfigError(f"{name} is {getattr(self, name)}, but it must be 0 or more.")
@@ -300,6 +295,7 @@ class TrainingConfig:
     threads: int = 4
 
     def __post_init__(self):
+        check_fields(self)
         for name, least in (
             ("steps", 1), ("epochs", 0), ("batch", 1), ("accumulate", 1), ("updates_per_call", 1), ("skip_limit", 1),
             ("log_every", 1), ("validate_every", 0), ("validate_windows", 0), ("checkpoint_every", 0), ("keep", 1),
@@ -307,11 +303,6 @@ class TrainingConfig:
         ):  # fmt: skip
             if not getattr(self, name) >= least:
                 raise ConfigError(f"training.{name} is {getattr(self, name)}, but it must be at least {least}.")
-        for field in dataclasses.fields(self):
-            valid = getattr(field.type, "__args__", None)
-            value = getattr(self, field.name)
-            if valid and value not in valid:
-                raise ConfigError(f"training.{field.name} is {value!r}." + suggest(value, valid))
         if not 0 <= self.average < 1:
             raise ConfigError(f"training.average is {self.average}, but a decay lies in [0, 1), e.g. 0.999.")
         if self.batch % self.accumulate:

@@ -433,6 +433,8 @@ def test_validations_that_cannot_work():
     for bad in ({"steps": 0}, {"threshold": 1.5}, {"metrics": ()}, {"metrics": ("rsme",)}, {"metrics": ("acc",)}):
         with pytest.raises(ConfigError, match="validation"):
             RolloutValidation(**bad)
+    with pytest.raises(ConfigError, match="steps is '5'.*an integer"):
+        RolloutValidation(steps="5")
     stepper, data = problem.build_stepper(), problem.datasets()["train"]
     with pytest.raises(DataError, match="frames"):
         RolloutScores(RolloutValidation(steps=50), stepper, data, Layout())

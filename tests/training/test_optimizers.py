@@ -9,7 +9,7 @@ import pytest
 from numpy.testing import assert_allclose
 
 from physml.errors import ConfigError
-from physml.training.optimizers import OPTIMIZERS, OptimizerConfig, TrainingConfig
+from physml.training.optimizers import OPTIMIZERS, OptimizerConfig, ParameterGroup, TrainingConfig
 
 
 def rates(config, steps):
@@ -94,6 +94,8 @@ def test_clipping_bounds_the_global_norm():
         ({"learning_rate": 0.0}, "learning_rate"), ({"learning_rate": float("nan")}, "learning_rate"),
         ({"every": 3}, "every"), ({"schedule": "step"}, "every"), ({"schedule": "one_cycle", "warmup": 3}, "rise"),
         ({"weight_decay": -1.0}, "weight_decay"), ({"decay": "kernels"}, "decay"),
+        ({"learning_rate": "fast"}, "learning_rate is 'fast'.*a number"), ({"clip": None}, "clip is None"),
+        ({"groups": [1]}, r"groups\[0\] is 1.*ParameterGroup"),
     ],
 )  # fmt: skip
 def test_wrong_optimizers_are_named(fields, message):
@@ -107,11 +109,21 @@ def test_wrong_optimizers_are_named(fields, message):
         ({"steps": 0}, "steps"), ({"batch": 0}, "batch"), ({"batch": 6, "accumulate": 4}, "Use a batch of 8"),
         ({"average": 1.0}, "average"), ({"precision": "float16"}, "precision"), ({"nonfinite": "ignore"}, "nonfinite"),
         ({"patience": 3}, "validate_every"), ({"monitor_mode": "low"}, "monitor_mode"), ({"keep": 0}, "keep"),
+        ({"steps": "100"}, "steps is '100'.*an integer"), ({"steps": 10.5}, "steps is 10.5"),
+        ({"updates_per_call": 2.5}, "updates_per_call is 2.5"), ({"batch": 8.0}, r"batch is 8.0.*an integer \(8\)"),
     ],
 )  # fmt: skip
 def test_wrong_trainings_are_named(fields, message):
     with pytest.raises(ConfigError, match=message):
         TrainingConfig(**fields)
+
+
+def test_values_of_the_wrong_kind_are_settled_where_they_are_plain():
+    config = OptimizerConfig(learning_rate="1e-3", clip=np.float32(2), groups=[ParameterGroup("bias", weight_decay=0)])
+    assert (config.learning_rate, config.clip, type(config.groups)) == (1e-3, 2.0, tuple)
+    assert TrainingConfig(steps=np.int64(3), epochs=2) == TrainingConfig(steps=3, epochs=2.0)
+    with pytest.raises(ConfigError, match="learning_rate is 'fast'"):
+        ParameterGroup("bias", learning_rate="fast")
 
 
 def test_epochs_count_windows():

@@ -101,6 +101,11 @@ def check_parts(stepper, datasets: Mapping[str, Any], objective, training: Train
         raise DataError(f'There is no "train" split, only {sorted(datasets)}.')
     config, network = (getattr(part, "config", None) for part in (stepper, getattr(stepper, "model", None)))
     check_variance(config, objective)
+    if training.precision != "float32" and "model" not in vars(stepper):
+        raise ConfigError(
+            f"{type(stepper).__name__} holds no network as `model`, so its precision cannot be set. Use "
+            "precision='float32', or `fit_members` for the members of an ensemble."
+        )
     warn_of_precision(config, training.precision, getattr(network, "dtype", None))
     for name in ("train", "valid"):
         if (split := datasets.get(name)) is not None:

@@ -15,7 +15,7 @@ from physml.metrics.losses import MSE
 from physml.normalize import Normalizer
 from physml.objectives import Curriculum, OneStep, Unrolled
 from physml.parallel.mesh import Layout
-from physml.steppers import DirectConfig
+from physml.steppers import DirectConfig, stack_members
 from physml.training import FitResult, OptimizerConfig, TrainingConfig, fit
 
 
@@ -339,6 +339,20 @@ def test_a_stepper_without_parameters_is_refused(tmp_path):
     stepper = DirectConfig().build(problem.SPEC, Nothing(), Normalizer.identity(problem.SPEC))
     with pytest.raises(ConfigError, match="no trainable parameters"):
         train(tmp_path, stepper=stepper)
+
+
+class Own(nnx.Module):
+    """A stepper of the user's own, whose network has another name."""
+
+    def __init__(self):
+        inner = problem.build_stepper()
+        self.network, self.history, self.spec = inner.model, inner.history, inner.spec
+
+
+@pytest.mark.parametrize("stepper", [Own(), stack_members([problem.build_stepper(seed) for seed in (0, 1)])])
+def test_the_precision_of_a_network_that_is_not_there_is_refused(tmp_path, stepper):
+    with pytest.raises(ConfigError, match="no network as `model`.*precision='float32'.*fit_members"):
+        train(tmp_path, stepper=stepper, precision="bfloat16")
 
 
 def test_the_default_configuration_is_frozen_and_hashable():

@@ -185,6 +185,7 @@ def test_it_works_inside_other_objectives():
     loss, aux = Penalized(Likelihood(2), (penalty,))(stepper, window, KEY)
     assert float(loss) == pytest.approx(float(alone + 0.5 * aux["part"]["constraint"]))
     assert aux["part"]["constraint"] > 0
+    assert float(aux["part"]["data"]) == pytest.approx(float(alone))
     noisy = NoisyInputs(Likelihood(2), std=0.5)(stepper, window, KEY)[0]
     assert float(noisy) > float(alone)
     assert Curriculum(Likelihood(), steps=(1, 2)).frames(1) == 3

@@ -138,7 +138,7 @@ class Penalized(Around):
     def score(self, stepper, window: Window, prediction: Prediction) -> Scored:
         """As of the inner objective, with the parts of the sum as {"part": {"data": ..., PENALTY: ...}}."""
         value, aux = self.objective.score(stepper, window, prediction)
-        parts = {**aux.get("part", {"data": value})}
+        parts = {"data": value, **aux.get("part", {})}
         for penalty in self.penalties:
             amount = penalty(window, prediction, window.length)
             value = value + penalty.weight * amount

@@ -82,7 +82,7 @@ class Report:
         for row in range(count):
             self._row(before + row + 1, jax.tree.map(lambda a, row=row: a[row], metrics))
         rate, wait = self.clock.rate, self.clock.wait
-        shown = {"loss": self.shown(metrics["loss"][-1]), "samples/s": rate, "waiting": f"{wait or 0:.0%}"}
+        shown = {"loss": self.shown(metrics["loss"][count - 1]), "samples/s": rate, "waiting": f"{wait or 0:.0%}"}
         self.progress.update(before + count, self.run.total, **shown)
         if (wait or 0) > 0.2 and not self.hinted:
             self.hinted = True

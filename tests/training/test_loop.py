@@ -95,6 +95,12 @@ def test_progress_and_tracker_see_the_run(trained):
     assert [step for step, *_ in tracker.calls[1:-1]] == [record["step"] for record in result.history]
 
 
+def test_progress_shows_the_last_update_of_a_call_that_is_not_full(tmp_path):
+    watch = Watch()
+    result = train(tmp_path, steps=5, updates_per_call=4, options={"progress": watch})
+    assert_allclose([values["loss"] for *_, values in watch.updates], [losses(result)[3], losses(result)[4]])
+
+
 def test_a_tracker_that_does_not_start_says_why(tmp_path):
     class Offline(Tracker):
         def start(self, config):

@@ -96,7 +96,9 @@ class Checkpoints:
                 raise
             except Exception as error:  # Orbax and tensorstore raise many types for damaged files
                 reasons.append(f"{candidate}: {_first_line(error)}")
-                logger.warning("Checkpoint %s/%d is damaged and is passed over.", self.folder, candidate)
+                logger.warning(
+                    "Checkpoint %s/%d is damaged and is passed over: %s", self.folder, candidate, _first_line(error)
+                )
         if reasons:
             raise CheckpointError(
                 f"No checkpoint in {self.folder} can be read ({'; '.join(reasons)}). "

@@ -10,7 +10,6 @@ import jax
 import numpy as np
 
 from physml.errors import ConfigError, DataError, DivergedError, Interrupted
-from physml.fields import stack
 from physml.interrupt import Signals
 from physml.objectives.curriculum import Stage, stages_of
 from physml.objectives.scoring import check_objective
@@ -217,9 +216,10 @@ def check_options(objective, config: TrainingConfig, layout: Layout) -> None:
 def _check_stages(run: Run, stages, dataset, history: int) -> None:
     """Traces the loss of each later stage: what cannot work is refused before the first update, not hours after it."""
     for stage, _ in stages[1:]:
-        frames = stage.objective.frames(history)
-        window = stack([dataset.read(int(np.argmax(dataset.lengths)), range(frames))] * stage.batch)
-        jax.eval_shape(run.build_loss(stage.objective), run.weights, run.rest, window, run.key)
+        frames, batch = stage.objective.frames(history), stage.batch
+        window = dataset.read(int(np.argmax(dataset.lengths)), range(frames))
+        shapes = jax.tree.map(lambda a, n=batch: jax.ShapeDtypeStruct((n, *np.shape(a)), np.asarray(a).dtype), window)
+        jax.eval_shape(run.build_loss(stage.objective), run.weights, run.rest, shapes, run.key)
 
 
 def _scorer(run: Run, datasets, objective, history: int, validate):

@@ -124,15 +124,6 @@ def errors(stepper, frames: np.ndarray) -> tuple[float, float]:
     return tuple(float(np.median(np.abs(np.asarray(f) - truth).sum((1, 2, 3)) / sizes)) for f in forecasts)
 
 
-def gentle(rate: float):
-    """The authors' groups of rates for fine-tuning, ten times more for what meets the new flow first."""
-    groups = tuple(
-        dataclasses.replace(group, learning_rate=group.learning_rate and 10 * rate)
-        for group in POSEIDON_FINETUNING.groups
-    )
-    return dataclasses.replace(POSEIDON_FINETUNING, learning_rate=rate, groups=groups)
-
-
 def main(updates: int, quick: bool, rate: float, trajectories: int, only_pretraining: bool) -> None:
     many, few, counts = (8, 4, (2, 4)) if quick else (trajectories, 32, COUNTS)
     tests, short = (4 if quick else 64), max(updates // 10, 1)
@@ -165,6 +156,8 @@ def main(updates: int, quick: bool, rate: float, trajectories: int, only_pretrai
     if only_pretraining:
         return
     pretrained = trained["all pairs"]
+    # The authors' rates for fine-tuning: ten times more for what meets the new flow first.
+    gentle = POSEIDON_FINETUNING.scaled(rate / POSEIDON_FINETUNING.learning_rate)
     table = {"scOT, pretrained": [errors(pretrained, new_test)], "scOT, from scratch": [], "FNO, from scratch": []}
     print(f"\nVortices, after {short} updates: error in one step (in 7)")
     print(f"{'trajectories':22}{'0':>18}" + "".join(f"{count:>18}" for count in counts), flush=True)
@@ -172,7 +165,7 @@ def main(updates: int, quick: bool, rate: float, trajectories: int, only_pretrai
         for count in counts:
             some = new[:count]
             if name == "scOT, pretrained":
-                stepper = train(pretrained, some, new_watch, ALL, short, gentle(rate))
+                stepper = train(pretrained, some, new_watch, ALL, short, gentle)
             else:
                 stepper = train(fresh(fno if "FNO" in name else scot, dataset(some)), some, new_watch, ALL, short)
             rows.append(errors(stepper, new_test))

@@ -11,7 +11,6 @@ a constant forecast; with released weights leave `--rate` at 5e-5. Expect the er
 """
 
 import argparse
-import dataclasses
 import json
 import tempfile
 from pathlib import Path
@@ -121,12 +120,7 @@ def finetune(weights: Path, work: Path, *, steps: int, rate: float, name: str = 
     print(f"Loaded {type(model).__name__} for {model.signature.inputs} channels from {weights}.")
     model = with_channels(model, direct.signature(spec), rngs=nnx.Rngs(0))
     stepper = direct.build(spec, model, Normalizer.fit(data["train"].windows()))
-    relative = rate / POSEIDON_FINETUNING.learning_rate
-    groups = tuple(
-        dataclasses.replace(group, learning_rate=group.learning_rate and group.learning_rate * relative)
-        for group in POSEIDON_FINETUNING.groups
-    )
-    optimizer = dataclasses.replace(POSEIDON_FINETUNING, learning_rate=rate, groups=groups)
+    optimizer = POSEIDON_FINETUNING.scaled(rate / POSEIDON_FINETUNING.learning_rate)
     training = TrainingConfig(steps=steps, batch=8, optimizer=optimizer, log_every=max(steps // 10, 1))
     before = error(stepper, data["test"])
     trained = fit(stepper, data, OneStep(SliceNormalized()), training, Layout(), work, resume="never").stepper

@@ -192,15 +192,10 @@ def plan_stages(objective, config: TrainingConfig, layout: Layout, total: int) -
             "on the way. Set training.steps instead."
         )
     unit = layout.mesh.shape["data"] * config.accumulate
-    optimizer, result = config.optimizer, []
-    for stage in stages_of(objective, total, config.batch, unit):
-        groups = tuple(
-            group if group.learning_rate is None else replace(group, learning_rate=group.learning_rate * stage.rate)
-            for group in optimizer.groups
-        )
-        scaled = replace(optimizer, learning_rate=optimizer.learning_rate * stage.rate, groups=groups)
-        result.append((stage, replace(config, batch=stage.batch, optimizer=scaled)))
-    return result
+    return [
+        (stage, replace(config, batch=stage.batch, optimizer=config.optimizer.scaled(stage.rate)))
+        for stage in stages_of(objective, total, config.batch, unit)
+    ]
 
 
 def check_options(objective, config: TrainingConfig, layout: Layout) -> None:

@@ -1,10 +1,9 @@
 """Optax chains and learning-rate schedules from one frozen dataclass."""
 
-import dataclasses
 import functools
 import re
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import jax
@@ -94,6 +93,14 @@ class OptimizerConfig:
             )
         if self.schedule == "one_cycle" and self.warmup:
             raise ConfigError("schedule='one_cycle' has its own rise: leave `warmup` at 0.")
+
+    def scaled(self, factor: float) -> "OptimizerConfig":
+        """With `factor` times the learning rates, those of groups too."""
+        groups = tuple(
+            group if group.learning_rate is None else replace(group, learning_rate=group.learning_rate * factor)
+            for group in self.groups
+        )
+        return replace(self, learning_rate=self.learning_rate * factor, groups=groups)
 
     def rate(self, steps: int) -> optax.Schedule:
         """Learning rate by update number, for a run of `steps` updates."""
@@ -201,7 +208,7 @@ def _scale_groups(config: OptimizerConfig) -> optax.GradientTransformation:
         live = tuple(group for group in config.groups if group.learning_rate != 0)
         paths = jax.tree.leaves(_by_path(lambda path, leaf: path, params))
         kept = [path for path in paths if not config.freezes(path)]
-        dataclasses.replace(config, groups=live).check_groups(kept)
+        replace(config, groups=live).check_groups(kept)
         return optax.EmptyState()
 
     def update(updates, state, params=None):

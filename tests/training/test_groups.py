@@ -72,6 +72,14 @@ def test_groups_without_members_are_errors_that_show_names():
         ParameterGroup("a", learning_rate=-1.0)
 
 
+def test_scaling_keeps_the_ratios_of_rates():
+    groups = (ParameterGroup("a", learning_rate=4e-3, weight_decay=0.1), ParameterGroup("b", learning_rate=0.0))
+    scaled = OptimizerConfig(learning_rate=1e-3, groups=(*groups, ParameterGroup("c"))).scaled(0.5)
+    assert scaled.learning_rate == 5e-4
+    assert [group.learning_rate for group in scaled.groups] == [2e-3, 0.0, None]
+    assert [group.weight_decay for group in scaled.groups] == [0.1, None, None]
+
+
 def test_groups_survive_a_config_file():
     assert from_dict(OptimizerConfig, to_dict(POSEIDON_FINETUNING)) == POSEIDON_FINETUNING
 

@@ -71,16 +71,15 @@ def fit(
     An objective with stages (see `physml.contracts.Schedule`) is compiled anew for each stage; optimizer, average and
     count of updates go on.
 
-    Raises ConfigError for a configuration that cannot work, DataError for a split without a window, CheckpointError for
-    a checkpoint that does not fit, DivergedError when loss or gradient are not finite, and Interrupted after SIGTERM or
-    SIGINT, once the running call is finished and its state is saved.
+    Raises ConfigError for a configuration that cannot work, SpecError for data of another spec than the stepper's,
+    DataError for a split without a window, CheckpointError for a checkpoint that does not fit, DivergedError when loss
+    or gradient are not finite, and Interrupted after SIGTERM or SIGINT, once the running call is finished and its state
+    is saved.
     """
     check_parts(stepper, datasets, objective, config)
     dataset, frames = datasets["train"], objective.frames(stepper.history)
     total = config.total_steps(count_windows(dataset, frames, "training"))
     stages = plan_stages(objective, config, layout, total)
-    for stage, stage_config in stages:
-        check_options(stage.objective, stage_config, layout)
     parts, params, rest = split(stepper, config.optimizer)
     with layout.use():
         run = Run(config, layout, Path(folder), total, seed, parts)
@@ -185,20 +184,25 @@ def _loop(run: Run, step: int, stop: int, update, loader, score, journal: Journa
 
 
 def plan_stages(objective, config: TrainingConfig, layout: Layout, total: int) -> list[tuple[Stage, TrainingConfig]]:
-    """The stages of an objective, each with its batch and its learning rates."""
+    """The stages of an objective, each with its batch and its learning rates. Raises ConfigError where these do not
+    suit the objective or the devices."""
     if config.epochs and hasattr(objective, "stages"):
         raise ConfigError(
             f"training.epochs is {config.epochs:g}, but with a {type(objective).__name__} windows and batches change "
             "on the way. Set training.steps instead."
         )
     unit = layout.mesh.shape["data"] * config.accumulate
-    return [
+    stages = [
         (stage, replace(config, batch=stage.batch, optimizer=config.optimizer.scaled(stage.rate)))
         for stage in stages_of(objective, total, config.batch, unit)
     ]
+    for stage, stage_config in stages:
+        _check_stage(stage.objective, stage_config, layout)
+    return stages
 
 
-def check_options(objective, config: TrainingConfig, layout: Layout) -> None:
+def _check_stage(objective, config: TrainingConfig, layout: Layout) -> None:
+    """Raises ConfigError for a batch that does not divide, and for parts of one whose losses may not be averaged."""
     layout.check_batch(config.batch // config.accumulate)
     loss = getattr(objective, "loss", None)
     if config.accumulate > 1 and getattr(loss, "reduction", "mean") == "sum":

@@ -23,7 +23,7 @@ from physml.fields import stack
 from physml.parallel.mesh import Layout
 from physml.steppers import Members, stack_members
 from physml.training.journal import Journal
-from physml.training.loop import check_options, check_parts, plan_stages, run_stages
+from physml.training.loop import check_parts, plan_stages, run_stages
 from physml.training.optimizers import TrainingConfig
 from physml.training.report import Report
 from physml.training.run import Run, copied, local
@@ -90,8 +90,6 @@ def fit_members(
     history, dataset = steppers[0].history, datasets["train"]
     total = config.total_steps(count_windows(dataset, objective.frames(history), "training"))
     stages = plan_stages(objective, config, layout, total)
-    for stage, stage_config in stages:
-        check_options(stage.objective, stage_config, layout)
     parts, params, rest = split(stack_members(list(steppers)).stacked, config.optimizer)
     with layout.use():
         run = _MembersRun(config, layout, Path(folder), total, seeds, parts)

@@ -20,7 +20,7 @@ from physml.training.checkpoint import Checkpoints
 from physml.training.journal import Journal
 from physml.training.optimizers import TrainingConfig
 from physml.training.report import Report
-from physml.training.run import Run, local
+from physml.training.run import Training, local
 from physml.training.update import split
 from physml.training.validation import Validation, count_windows
 
@@ -82,7 +82,7 @@ def fit(
     stages = plan_stages(objective, config, layout, total)
     parts, params, rest = split(stepper, config.optimizer)
     with layout.use():
-        run = Run(config, layout, Path(folder), total, seed, parts)
+        run = Training(config, layout, Path(folder), total, seed, parts)
         run.begin(params, rest)
         step, records, weights, rest = run_stages(
             run, stages, datasets, objective, stepper.history, validate, tracker, progress, resume
@@ -110,7 +110,7 @@ def check_parts(stepper, datasets: Mapping[str, Any], objective, training: Train
             stepper.spec.on(split.spec.grid).check_same(split.spec, mine="the stepper", theirs=f"the split {name!r}")
 
 
-def run_stages(run: Run, stages, datasets, objective, history: int, validate, tracker, progress, resume: str):
+def run_stages(run: Training, stages, datasets, objective, history: int, validate, tracker, progress, resume: str):
     """All of the training that is left: (last step, records, selected weights, what goes with them)."""
     config, dataset = run.config, datasets["train"]
     score = _scorer(run, datasets, objective, history, validate)
@@ -138,7 +138,7 @@ def run_stages(run: Run, stages, datasets, objective, history: int, validate, tr
         return step, journal.records, *run.selected()
 
 
-def _loop(run: Run, step: int, stop: int, update, loader, score, journal: Journal, report: Report, signals) -> int:
+def _loop(run: Training, step: int, stop: int, update, loader, score, journal: Journal, report: Report, signals) -> int:
     """Updates `step` to `stop`; returns the step that was reached."""
     config, clock = run.config, report.clock
     while step < stop and not run.exhausted():
@@ -212,7 +212,7 @@ def _check_stage(objective, config: TrainingConfig, layout: Layout) -> None:
         )
 
 
-def _check_stages(run: Run, stages, dataset, history: int) -> None:
+def _check_stages(run: Training, stages, dataset, history: int) -> None:
     """Traces the loss of each later stage: what cannot work is refused before the first update, not hours after it."""
     for stage, _ in stages[1:]:
         frames, batch = stage.objective.frames(history), stage.batch
@@ -221,7 +221,7 @@ def _check_stages(run: Run, stages, dataset, history: int) -> None:
         jax.eval_shape(run.build_loss(stage.objective), run.weights, run.rest, shapes, run.key)
 
 
-def _scorer(run: Run, datasets, objective, history: int, validate):
+def _scorer(run: Training, datasets, objective, history: int, validate):
     """`score(weights, rest)`: loss over the validation split, and the caller's own scores."""
     config, split = run.config, datasets.get("valid")
     validation, objective = None, getattr(objective, "validation", objective)

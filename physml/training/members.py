@@ -26,7 +26,7 @@ from physml.training.journal import Journal
 from physml.training.loop import check_parts, plan_stages, run_stages
 from physml.training.optimizers import TrainingConfig
 from physml.training.report import Report
-from physml.training.run import Run, copied, local
+from physml.training.run import Training, copied, local
 from physml.training.update import Parts, build_loss, build_update, initial_state, split
 from physml.training.validation import channel_values, count_windows
 
@@ -92,7 +92,7 @@ def fit_members(
     stages = plan_stages(objective, config, layout, total)
     parts, params, rest = split(stack_members(list(steppers)).stacked, config.optimizer)
     with layout.use():
-        run = _MembersRun(config, layout, Path(folder), total, seeds, parts)
+        run = _MembersTraining(config, layout, Path(folder), total, seeds, parts)
         run.begin(params, rest)
         step, records, weights, rest = run_stages(
             run, stages, datasets, objective, history, validate, tracker, progress, resume
@@ -129,7 +129,7 @@ def _check_seeds(steppers: Sequence[Any], seeds: tuple[int, ...]) -> None:
         raise ConfigError(f"There are {len(steppers)} steppers for {len(seeds)} seeds. Give one stepper per seed.")
 
 
-class _MembersRun(Run):
+class _MembersTraining(Training):
     """State, place and best scores of several members. Arrays have a leading member axis, lists one entry per member.
 
     Attributes:
@@ -163,8 +163,8 @@ class _MembersRun(Run):
         return build_loss(objective, self.parts, self.config, members=True)
 
     def load(self, dataset, frames: int, config: TrainingConfig, step: int) -> Iterator:
-        """As `Run.load`. The threads and the cache of data larger than memory are shared by as many loaders as there
-        are seeds: the order of such data depends on their number, too.
+        """As `Training.load`. The threads and the cache of data larger than memory are shared by as many loaders as
+        there are seeds: the order of such data depends on their number, too.
         """
         loaders = [
             Loader(
@@ -278,7 +278,7 @@ def _chosen(mask, first, second):
 class _MembersReport(Report):
     """Reads one row of numbers per update and member."""
 
-    def __init__(self, run: _MembersRun, *arguments):
+    def __init__(self, run: _MembersTraining, *arguments):
         super().__init__(run, *arguments)
         self.bad_in_a_row = np.zeros(run.size, int)
 

@@ -21,7 +21,7 @@ from physml.training.update import Parts, build_loss, build_update, initial_stat
 logger = logging.getLogger("physml.training")
 
 
-class Run:
+class Training:
     """State, place and best score of one training."""
 
     size = 1  # steppers that are trained

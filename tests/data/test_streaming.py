@@ -33,7 +33,7 @@ from physml.data.windows import POOL, Cache, cut, pooled_order
 from physml.errors import DataError
 from physml.normalize import Normalizer
 from physml.training import TrainingConfig
-from physml.training.members import _MembersRun
+from physml.training.members import _MembersTraining
 
 
 def waves(frames=400, trajectories=1, points=16, seed=0):
@@ -159,7 +159,7 @@ def test_members_are_as_many_readers(tmp_path):
     data, seen = stored(tmp_path)[1], []
     data.shuffled = lambda samples, seed, memory, readers: seen.append((seed, readers)) or Shuffled(len(samples), seed)
     run = SimpleNamespace(seed=[3, 1], size=2)
-    window = next(_MembersRun.load(run, data, 2, TrainingConfig(batch=4), 5))
+    window = next(_MembersTraining.load(run, data, 2, TrainingConfig(batch=4), 5))
     assert seen == [(3, 2), (1, 2)]
     expected = [next(Loader(data, 2, 4, seed=seed).at(5)) for seed in run.seed]
     assert_array_equal(window.frames, np.stack([own.frames for own in expected]))

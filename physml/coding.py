@@ -87,14 +87,6 @@ def to_dict(config: Any, registry: Registry | None = None, path: str = "config")
     )
 
 
-def check_choices(config: Any) -> None:
-    """Raises ConfigError where a field of the dataclass that is annotated with `Literal` holds none of its values."""
-    for name, annotation in typing.get_type_hints(type(config)).items():
-        value, valid = getattr(config, name), typing.get_args(annotation)
-        if typing.get_origin(annotation) is Literal and value not in valid:
-            raise ConfigError(f"{name} is {value!r}, which it cannot be.{suggest(value, valid)}")
-
-
 def check_fields(config: Any) -> None:
     """Checks the fields of a dataclass against their annotations and settles them: lists, ranges and arrays become
     tuples, numpy scalars numbers. Those tied to a registry are left alone. Raises ConfigError as `from_dict`.
@@ -287,8 +279,7 @@ def _check(holds: bool, value: Any, data: Any, path: str, expected: str) -> Any:
 
 
 def _from_scalar(hint: type, data: Any, path: str) -> Any:
-    if hasattr(data, "item") and getattr(data, "ndim", None) == 0:
-        data = data.item()
+    data = _number(data)
     if hint is float:
         if isinstance(data, str):  # YAML 1.1 reads 1e-3 and inf as text
             try:
@@ -306,7 +297,13 @@ def _from_scalar(hint: type, data: Any, path: str) -> Any:
     return _check(type(data) is hint, data, data, path, expected)
 
 
+def _number(data: Any) -> Any:
+    """A scalar of numpy as one of Python."""
+    return data.item() if hasattr(data, "item") and getattr(data, "ndim", None) == 0 else data
+
+
 def _from_literal(values: tuple, data: Any, path: str) -> Any:
+    data = _number(data)
     for value in values:
         if type(value) is type(data) and value == data:
             return value

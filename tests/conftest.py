@@ -1,6 +1,7 @@
 """Every test session sees four virtual CPU devices, a compilation cache, and small helpers."""
 
 import contextlib
+import importlib
 import os
 import pathlib
 import tempfile
@@ -64,6 +65,23 @@ def spec() -> Spec:
 def window(spec) -> Window:
     """Four frames of three samples of smooth random waves."""
     return tiny_window(spec)
+
+
+@pytest.fixture
+def chunk_traces(monkeypatch) -> dict[str, int]:
+    """How often `rollout_chunks` has traced its "start" and its "loop" since the test began."""
+    chunks, counts = importlib.import_module("physml.rollout.chunks"), {"start": 0, "loop": 0}
+
+    def counted(name, real):
+        def run(*arguments):
+            counts[name] += 1
+            return real(*arguments)
+
+        return run
+
+    for name in counts:
+        monkeypatch.setattr(chunks, f"_{name}", counted(name, getattr(chunks, f"_{name}")))
+    return counts
 
 
 @pytest.fixture

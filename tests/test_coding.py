@@ -9,7 +9,7 @@ from typing import Any, Literal
 import numpy as np
 import pytest
 
-from physml.coding import check_choices, from_dict, override, tagged, to_dict
+from physml.coding import check_fields, from_dict, override, tagged, to_dict
 from physml.errors import ConfigError
 
 
@@ -146,12 +146,20 @@ def test_dates_in_assignments_stay_text():
     }
 
 
-def test_choices_are_those_of_the_annotation():
+def test_fields_are_checked_and_settled():
     @dataclass(frozen=True)
     class Choosing:
         way: Literal["left", "right"] = "left"
-        steps: int = 1
+        side: Literal[0, 1] = 0
+        steps: tuple[int, ...] = ()
 
-    check_choices(Choosing("right", steps="many"))  # other fields are not its business
+        def __post_init__(self):
+            check_fields(self)
+
+    settled = Choosing(np.str_("right"), np.int64(1), [1, np.int64(2)])
+    assert settled == Choosing("right", 1, (1, 2)) == Choosing("right", 1, range(1, 3))
+    assert hash(settled) == hash(Choosing("right", 1, np.array([1, 2])))
     with pytest.raises(ConfigError, match="way is 'rigt'.*Did you mean 'right'. Valid: left, right."):
-        check_choices(Choosing("rigt"))
+        Choosing("rigt")
+    with pytest.raises(ConfigError, match=r"steps\[1\] is 'many'.*an integer was expected"):
+        Choosing(steps=[1, "many"])

@@ -1,6 +1,5 @@
 """Rollouts that are stopped and go on bit for bit at constant memory, their diagnostics; all steppers in the shell."""
 
-import importlib
 import json
 import os
 import signal
@@ -367,20 +366,19 @@ def test_spectra_are_those_of_the_frames(tiny):
         rollout_chunks(stepper, window, 30, 5, spectrum_every=0)
 
 
-def test_forecasts_of_similar_lengths_are_compiled_once(data):
+def test_forecasts_of_similar_lengths_are_compiled_once(data, chunk_traces):
     """With energy spectra of fifty to a hundred of their steps."""
-    chunks = importlib.import_module("physml.rollout.chunks")
     stepper = STEPPERS["persistence"]().build(spec_of(data))
     shares = forecast(stepper, data, 300, spectrum_every="auto").sizes["spectrum_step"]
     assert shares == 76  # every fourth, and the initial state
-    traces = chunks._advance._cache_size(), chunks._begin._cache_size()
+    traces = dict(chunk_traces)
     for steps in (350, 256, 399):
         forecast(stepper, data, steps, spectrum_every="auto")
-    assert (chunks._advance._cache_size(), chunks._begin._cache_size()) == traces
+    assert chunk_traces == traces
     forecast(stepper, data, 9)
-    traces = chunks._advance._cache_size()
+    traces = dict(chunk_traces)
     assert forecast(stepper, data, 14).sizes["lead"] == 14
-    assert chunks._advance._cache_size() == traces
+    assert chunk_traces == traces
 
 
 @pytest.mark.parametrize("out", [None, "f.zarr", "f.nc"])

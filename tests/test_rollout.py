@@ -11,6 +11,7 @@ from flax import nnx
 from numpy.testing import assert_allclose, assert_array_equal
 
 from physml.errors import ConfigError, DivergedError, SpecError
+from physml.models import FNOConfig
 from physml.normalize import Normalizer
 from physml.rollout import (
     Bounds,
@@ -23,8 +24,9 @@ from physml.rollout import (
     rollout_chunks,
     rollout_stride,
 )  # fmt: skip
-from physml.steppers import DirectConfig, ResidualConfig, stack_members
+from physml.steppers import DirectConfig, IntervalConfig, ResidualConfig, stack_members
 from physml.steppers.floors import ClimatologyConfig, LinearInverseConfig
+from physml.steppers.intervals import Interval
 
 chunks = importlib.import_module("physml.rollout.chunks")
 
@@ -78,6 +80,12 @@ class Clock(nnx.Module):
 def jitted(stepper, window, steps, key=None, **options):
     graph, state = nnx.split(stepper)
     return jax.jit(lambda s, w: rollout(nnx.merge(graph, s), w, steps, key, **options))(state, window)
+
+
+def seen_by_advance(monkeypatch, look):
+    """`look` is called with what the compiled loop of chunks is called with."""
+    real = chunks._advance
+    monkeypatch.setattr(chunks, "_advance", lambda *a: lambda *given: (look(*given), real(*a)(*given))[1])
 
 
 def together(pieces):
@@ -171,9 +179,9 @@ def test_chunks_see_the_same_clock_and_forcing(tiny, history):
 def test_members_share_the_forcing_of_their_trajectories(tiny, monkeypatch):
     """It reaches the device once, not for each member."""
     spec, window = conditioned(tiny)
-    members, sent, real = jax.tree.map(lambda a: np.concatenate([a] * 2), window), [], chunks._advance
+    members, sent = jax.tree.map(lambda a: np.concatenate([a] * 2), window), []
     expected = together(rollout_chunks(Clock(spec, 1), members, 10, 4))
-    monkeypatch.setattr(chunks, "_advance", lambda *a, **k: (sent.append(a[2].forcing.shape[0]), real(*a, **k))[1])
+    seen_by_advance(monkeypatch, lambda numbers, piece, *_: sent.append(piece.forcing.shape[0]))
     shared = rollout_chunks(Clock(spec, 1), members, 10, 4, forcing=lambda i, j: window.forcing[:, 1 + i : 1 + j])
     assert_array_equal(together(shared), expected)
     assert set(sent) == {3}
@@ -187,34 +195,31 @@ def test_chunks_go_on_past_the_given_times(tiny, spec, window):
     assert_array_equal(frames, jitted(Clock(clock, 1), window, 12))
 
 
-def test_any_length_needs_one_trace_and_leaves_the_input_alone(spec, window):
+def test_any_length_needs_one_trace_and_leaves_the_input_alone(spec, window, chunk_traces):
     stepper, before = Shift(spec, factor=0.999), window.frames.copy()
-    list(rollout_chunks(stepper, window, 8, 4))
-    traces = chunks._advance._cache_size()
     for steps in (5, 8, 11, 30):
         list(rollout_chunks(stepper, window, steps, 4))
     list(rollout_chunks(Shift(spec, factor=0.5), window, 9, 4))  # other numbers, same program
-    assert chunks._advance._cache_size() == traces
+    assert chunk_traces["loop"] <= 1
     on_device = jax.tree.map(jnp.asarray, window)
     list(rollout_chunks(stepper, on_device, 8, 4))
     assert_array_equal(window.frames, before)
     assert_array_equal(on_device.frames, before)
 
 
-def test_short_rollouts_share_few_traces(spec, window):
+def test_short_rollouts_share_few_traces(spec, window, chunk_traces):
     """Buffers of 8, 16 and 32 steps, and one beginning."""
     stepper = Shift(spec, factor=0.9)
-    before = chunks._advance._cache_size(), chunks._begin._cache_size()
     found = {steps: together(rollout_chunks(stepper, window, steps, 50)) for steps in (5, 6, 8, 13, 16, 30, 17, 7)}
-    assert chunks._advance._cache_size() - before[0] <= 3
-    assert chunks._begin._cache_size() - before[1] <= 1
+    assert chunk_traces["loop"] <= 3
+    assert chunk_traces["start"] <= 1
     for steps, frames in found.items():
         assert_array_equal(frames, found[30][:, :steps])
 
 
 def test_the_next_chunk_is_started_before_the_last_one_is_handed_out(spec, window, monkeypatch):
-    started, real = [], chunks._advance
-    monkeypatch.setattr(chunks, "_advance", lambda *a, **k: (started.append(1), real(*a, **k))[1])
+    started = []
+    seen_by_advance(monkeypatch, lambda *_: started.append(1))
     pieces = rollout_chunks(Shift(spec), window, 12, 4)
     next(pieces)
     assert len(started) == 2
@@ -454,9 +459,37 @@ def test_rollouts_outside_of_jit_are_compiled_once(tiny, spec, window):
     assert_allclose(slope(window.frames)[:, 0], 9.0, rtol=1e-6)
     weights = jax.grad(lambda f: (rollout(Shift(spec, f), window, 2)[:, 1] ** 2).sum())(3.0)
     assert_allclose(weights, 4 * 3**3 * (window.frames[:, 0] ** 2).sum(), rtol=1e-4)
-    unhashable = Shift(spec)
+
+
+def test_steppers_that_cannot_be_hashed_are_compiled_anew(spec, window, chunk_traces):
+    unhashable, expected = Shift(spec), rollout(Shift(spec), window, 4)
     unhashable.notes = ["no", "hash"]
-    assert_array_equal(rollout(unhashable, window, 2), rollout(Shift(spec), window, 2))
+    assert_array_equal(rollout(unhashable, window, 4), expected)
+    assert_array_equal(together(rollout_chunks(unhashable, window, 4, 2)), expected)
+    assert chunk_traces == {"start": 1, "loop": 1}  # once for both pieces
+
+
+def test_lists_in_configs_compile_nothing_twice(spec, window, chunk_traces):
+    """They are settled as tuples: what holds them is remembered as what holds tuples."""
+    normalizer = Normalizer(spec, [0.0] * 2, [1.0] * 2, [1.0] * 2, intervals={1: [1.0] * 2, 2: [1.0] * 2})
+    traces = []
+
+    def run(modes, intervals):
+        config = IntervalConfig(intervals=intervals)
+        model = FNOConfig(width=4, depth=1, modes=modes).build(config.signature(spec), nnx.Rngs(0))
+        stepper = config.build(spec, model, normalizer)
+        before = len(traces)
+        return rollout(stepper, window, 2), together(rollout_chunks(stepper, window, 2, 2)), len(traces) - before
+
+    advance = Interval.advance
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Interval, "advance", lambda *given: (traces.append(1), advance(*given))[1])
+        *expected, first = run((3, 3), (1, 2))
+        *found, again = run([3, 3], [1, 2])
+    assert first > 0
+    assert again == 0
+    assert chunk_traces == {"start": 1, "loop": 1}
+    assert_array_equal(found, expected)
 
 
 def test_strides_are_whole_numbers_of_any_type(spec, window):

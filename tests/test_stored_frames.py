@@ -82,11 +82,12 @@ def test_frames_that_are_not_stored_take_no_memory(data):
     stepper, window = Walk(spec_of(wide)), to_window(wide, spec_of(wide))
     graph, numbers = nnx.split(stepper)
     fixed, key = jax.tree.map(jnp.asarray, window), jax.random.key(0)
-    carry, initial = chunks._begin(graph, numbers, fixed, key, spectrum=False)
+    carry, initial = chunks._begin(graph, False)(numbers, fixed, key)
 
     def size(stored):
-        arguments = (graph, numbers, fixed, carry, 0, 256, key, initial.mean)
-        program = chunks._advance.lower(*arguments, chunk=256, stored=stored, every=0).compile()
+        program = (
+            chunks._advance(graph, 256, stored, 0).lower(numbers, fixed, carry, 0, 256, key, initial.mean).compile()
+        )
         return program.memory_analysis().output_size_in_bytes
 
     frame = 4 * 4096

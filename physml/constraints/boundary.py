@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from physml.coding import check_choices
+from physml.coding import check_fields
 from physml.constraints.names import channels_of, check_known, field_of, positions
 from physml.constraints.sums import over_space, valid_cells
 from physml.errors import ConfigError, SpecError
@@ -45,7 +45,7 @@ class Boundary:
     def __post_init__(self):
         for name in ("channels", "sides"):
             object.__setattr__(self, name, channels_of(getattr(self, name)))
-        check_choices(self)
+        check_fields(self)
         if not self.channels:
             raise ConfigError('channels is empty, so nothing is prescribed. Name some, e.g. Boundary("u", "walls").')
         if not self.sides and not self.obstacle:

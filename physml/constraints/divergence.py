@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from physml.coding import check_choices
+from physml.coding import check_fields
 from physml.constraints.boundary import inside
 from physml.constraints.differences import Differences, check_components, component_axes
 from physml.constraints.names import channels_of, check_known, positions
@@ -53,7 +53,7 @@ class DivergenceFree:
     def __post_init__(self):
         for name in ("velocity", "axes", "open"):
             object.__setattr__(self, name, channels_of(getattr(self, name)))
-        check_choices(self)
+        check_fields(self)
         check_components(self.velocity, self.axes, (2, 3))
         if self.method == "spectral" and (self.obstacle or self.open):
             raise ConfigError("Fourier series know neither obstacles nor sides. Set method to poisson or auto.")

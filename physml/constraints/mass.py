@@ -6,7 +6,7 @@ from typing import Any, Literal
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from physml.coding import check_choices
+from physml.coding import check_fields
 from physml.constraints.names import channels_of, check_density, check_known, density_of, field_of, positions
 from physml.constraints.sums import gain, over_space, settle, valid_cells
 from physml.errors import ConfigError, SpecError
@@ -52,7 +52,7 @@ class MassFixer:
     def __post_init__(self):
         for name in ("channels", "sources", "separately"):
             object.__setattr__(self, name, channels_of(getattr(self, name)))
-        check_choices(self)
+        check_fields(self)
         if not self.channels:
             raise ConfigError('channels is empty, so nothing would be conserved. Name some, e.g. MassFixer("rho").')
         if len(self.sources) not in (0, 1, len(self.channels)):

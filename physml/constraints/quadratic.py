@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from physml.coding import check_choices
+from physml.coding import check_fields
 from physml.constraints.differences import Differences, check_components, component_axes
 from physml.constraints.names import channels_of, check_density, density_of, positions
 from physml.constraints.sums import over_space, settle, valid_cells
@@ -54,7 +54,7 @@ class QuadraticInvariant:
     def __post_init__(self):
         for name in ("channels", "axes"):
             object.__setattr__(self, name, channels_of(getattr(self, name)))
-        check_choices(self)
+        check_fields(self)
         if not self.channels:
             raise ConfigError('channels is empty, so nothing is kept. Name some, e.g. QuadraticInvariant(("u", "v")).')
         if self.kind == "enstrophy":

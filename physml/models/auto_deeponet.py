@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from physml.coding import check_choices
+from physml.coding import check_fields
 from physml.errors import ConfigError
 from physml.fields import ArrayLike, Signature
 from physml.layers.increment import add_and_mask, check_frame_and_mask
@@ -54,10 +54,10 @@ class AutoDeepONetConfig:
     dtype: Literal["float32", "bfloat16"] = "float32"
 
     def __post_init__(self):
+        check_fields(self)
         if min(self.width, self.branch_depth, self.trunk_depth) < 1 or (self.standardize and self.width < 2):
             raise ConfigError(f"Sizes must be positive, and width 2 to standardize, but {self} was given.")
         activation(self.activation)
-        check_choices(self)
 
     def widths(self, signature: Signature) -> dict[str, list[int]]:
         """Of the layers of every network."""

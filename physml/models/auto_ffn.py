@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from physml.coding import check_choices
+from physml.coding import check_fields
 from physml.errors import ConfigError
 from physml.fields import ArrayLike, Signature
 from physml.layers.dense import Dense
@@ -51,10 +51,10 @@ class AutoFFNConfig:
     dtype: Literal["float32", "bfloat16"] = "float32"
 
     def __post_init__(self):
+        check_fields(self)
         if min(self.width, self.depth) < 1 or (self.standardize and self.width < 2):
             raise ConfigError(f"Sizes must be positive, and width 2 to standardize, but {self} was given.")
         activation(self.activation)
-        check_choices(self)
 
     def widths(self, signature: Signature) -> list[int]:
         """Of all layers."""

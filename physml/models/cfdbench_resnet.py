@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from physml.coding import check_choices
+from physml.coding import check_fields
 from physml.errors import ConfigError
 from physml.fields import ArrayLike, Grid, Signature
 from physml.layers.conditioning import append_scalars
@@ -51,11 +51,11 @@ class CFDBenchResNetConfig:
     dtype: Literal["float32", "bfloat16"] = "float32"
 
     def __post_init__(self):
+        check_fields(self)
         if min(self.width, self.inner, self.kernel) < 1 or self.depth < 0:
             raise ConfigError(f"Sizes must be positive (depth may be 0), but {self} was given.")
         if not 0 <= self.dropout < 1:
             raise ConfigError(f"dropout is {self.dropout}, but it is a share: 0 or more and below 1.")
-        check_choices(self)
 
     def boundaries(self, grid: Grid) -> tuple[str, ...]:
         """Of every axis."""

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from physml.coding import check_choices
+from physml.coding import check_fields
 from physml.errors import ConfigError
 from physml.fields import ArrayLike, Signature
 from physml.layers.conditioning import append_positions, append_scalars
@@ -58,11 +58,11 @@ class ClassicFNOConfig:
     dtype: Literal["float32", "bfloat16"] = "float32"
 
     def __post_init__(self):
+        check_fields(self)
         numbers = (self.width, self.depth, len(self.modes), *self.modes)
         if min(numbers) < 1 or min(self.projection, self.padding) < 0:
             raise ConfigError(f"Sizes must be positive (projection and padding may be 0), but {self} was given.")
         activation(self.activation)
-        check_choices(self)
 
     def kept(self, ndim: int) -> tuple[int, ...]:
         """Frequencies kept along each of `ndim` axes."""

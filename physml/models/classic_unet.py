@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from physml.coding import check_choices
+from physml.coding import check_fields
 from physml.errors import ConfigError
 from physml.fields import ArrayLike, Grid, Signature
 from physml.layers.batch_norm import BatchNorm
@@ -60,9 +60,9 @@ class ClassicUNetConfig:
     dtype: Literal["float32", "bfloat16"] = "float32"
 
     def __post_init__(self):
+        check_fields(self)
         if min(self.width, self.levels) < 1:
             raise ConfigError(f"Sizes must be positive, but {self} was given.")
-        check_choices(self)
 
     def boundaries(self, grid: Grid) -> tuple[str, ...]:
         """Of every axis."""

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from physml.coding import check_choices
+from physml.coding import check_fields
 from physml.errors import ConfigError
 from physml.fields import ArrayLike, Signature
 from physml.layers.conditioning import append_scalars
@@ -43,10 +43,10 @@ class ConvNetConfig:
     dtype: Literal["float32", "bfloat16"] = "float32"
 
     def __post_init__(self):
+        check_fields(self)
         if min(self.width, *self.dilations, len(self.dilations)) < 1 or self.depth < 0:
             raise ConfigError(f"Sizes must be positive (depth may be 0), but {self} was given.")
         activation(self.activation)
-        check_choices(self)
 
     @property
     def reach(self) -> int:

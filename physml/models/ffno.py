@@ -14,7 +14,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
-from physml.coding import check_choices
+from physml.coding import check_fields
 from physml.errors import ConfigError
 from physml.fields import ArrayLike, Signature
 from physml.layers.conditioning import LayerNorm, append_scalars, grid_positions
@@ -76,6 +76,7 @@ class FFNOConfig:
     dtype: Literal["float32", "bfloat16"] = "float32"
 
     def __post_init__(self):
+        check_fields(self)
         numbers = (self.width, self.depth, self.expansion, self.feedforward_layers, self.projection, *self.modes)
         if min(*numbers, len(self.modes)) < 1:
             raise ConfigError(f"Sizes must be positive, but {self} was given.")
@@ -84,7 +85,6 @@ class FFNOConfig:
                 raise ConfigError(f"{name} is {getattr(self, name)}, but it is a share: 0 or more and below 1.")
         if self.noise < 0:
             raise ConfigError(f"noise is {self.noise}, but a standard deviation is not negative.")
-        check_choices(self)
 
     def modes_on(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Frequencies kept along each axis of a grid. Raises ConfigError when they do not fit it."""

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from physml.coding import check_choices
+from physml.coding import check_fields
 from physml.errors import ConfigError
 from physml.fields import ArrayLike, Signature
 from physml.layers.conditioning import append_positions, append_scalars
@@ -77,6 +77,7 @@ class FNOConfig:
     dtype: Literal["float32", "bfloat16"] = "float32"
 
     def __post_init__(self):
+        check_fields(self)
         if self.width < 1 or self.depth < 1 or not self.modes or min(self.modes) < 1:
             raise ConfigError(
                 f"FNO needs positive width, depth and modes, but width={self.width}, depth={self.depth} and "
@@ -88,7 +89,6 @@ class FNOConfig:
             )
         if any(fraction < 0 for fraction in self.domain_padding):
             raise ConfigError(f"domain_padding={self.domain_padding} must not be negative.")
-        check_choices(self)
 
     @property
     def lifting_channels(self) -> int:

@@ -14,7 +14,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
-from physml.coding import check_choices
+from physml.coding import check_fields
 from physml.errors import ConfigError
 from physml.fields import ArrayLike, Signature
 from physml.layers.conditioning import append_scalars
@@ -62,6 +62,7 @@ class IFactFormerConfig:
     dtype: Literal["float32", "bfloat16"] = "float32"
 
     def __post_init__(self):
+        check_fields(self)
         numbers = (self.width, self.heads, self.head_width, self.depth, self.iterations, self.kernel_multiplier)
         if min(*numbers, self.history) < 1 or self.frame_channels < 0:
             raise ConfigError(f"Sizes must be positive (frame_channels may be 0), but {self} was given.")
@@ -72,7 +73,6 @@ class IFactFormerConfig:
                 f"kernel_multiplier * head_width = {self.kernel_width} channels cannot be turned in pairs: make it "
                 "even, or set rotary=False."
             )
-        check_choices(self)
 
     @property
     def kernel_width(self) -> int:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from physml.coding import check_choices
+from physml.coding import check_fields
 from physml.errors import ConfigError
 from physml.fields import ArrayLike, Grid, Signature
 from physml.layers.attention import SpatialAttention
@@ -63,6 +63,7 @@ class ModernUNetConfig:
     dtype: Literal["float32", "bfloat16"] = "float32"
 
     def __post_init__(self):
+        check_fields(self)
         if (
             min(self.width, self.blocks, self.heads, len(self.multipliers), *self.multipliers) < 1
             or self.head_width < 0
@@ -79,7 +80,6 @@ class ModernUNetConfig:
                 "give one per level, or none."
             )
         activation(self.activation)
-        check_choices(self)
 
     @property
     def widths(self) -> tuple[int, ...]:

@@ -16,7 +16,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
-from physml.coding import check_choices
+from physml.coding import check_fields
 from physml.errors import ConfigError
 from physml.fields import ArrayLike, Signature
 from physml.layers.batch_norm import BatchNorm
@@ -91,6 +91,7 @@ class ScOTConfig:
     dtype: Literal["float32", "bfloat16"] = "float32"
 
     def __post_init__(self):
+        check_fields(self)
         stages = len(self.depths)
         if not stages or len(self.heads) != stages or len(self.skip_blocks) != stages:
             raise ConfigError(
@@ -113,7 +114,6 @@ class ScOTConfig:
                 raise ConfigError(f"{name} is {getattr(self, name)}, but it is a share: 0 or more and below 1.")
         if not (self.deviation > 0 and self.epsilon > 0):
             raise ConfigError(f"deviation={self.deviation} and epsilon={self.epsilon} must be positive.")
-        check_choices(self)
         activation(self.activation)
 
     def channels(self, stage: int) -> int:

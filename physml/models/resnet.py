@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from physml.coding import check_choices
+from physml.coding import check_fields
 from physml.errors import ConfigError
 from physml.fields import ArrayLike, Signature
 from physml.layers.conditioning import append_positions, append_scalars
@@ -58,11 +58,11 @@ class ResNetConfig:
     dtype: Literal["float32", "bfloat16"] = "float32"
 
     def __post_init__(self):
+        check_fields(self)
         if min(self.width, self.depth, *self.dilations, len(self.dilations)) < 1:
             raise ConfigError(f"Sizes must be positive, but {self} was given.")
         if not 0 <= self.dropout < 1:
             raise ConfigError(f"dropout is {self.dropout}, but it is a share of the channels: 0 or more and below 1.")
-        check_choices(self)
 
     def build(self, signature: Signature, rngs: nnx.Rngs) -> "ResNet":
         return ResNet(self, signature, rngs=rngs)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from physml.coding import check_choices
+from physml.coding import check_fields
 from physml.errors import ConfigError
 from physml.fields import ArrayLike, Grid, Signature
 from physml.layers.convolution import Convolution, resolve_boundaries
@@ -66,13 +66,13 @@ class SineNetConfig:
     dtype: Literal["float32", "bfloat16"] = "float32"
 
     def __post_init__(self):
+        check_fields(self)
         if min(self.width, self.waves, self.blocks) < 1 or min(self.widths) < 1:
             raise ConfigError(
                 f"width, waves and blocks must be positive and growth must leave a channel on each level, but {self} "
                 f"has {self.widths} channels."
             )
         activation(self.activation)
-        check_choices(self)
 
     @property
     def widths(self) -> tuple[int, ...]:

@@ -1,6 +1,5 @@
 """Rollouts of any length in chunks of constant memory; the host reads one chunk while the next one runs."""
 
-import functools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,7 +13,7 @@ from physml.errors import ConfigError, SpecError
 from physml.fields import Context, Spec, Window
 from physml.metrics.spectra import energy_spectrum, shells
 from physml.rollout.ledger import Ledger, measure
-from physml.rollout.scan import check_window
+from physml.rollout.scan import check_window, remembered
 from physml.rollout.state import restore
 
 
@@ -116,18 +115,16 @@ def _generate(
     pieces = _Pieces(window, history, chunk, forcing)
     first = _Pieces(window, history, 1, forcing).cut(0, 1)  # of one length whatever the chunk
     fixed = jax.device_put(replace(window, frames=window.frames[:, :history], **first))
-    carry, initial = _begin(graph, numbers, fixed, key, spectrum=every > 0)
+    carry, initial = _begin(graph, every > 0)(numbers, fixed, key)
     initial, begin = jax.tree.map(np.asarray, initial), 0
     if resume is not None:
         begin, carry = resume[0], restore(carry, resume[1])
     fixed = replace(fixed, frames=fixed.frames[:, :0])
-    ahead = None
+    ahead, advance = None, _advance(graph, chunk, stored, every)
     for start in range(begin, steps, chunk):
         count = min(chunk, steps - start)
         piece = replace(fixed, **pieces.cut(start, count))
-        carry, frames, ledger, std = _advance(
-            graph, numbers, piece, carry, start, count, key, initial.mean, chunk=chunk, stored=stored, every=every
-        )
+        carry, frames, ledger, std = advance(numbers, piece, carry, start, count, key, initial.mean)
         for leaf in jax.tree.leaves((frames, ledger, std)):
             leaf.copy_to_host_async()
         if ahead is not None:
@@ -193,9 +190,12 @@ def _frame_of(decoded):
     return decoded if isinstance(decoded, jax.Array) else decoded.mean
 
 
-@functools.partial(jax.jit, static_argnames=("graph", "spectrum"))
-def _begin(graph, numbers, piece: Window, key, *, spectrum: bool):
-    stepper = nnx.merge(graph, numbers)
+@remembered
+def _begin(graph, spectrum: bool):
+    return jax.jit(lambda numbers, *arguments: _start(nnx.merge(graph, numbers), *arguments, spectrum))
+
+
+def _start(stepper, piece: Window, key, spectrum: bool):
     state = stepper.encode(piece.frames, _shared(piece.context(0, 1, key)))
     # Python scalars in the state are weakly typed, which no file keeps: a continued rollout would promote otherwise.
     state = jax.tree.map(lambda a: jax.lax.convert_element_type(a, jnp.result_type(a)) if _weak(a) else a, state)
@@ -210,14 +210,16 @@ def _weak(leaf) -> bool:
     return getattr(jax.typeof(leaf), "weak_type", False)
 
 
-@functools.partial(jax.jit, static_argnames=("graph", "chunk", "stored", "every"))
-def _advance(
-    graph, numbers, piece: Window, carry, start, count, key, reference, *, chunk: int, stored: int, every: int
-):
+@remembered
+def _advance(graph, chunk: int, stored: int, every: int):
+    lengths = chunk, stored, every
+    return jax.jit(lambda numbers, *arguments: _loop(nnx.merge(graph, numbers), *arguments, *lengths))
+
+
+def _loop(stepper, piece: Window, carry, start, count, key, reference, chunk: int, stored: int, every: int):
     """`count` steps from step `start` on; the ledger comes in buffers of `chunk` steps, frames and std of those that
     are stored. `start`, `count` and `chunk` are multiples of `stored`.
     """
-    stepper = nnx.merge(graph, numbers)
 
     def step(state, i):
         step_key = None if key is None else jax.random.fold_in(key, start + i)

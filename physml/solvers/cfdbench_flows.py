@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
-from physml.coding import check_choices
+from physml.coding import check_fields
 from physml.errors import ConfigError
 from physml.fields import ArrayLike, Axis, Channel, Grid
 from physml.solvers import mac
@@ -73,7 +73,7 @@ class WallFlow(Solver):
     tables: ClassVar[dict[str, dict[str, np.ndarray]]]  # subset -> parameter -> its values; all combinations are cases
 
     def __post_init__(self):
-        check_choices(self)
+        check_fields(self)
         check_cells(self)
         require(0 < self.time_step < math.inf, "time_step", self.time_step, "positive")
         require(0 <= self.warmup < math.inf, "warmup", self.warmup, "zero or positive")

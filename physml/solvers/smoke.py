@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Float
 
-from physml.coding import check_choices
+from physml.coding import check_fields
 from physml.fields import ArrayLike, Axis, Channel, Grid
 from physml.solvers import fourier, mac
 from physml.solvers.mac import Box, Flow
@@ -75,7 +75,7 @@ class Smoke(Solver):
     advice: ClassVar[str] = "Raise solver_points or the viscosity."
 
     def __post_init__(self):
-        check_choices(self)
+        check_fields(self)
         check_cells(self)
         check_time(self)
         for name in ("length", "noise_scale", "noise_smoothness"):

@@ -50,9 +50,9 @@ class FluxConfig(ResidualConfig):
     bounded: tuple[str, ...] = ()
 
     def __post_init__(self):
-        super().__post_init__()
         for name in ("channels", "positive", "bounded"):
             object.__setattr__(self, name, channels_of(getattr(self, name)))
+        super().__post_init__()
         for name in (*self.positive, *self.bounded):
             if self.channels and name not in self.channels:
                 raise ConfigError(f"{name!r} is to be limited, but it is not among channels={self.channels}. Add it.")

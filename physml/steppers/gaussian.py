@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from physml.coding import check_choices
 from physml.errors import ConfigError
 from physml.fields import Context, Gaussian, Signature, Spec
 from physml.normalize import Normalizer
@@ -40,7 +39,6 @@ class GaussianConfig(ResidualConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        check_choices(self)
         if not 0 < self.floor < float("inf"):
             raise ConfigError(f"floor is {self.floor}, but the least standard deviation must be above 0.")
 

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from physml.coding import check_fields
 from physml.errors import ConfigError, SpecError
 from physml.fields import Context, Signature, Spec
 from physml.normalize import Normalizer, check_intervals
@@ -40,6 +41,7 @@ class IntervalConfig:
     lead: ClassVar[bool] = True
 
     def __post_init__(self):
+        check_fields(self)
         if check_intervals(self.intervals)[:1] != (1,):
             raise ConfigError(
                 f"intervals are {self.intervals}, but forecasts of every frame need the interval 1. Add it, or "

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from physml.coding import from_dict
+from physml.coding import check_fields
 from physml.errors import ConfigError, SpecError
 from physml.fields import Context, Grid, Signature, Spec
 from physml.normalize import Normalizer
@@ -32,8 +32,7 @@ class DirectConfig:
     longest_lead: int = 1
 
     def __post_init__(self):
-        for name in ("history", "longest_lead"):
-            object.__setattr__(self, name, from_dict(int, getattr(self, name), name))
+        check_fields(self)
         if self.history < 0:
             raise ConfigError(f"history is {self.history}, but it counts the frames that go in: 0 or more.")
         if self.longest_lead < 1 or (self.longest_lead > 1 and not self.lead):

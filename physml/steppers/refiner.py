@@ -15,7 +15,6 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from physml.coding import check_fields
 from physml.errors import ConfigError
 from physml.fields import ArrayLike, Context, Signature, Spec
 from physml.layers.scalar_embedding import ScalarEmbedding
@@ -53,7 +52,6 @@ class RefinerConfig(DirectConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        check_fields(self)
         if self.history < 1:
             raise ConfigError(f"history is {self.history}, but a refiner adds to the last frame: give at least 1.")
         if not (0 < self.weight < math.inf and (self.longest_time is None or 0 < self.longest_time < math.inf)):

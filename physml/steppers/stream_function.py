@@ -36,9 +36,9 @@ class StreamFunctionConfig(ResidualConfig):
     axes: tuple[str, ...] = ()
 
     def __post_init__(self):
-        super().__post_init__()
         for name in ("velocity", "axes"):
             object.__setattr__(self, name, channels_of(getattr(self, name)))
+        super().__post_init__()
         check_components(self.velocity, self.axes, (2,))
 
     def signature(self, spec: Spec) -> Signature:

@@ -36,9 +36,9 @@ class TransportConfig(ResidualConfig):
     into: tuple[str, ...] = ()
 
     def __post_init__(self):
-        super().__post_init__()
         for name in ("center", "sources", "into"):
             object.__setattr__(self, name, channels_of(getattr(self, name)))
+        super().__post_init__()
         if len(self.sources) != len(self.receiving):
             raise ConfigError(
                 f"sources={self.sources} go into channels {self.receiving or '()'}, but each needs one of its own. "

@@ -18,7 +18,7 @@ from physml.data import spec_of, to_window
 from physml.errors import CheckpointError, ConfigError, DivergedError, SpecError
 from physml.forecast import blow_ups, forecast, stability
 from physml.forecast.resume import MARK
-from physml.rollout import rollout_chunks
+from physml.rollout import named, rollout_chunks
 from physml.steppers import STEPPERS
 
 PLACES = (None, "f.zarr", "f.nc")
@@ -74,6 +74,16 @@ def test_chunks_keep_the_frames_that_are_stored_and_the_ledger_of_all(data, chun
     assert_array_equal(np.concatenate([piece.frames for piece in pieces], 1), whole.frames[:, every - 1 :: every])
     assert_array_equal(np.concatenate([piece.ledger.maximum for piece in pieces], 1), whole.ledger.maximum)
     assert_array_equal(pieces[-1].ledger.spectrum, whole.ledger.spectrum)
+
+
+def test_what_is_resumed_begins_at_a_frame_that_is_stored(data):
+    stepper, window, key = Walk(spec_of(data)), to_window(data, spec_of(data)), jax.random.key(1)
+    (whole,) = rollout_chunks(stepper, window, 8, 8, key)
+    states = [named(chunk.state) for chunk in rollout_chunks(stepper, window, 4, 1, key)]
+    (rest,) = rollout_chunks(stepper, window, 8, 8, key, store_every=2, resume=(4, states[3]))
+    assert_array_equal(rest.frames, whole.frames[:, [5, 7]])
+    with pytest.raises(ConfigError, match="after step 3, but frames are kept .* store_every=2"):
+        rollout_chunks(stepper, window, 8, 8, key, store_every=2, resume=(3, states[2]))
 
 
 def test_frames_that_are_not_stored_take_no_memory(data):

@@ -67,14 +67,19 @@ def rollout_chunks(
             the same bits when `chunk` is the same.
 
     Raises at once, not at the first chunk, SpecError for a window that cannot start the rollout and for spectra of a
-    grid that has none, and ConfigError where `store_every` does not divide the steps or the distance of spectra;
-    CheckpointError for a state that is not one of this stepper.
+    grid that has none, and ConfigError where `store_every` does not divide the steps, those done before or the distance
+    of spectra; at the first chunk CheckpointError for a state that is not one of this stepper.
     """
     if steps < 1 or chunk < 1 or (spectrum_every is not None and spectrum_every < 1):
         raise ConfigError(
             f"steps is {steps}, chunk {chunk} and spectrum_every {spectrum_every}, but they count frames: at least 1."
         )
     check_stored(steps, store_every, spectrum_every)
+    if resume is not None and resume[0] % store_every:
+        raise ConfigError(
+            f"resume begins after step {resume[0]}, but frames are kept of the steps that store_every={store_every} "
+            "divides. Resume from the state after one of these, which is what chunks give."
+        )
     check_window(stepper, window, steps, forcing=forcing is None)
     if spectrum_every:
         check_spectrum(window.spec, window.mask)

@@ -455,6 +455,8 @@ def test_rollouts_outside_of_jit_are_compiled_once(tiny, spec, window):
     assert traced == 0
     for frames, power in zip(found, (3, 3, 1)):
         assert_allclose(frames, 3.0**power * other.frames[:, 0], rtol=1e-6)
+    for frames in (1, 2, 3):  # of which the history is used, and no more
+        assert run(3.0, dataclasses.replace(window, frames=window.frames[:, :frames]), 1, [4, 9])[1] == 0
     slope = jax.grad(lambda u: rollout(stepper(3.0), dataclasses.replace(window, frames=u), 2)[:, 1].sum())
     assert_allclose(slope(window.frames)[:, 0], 9.0, rtol=1e-6)
     weights = jax.grad(lambda f: (rollout(Shift(spec, f), window, 2)[:, 1] ** 2).sum())(3.0)

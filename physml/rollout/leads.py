@@ -9,7 +9,7 @@ import numpy as np
 
 from physml.errors import ConfigError, SpecError
 from physml.fields import Window
-from physml.rollout.scan import check_kind, check_reach, rollout, run_compiled
+from physml.rollout.scan import check_kind, check_reach, rollout, run_compiled, without_frames
 
 
 def direct_leads(stepper, window: Window, leads: Sequence[float], key=None):
@@ -17,7 +17,7 @@ def direct_leads(stepper, window: Window, leads: Sequence[float], key=None):
 
     Args:
         leads: in time steps of the data, up to the `longest_lead` of the stepper: also zero where that is above 1, also
-            fractions where nothing depends on the calendar or on forcing.
+            fractions where nothing depends on the calendar or on forcing. Of a stepper of intervals: some of these.
         key: typed PRNG key of a stochastic stepper; lead i sees `fold_in(key, i)`.
 
     Returns what `stepper.decode` returns with axes `(batch, lead, ...)`. Pure, jittable and differentiable. Raises
@@ -40,7 +40,7 @@ def direct_leads(stepper, window: Window, leads: Sequence[float], key=None):
     check_reach(stepper, window, history + longest, f"{history} of history and the longest lead, {longest}")
     start = window.context(0, history, key)
     state = stepper.encode(jnp.asarray(window.frames)[:, :history], start)
-    frames = run_compiled(_single_steps, (), stepper, state, window, key, jnp.asarray(leads))
+    frames = run_compiled(_single_steps, (), stepper, state, without_frames(window), key, jnp.asarray(leads))
     return jax.tree.map(lambda a: jnp.moveaxis(a, 0, 1), frames)
 
 

@@ -2,6 +2,7 @@
 
 import functools
 import math
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -25,13 +26,14 @@ def rollout(stepper, window: Window, steps: int, key=None, *, remat: bool | str 
             step, "sqrt" about 2 sqrt(steps) states at the price of computing them once more.
 
     Raises SpecError when the window has fewer frames than the history, or when its forcing, or a calendar that the
-    stepper reads, ends before the rollout does.
+    stepper reads, ends before the rollout does; ConfigError for what is no Window and for another `remat`.
     """
     check_window(stepper, window, steps)
 
     history = stepper.history
     state = stepper.encode(window.frames[:, :history], window.context(0, history, key))
-    frames = run_compiled(_scanned, (steps, "step" if remat is True else remat or "none"), stepper, state, window, key)
+    options = (steps, "step" if remat is True else remat or "none")
+    frames = run_compiled(_scanned, options, stepper, state, without_frames(window), key)
     return jax.tree.map(lambda a: jnp.moveaxis(a, 0, 1), frames)
 
 
@@ -45,6 +47,11 @@ def _scanned(steps: int, remat: str):
         return _scan(body, state, steps, remat)
 
     return frames
+
+
+def without_frames(window: Window) -> Window:
+    """For the steps after `encode`, which see its clock and fields only: any number of frames is one trace."""
+    return replace(window, frames=window.frames[:, :0])
 
 
 def run_compiled(make, options: tuple, stepper, *arguments):

@@ -594,6 +594,12 @@ def test_options_that_do_not_fit_are_named(dataset, labelled):
         evaluate(forecast_of(labelled, [3], 2), labelled, draw=2)
 
 
+def test_what_is_no_truth_is_named(dataset, labelled):
+    for prediction in (Blowup(dataset.spec), forecast_of(labelled, [3], 2)):
+        with pytest.raises(ConfigError, match="a str as truth"):
+            evaluate(prediction, "truth.nc", leads=2)
+
+
 def test_overlap_of_inputs_and_targets_is_refused(labelled):
     prediction = forecast_of(labelled, [3], 4)
     initial = prediction.assign_coords(lead=prediction["lead"] - np.timedelta64(1, "D"))
@@ -735,6 +741,15 @@ noise = evaluate_stepper(
 )
 print("DRAWS", json.dumps(noise["score_per_start"].values[..., -1, :].ravel().tolist()), flush=True)
 """
+
+
+def test_every_process_needs_a_start(dataset, monkeypatch):
+    """All refuse it, so that none waits for the others."""
+    monkeypatch.setattr(jax, "process_count", lambda: 3)
+    for number in range(3):
+        monkeypatch.setattr(jax, "process_index", lambda number=number: number)
+        with pytest.raises(ConfigError, match="2 starts for 3 processes"):
+            evaluate_stepper(Blowup(dataset.spec), dataset, 2, starts=[(0, 1), (1, 1)], processes=True)
 
 
 def test_two_processes_share_the_starts_and_agree():

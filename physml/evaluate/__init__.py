@@ -53,13 +53,19 @@ def evaluate(
             dask.distributed cluster. Forecasts and truth may be far larger than memory, see `evaluate_forecasts`.
 
     Returns a dataset with `score (model, metric, channel, lead)`, its interval, and more: see
-    `evaluate.scores.assemble`. Raises SpecError when input and target times overlap, when units or grids differ, and
-    DataError when the truth has none of the valid times.
+    `evaluate.scores.assemble`. Raises SpecError when input and target times overlap, when units or grids differ,
+    DataError when the truth has none of the valid times, and ConfigError for what is neither forecast, stepper nor
+    truth and for options that cannot work.
     """
     leads = None if leads is None else whole("leads", leads)
     if hasattr(prediction, "advance"):
         if leads is None:
             raise ConfigError("A stepper is rolled out to be scored: say how far with `leads=`.")
+        if not isinstance(truth, xr.Dataset) and not hasattr(truth, "read"):
+            raise ConfigError(
+                f"evaluate got a {type(truth).__name__} as truth of a stepper, but an xarray Dataset or a Dataset of "
+                "physml was expected. Open a file with physml.open_dataset(path)."
+            )
         _check_options(evaluate_stepper, options, "a stepper")
         dataset = truth
         if isinstance(truth, xr.Dataset):

@@ -102,6 +102,11 @@ def evaluate_stepper(
     plan, *chosen = choose(
         dataset, history, leads, starts, metrics, spectrum_leads, climatology is not None, (counts[name] or 1) > 1
     )
+    if processes and len(plan) < jax.process_count():
+        raise ConfigError(
+            f"There are {len(plan)} starts for {jax.process_count()} processes, but each needs one at least. Give "
+            "more starts (None: all of them) or longer data, or processes=False."
+        )
     groups, grouping = blocks_of_starts(plan, leads)
     setting = Setting(spec, *chosen, thresholds, grouping, draws, level)
     key = jax.random.key(0) if key is None else key
@@ -244,8 +249,10 @@ class _Run:
         shown = None
         with jax.set_mesh(self.mesh):
             for number, (window, weights) in enumerate(self._batches(dataset, plan, batch)):
-                truth = window.frames[:, self.history :]
-                mask = window.mask
+                truth, mask, counts = window.frames[:, self.history :], window.mask, weights
+                if mask is not None:  # a channel that a sample lacks altogether does not count there
+                    exists = np.asarray(mask).any(tuple(range(1, mask.ndim - 1)))
+                    counts = weights[..., None] * exists[:, None, :]
                 window = dataclasses.replace(window, frames=window.frames[:, : self.history])
                 window, truth, mask = jax.device_put(
                     (window, truth, mask), NamedSharding(self.mesh, PartitionSpec("data"))
@@ -256,10 +263,6 @@ class _Run:
                 spectrum_leads = self.setting.spectrum_leads
                 of_truth = _of_truth(truth, mask, spec=self.setting.spec, spectrum_leads=spectrum_leads)
                 index = np.resize(groups[number * batch : (number + 1) * batch], batch)
-                counts = weights
-                if mask is not None:  # a channel that a sample lacks altogether does not count there
-                    exists = np.asarray(mask).any(tuple(range(1, mask.ndim - 1)))
-                    counts = weights[..., None] * exists[:, None, :]
                 truth_tally.add(jax.device_get(of_truth), {}, index, counts)
                 if number == 0 and several and found[several][3]:
                     raise no_ensemble(repr(several))
@@ -352,8 +355,7 @@ def _per_start(tallies, setting: Setting, plan) -> xr.Dataset:
 
 
 def sample_dataset(truth, forecast, mask, spec: Spec, start: tuple[int, int], name: str) -> xr.Dataset:
-    """The layout of sample.nc: `CHANNEL_truth` and `CHANNEL_forecast` with dims `(lead, *space)`, NaN where the mask is
-    0.
+    """The layout of sample.nc: `CHANNEL_truth` and `CHANNEL_forecast`, dims `(lead, *space)`, NaN where the mask is 0.
 
     Frames are thinned evenly to keep a field below 2^25 numbers; coordinate `step` counts them from 1.
     """

@@ -53,12 +53,12 @@ def assemble(tallies: dict[str, Tally], truth: Tally, setting: Setting, attrs: d
     """The scores of all models. Variables:
 
     - score, score_low, score_high, score_spread `(model, metric, channel, lead)`: value, bootstrap interval, standard
-    deviation
-      of the scores of single pairs;
+      deviation of the scores of single pairs;
     - correlation_time, _low, _high, _spread, _capped `(model, channel, threshold)`, in the unit of time; leads without
       any pair do not end it: it is at most the last lead with one;
     - spectrum, spectrum_low, spectrum_high `(source, channel, spectrum_lead, wavenumber)`; source is the truth or a
-    model; - mean, energy `(source, channel, lead)`: area mean of the field and of half its square;
+      model;
+    - mean, energy `(source, channel, lead)`: area mean of the field and of half its square;
     - rank_histogram `(model, channel, lead, rank)`, where a model is an ensemble: share of the cells and starts where
       the truth has that rank among its members (NaN beyond their number, and for single forecasts);
     - finite `(model, lead)`: share of rollouts that hold only finite numbers; pairs `(lead)`: how many were averaged.

@@ -54,8 +54,7 @@ def choose_metrics(names, *, climatology: bool, spectrum: bool, ensemble: bool =
         if name in METRICS and METRICS[name].climatology and not climatology:
             raise ConfigError(
                 f"The metric {name!r} compares with a climatology, but none is given: pass `climatology=`, or score "
-                "the "
-                "floor 'climatology' beside the model."
+                "the floor 'climatology' beside the model."
             )
     if names:
         return {name: every[name] for name in names}

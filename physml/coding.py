@@ -16,6 +16,7 @@ import dataclasses
 import datetime
 import enum
 import math
+import operator
 import os
 import pathlib
 import types
@@ -98,6 +99,22 @@ def check_fields(config: Any) -> None:
             if isinstance(value, range) or getattr(value, "ndim", 0):
                 value = list(value)
             object.__setattr__(config, field.name, from_dict(hints[field.name], value, field.name))
+
+
+def check_positive(config: Any, *names: str) -> None:
+    """Raises ConfigError unless the fields are finite and positive."""
+    for name in names:
+        value = getattr(config, name)
+        if not 0 < value < math.inf:
+            raise ConfigError(f"{name} of {type(config).__name__} must be positive, but {name} is {value}.")
+
+
+def whole_number(name: str, value: Any) -> int:
+    """A whole number of any type. Raises ConfigError, about the option `name`, for anything else."""
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise ConfigError(f"{name} is {value!r}, but a whole number was expected.") from None
 
 
 def from_dict(target: Any, data: Any, path: str = "config") -> Any:

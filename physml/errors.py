@@ -56,6 +56,11 @@ def suggest(name: str, valid: Iterable[str]) -> str:
     return f"{hint} Valid: {', '.join(valid) or 'none'}."
 
 
+def first_line(error: BaseException) -> str:
+    """Of its message, 200 letters at most; the kind of an error that has none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+
+
 def nearest_paths(pattern: str, paths: Iterable[str], count: int = 3) -> list[str]:
     """The dotted paths that have most in common with a regular expression, longest common pieces first."""
     words = "".join(letter for letter in pattern if letter.isalnum() or letter in "._")

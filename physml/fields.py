@@ -19,6 +19,11 @@ from physml.errors import SpecError, suggest
 ArrayLike = jax.Array | np.ndarray  # what array arguments accept; `Float[ArrayLike, "..."]` in annotations
 
 
+def is_key(value: Any) -> bool:
+    """Whether it is an array of typed PRNG keys, which numpy cannot hold."""
+    return isinstance(value, jax.Array) and jax.dtypes.issubdtype(value.dtype, jax.dtypes.prng_key)
+
+
 @dataclass(frozen=True, repr=False)
 class Axis:
     """One spatial axis, in storage order.

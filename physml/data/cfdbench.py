@@ -16,10 +16,10 @@ from typing import Literal
 import numpy as np
 import xarray as xr
 
-from physml.data import members, netcdf
+from physml.data import members
 from physml.data.npy import Npy
 from physml.data.place import Place
-from physml.errors import ConfigError, DataError, suggest
+from physml.errors import ConfigError, DataError, first_line, suggest
 
 FLUID = ("density", "viscosity", "height", "width")
 PARAMETERS = {  # as the networks of the benchmark take them
@@ -239,7 +239,7 @@ def _description(path: Place) -> dict:
     try:
         found = json.loads(path.read(2**16))
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{path} is no JSON text: {netcdf.first_line(error)}. Download it again.") from error
+        raise DataError(f"{path} is no JSON text: {first_line(error)}. Download it again.") from error
     if not isinstance(found, dict):
         raise DataError(f"{path} should hold names with numbers, such as {{'density': 1.0}}. Download it again.")
     return found

@@ -15,7 +15,7 @@ from physml.data.globe import RENAMED, durations, has_coordinate, label_space, r
 from physml.data.guarded import guarded
 from physml.data.joined import Part, join
 from physml.data.place import Place
-from physml.errors import DataError
+from physml.errors import DataError, first_line
 
 FACTS = {"source", "date", "res", "levels", "steps"}
 NORMALIZATION = re.compile(r"(diffs_stddev|stddev|mean|min)_by_level\.nc$")
@@ -162,4 +162,4 @@ def _normalization(files: list[Place], joined: bool) -> xr.Dataset:
             combine_attrs="drop",
         )
     except ValueError as error:
-        raise DataError(f"{files[0].parent()}: files of statistics differ ({netcdf.first_line(error)}).") from error
+        raise DataError(f"{files[0].parent()}: files of statistics differ ({first_line(error)}).") from error

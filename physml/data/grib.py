@@ -5,7 +5,7 @@ import xarray as xr
 
 from physml.data import netcdf
 from physml.data.guarded import guarded
-from physml.errors import DataError, DependencyError
+from physml.errors import DataError, DependencyError, first_line
 
 LEVELS = (
     "isobaricInhPa", "isobaricInPa", "hybrid", "hybridHeight", "heightAboveGround", "heightAboveSea", "depthBelowLand",
@@ -41,7 +41,7 @@ def open_grib(path: str, *, chunks=None, filter_by_keys: dict | None = None, dec
             return xr.open_dataset(path, engine="cfgrib", chunks=chunks, cache=False, backend_kwargs=options)
         except cfgrib.DatasetBuildError as error:
             raise DataError(
-                f"{path} holds messages that do not make one dataset ({netcdf.first_line(error)}). Choose some with "
+                f"{path} holds messages that do not make one dataset ({first_line(error)}). Choose some with "
                 "the option filter_by_keys, such as filter_by_keys={'typeOfLevel': 'surface'}."
             ) from error
 
@@ -57,7 +57,7 @@ def _library(path: str):
         import cfgrib
     except Exception as error:  # without the library of ecCodes, cfgrib raises RuntimeError
         raise DependencyError(
-            f"{path} is GRIB, which needs cfgrib and ecCodes ({type(error).__name__}: {netcdf.first_line(error)}). "
+            f"{path} is GRIB, which needs cfgrib and ecCodes ({type(error).__name__}: {first_line(error)}). "
             "Install them: pip install 'physml[grib]'."
         ) from error
     return cfgrib

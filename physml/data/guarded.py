@@ -5,8 +5,7 @@ import xarray as xr
 from xarray.backends import BackendArray
 from xarray.core import indexing
 
-from physml.data import netcdf
-from physml.errors import DataError
+from physml.errors import DataError, first_line
 
 
 def guarded(ds: xr.Dataset, source: str) -> xr.Dataset:
@@ -41,5 +40,5 @@ class Guarded(BackendArray):
         except Exception as error:  # every backend and codec has its own exceptions
             raise DataError(
                 f"{self.label} cannot be read: the file is damaged or incomplete ({type(error).__name__}: "
-                f"{netcdf.first_line(error)}). Copy, download or generate it again."
+                f"{first_line(error)}). Copy, download or generate it again."
             ) from error

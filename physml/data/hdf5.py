@@ -17,7 +17,7 @@ from xarray.core import indexing
 from physml.data import netcdf, remote
 from physml.data.hdf5_chunks import Array
 from physml.data.place import Place
-from physml.errors import DataError, suggest
+from physml.errors import DataError, first_line, suggest
 
 SMALL = 2**27  # bytes that coordinates and parameters may take
 LARGEST_CHUNK = 2**31  # bytes that one compressed chunk may unpack to
@@ -49,7 +49,7 @@ class Hdf5:
         except Exception as error:  # h5py raises OSError, RuntimeError, KeyError, ValueError, .. for damaged files
             raise DataError(
                 f"{self.place} cannot be read: it is damaged or incomplete ({type(error).__name__}: "
-                f"{netcdf.first_line(error)}). Copy, download or generate it again."
+                f"{first_line(error)}). Copy, download or generate it again."
             ) from error
 
     def keys(self, group: str = "/") -> list[str]:

@@ -7,8 +7,7 @@ import xarray as xr
 
 from physml.data import axes as ax
 from physml.data.netcdf import in_chunks, name_dimensions
-from physml.data.remote import first_line
-from physml.errors import DataError
+from physml.errors import DataError, first_line
 
 
 def open_many(paths: Sequence[str], opener, **options) -> xr.Dataset:

@@ -17,8 +17,8 @@ from physml.data import axes as ax
 from physml.data.classic import check_length
 from physml.data.hdf5_chunks import Netcdf4
 from physml.data.heaps import HEAD, check_heaps
-from physml.data.remote import file_system, first_line, is_there, is_url, open_file, zarr_store
-from physml.errors import DataError, PhysmlError, suggest
+from physml.data.remote import file_system, is_there, is_url, open_file, zarr_store
+from physml.errors import DataError, PhysmlError, first_line, suggest
 
 HDF5 = b"\x89HDF\r\n\x1a\n"
 GRIB = b"GRIB"
@@ -214,9 +214,7 @@ def reaching(url: str, what: str = "reached"):
     except Exception as error:
         if not is_url(url) and not isinstance(error, OSError):
             raise
-        raise DataError(
-            f"{url} cannot be {what}: {(first_line(error) or type(error).__name__).rstrip('.')}."
-        ) from error
+        raise DataError(f"{url} cannot be {what}: {first_line(error).rstrip('.')}.") from error
 
 
 def magic(path: str, storage_options: dict | None) -> bytes:

@@ -10,7 +10,7 @@ import numpy as np
 
 from physml.data import netcdf
 from physml.data.place import Place
-from physml.errors import DataError
+from physml.errors import DataError, first_line
 
 HEADER = 4096  # bytes that hold the header of any array of plain numbers
 PARSING = threading.Lock()  # numpy parses a Python literal, and CPython 3.11 miscounts when threads do so at once
@@ -62,4 +62,4 @@ def _part(place: Place, start: int, stop: int) -> bytes:
     except FileNotFoundError as error:
         raise DataError(netcdf.missing(place.path)) from error
     except OSError as error:
-        raise DataError(f"{place} cannot be read: {netcdf.first_line(error)}.") from error
+        raise DataError(f"{place} cannot be read: {first_line(error)}.") from error

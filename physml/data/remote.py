@@ -18,7 +18,7 @@ from typing import Any
 
 from fsspec.caching import BlockCache, register_cache
 
-from physml.errors import ConfigError, DataError
+from physml.errors import ConfigError, DataError, first_line
 
 REMOTE = ("http", "https", "s3", "s3a", "gs", "gcs", "hf", "abfs", "abfss", "az")
 BLOCK = 2**21  # bytes asked for at once
@@ -53,16 +53,12 @@ def file_system(url: str, storage_options: dict | None):
         raise DataError(f"{url} cannot be reached: {first_line(error)}{install}") from error
 
 
-def first_line(error: BaseException) -> str:
-    """Of its message."""
-    return (str(error).strip().splitlines() or [""])[0][:200]
-
-
 def describe_failure(error: BaseException) -> str:
     """Kind and message, on one line; of what is behind it where fsspec calls every failure a missing file."""
     if isinstance(error, FileNotFoundError) and error.__cause__ is not None:
         return describe_failure(error.__cause__)
-    return f"{type(error).__name__}: {first_line(error)}".removesuffix(": ")
+    kind, message = type(error).__name__, first_line(error)
+    return kind if message == kind else f"{kind}: {message}"
 
 
 def identity(info: dict[str, Any]) -> str:

@@ -19,7 +19,7 @@ from physml.data.guarded import guarded
 from physml.data.hdf5 import LARGEST_CHUNK, SMALL
 from physml.data.place import SMALL as SMALL_TEXT
 from physml.data.place import Place
-from physml.errors import DataError
+from physml.errors import DataError, first_line
 
 CONSOLIDATED = (".zmetadata", "zarr.json")
 
@@ -97,7 +97,7 @@ def _parse(file: Place) -> dict[str, Array]:
         raise
     except Exception as error:  # of JSON, of the shape of its content, of zip and zlib
         raise DataError(
-            f"{file} is damaged ({type(error).__name__}: {netcdf.first_line(error)}). Copy or download it again."
+            f"{file} is damaged ({type(error).__name__}: {first_line(error)}). Copy or download it again."
         ) from error
 
 
@@ -144,7 +144,7 @@ def _archive(place: Place):
             if isinstance(error, DataError):
                 raise
             raise DataError(
-                f"{place} is a damaged zip file ({netcdf.first_line(error)}). Copy or download it again."
+                f"{place} is a damaged zip file ({first_line(error)}). Copy or download it again."
             ) from error
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import xarray as xr
 
+from physml.coding import whole_number
 from physml.data import XarrayDataset
 from physml.data.labelled import MASKED_BY, with_mask_of
 from physml.errors import ConfigError, suggest
@@ -18,7 +19,6 @@ from physml.evaluate.forecasts import evaluate_forecasts
 from physml.evaluate.labels import first_leads
 from physml.evaluate.planning import check_evaluation, plan_starts
 from physml.evaluate.rollouts import evaluate_stepper, sample_dataset
-from physml.evaluate.statistics import whole
 from physml.evaluate.validation import RolloutScores, RolloutValidation
 from physml.metrics.table import load_scores, save_scores, to_csv, to_plain, to_rows
 
@@ -57,7 +57,7 @@ def evaluate(
     DataError when the truth has none of the valid times, and ConfigError for what is neither forecast, stepper nor
     truth and for options that cannot work.
     """
-    leads = None if leads is None else whole("leads", leads)
+    leads = None if leads is None else whole_number("leads", leads)
     if hasattr(prediction, "advance"):
         if leads is None:
             raise ConfigError("A stepper is rolled out to be scored: say how far with `leads=`.")

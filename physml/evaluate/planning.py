@@ -7,9 +7,10 @@ import jax
 import numpy as np
 from flax import nnx
 
+from physml.coding import whole_number
 from physml.contracts import Dataset, Stepper
 from physml.errors import ConfigError, DataError
-from physml.evaluate.statistics import choose_metrics, choose_spectrum_leads, has_spectrum, whole
+from physml.evaluate.statistics import choose_metrics, choose_spectrum_leads, has_spectrum
 from physml.fields import Window, stack
 from physml.rollout import rollout
 from physml.steppers.members import drawn
@@ -125,7 +126,7 @@ def _listed(starts: Any) -> int | list[tuple[int, int]] | None:
     except ValueError:  # of uneven length
         pairs = np.empty((1, 0))
     if pairs.ndim == 0:
-        return whole("starts", starts)
+        return whole_number("starts", starts)
     if len(pairs) and (pairs.ndim != 2 or pairs.shape[1] != 2 or pairs.dtype.kind not in "iu"):
         raise ConfigError(
             f"starts is {starts!r}, but a number of starts per trajectory, or (trajectory, first predicted frame) "

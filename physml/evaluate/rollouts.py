@@ -15,6 +15,7 @@ import xarray as xr
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from physml.coding import whole_number
 from physml.contracts import Dataset, Stepper
 from physml.errors import ConfigError, DataError
 from physml.evaluate.planning import CLIMATOLOGY, choose, member_count, no_ensemble
@@ -26,7 +27,6 @@ from physml.evaluate.statistics import (
     field_statistics,
     finite_frames,
     pair_statistics,
-    whole,
 )
 from physml.fields import Spec, Window, stack
 from physml.metrics import METRICS, THRESHOLDS, Measure, Metric, MomentMetric
@@ -91,7 +91,7 @@ def evaluate_stepper(
     Returns the dataset that `scores.assemble` describes. Raises ConfigError for options that cannot work, SpecError for
     a stepper that does not fit the data, DataError when no trajectory is long enough or the truth is not finite.
     """
-    models, leads = _name_models(stepper, floors or {}, name), whole("leads", leads)
+    models, leads = _name_models(stepper, floors or {}, name), whole_number("leads", leads)
     spec = dataset.spec
     for label, model in models.items():
         model.spec.check_same(spec, mine=f"the stepper {label!r}", theirs="the data")

@@ -9,8 +9,9 @@ import numpy as np
 import xarray as xr
 
 from physml import __version__
+from physml.coding import whole_number
 from physml.errors import ConfigError
-from physml.evaluate.statistics import RANKS, Tally, channel_units, spread, whole
+from physml.evaluate.statistics import RANKS, Tally, channel_units, spread
 from physml.fields import Spec
 from physml.metrics import Metric, MomentMetric, high_correlation_time
 from physml.metrics.aggregate import interval, quantiles, resample
@@ -39,7 +40,7 @@ class Setting:
         object.__setattr__(self, "thresholds", checked_thresholds(self.thresholds))
         if isinstance(self.level, str) or not 0 < self.level < 1:
             raise ConfigError(f"level is {self.level!r}, but a share between 0 and 1 was expected, e.g. 0.95.")
-        if whole("draws", self.draws) < 1:
+        if whole_number("draws", self.draws) < 1:
             raise ConfigError(f"draws is {self.draws}, but a bootstrap needs at least one.")
 
 

@@ -1,6 +1,5 @@
 """What is taken from every pair of rollout and truth, and how it adds up over batches."""
 
-import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -8,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from physml.coding import whole_number
 from physml.errors import ConfigError, SpecError, suggest
 from physml.fields import Grid, Spec
 from physml.metrics import METRICS, Measure, Metric, energy_spectrum
@@ -19,14 +19,6 @@ from physml.metrics.spectra import shells
 SPECTRAL = ("spectrum", "log_spectral_error")  # defined for frames without missing cells
 RANKS = "ranks"  # parts of a rank histogram, (pair, lead, channel, rank)
 TWINS = ("h1_periodic",)  # variants that are scored only when asked for by name
-
-
-def whole(name: str, value: Any) -> int:
-    """A whole number of any type. Raises ConfigError, about the option `name`, for anything else."""
-    try:
-        return operator.index(value)
-    except TypeError:
-        raise ConfigError(f"{name} is {value!r}, but a whole number was expected.") from None
 
 
 def as_names(names: str | Sequence[str] | None) -> tuple[str, ...]:
@@ -77,7 +69,7 @@ def has_spectrum(grid: Grid, masked: bool) -> bool:
 
 def choose_spectrum_leads(leads: int | Sequence[int] | None, count: int) -> tuple[int, ...]:
     """Leads (in frames, from 1) whose spectrum is kept: first, middle and last when none are given."""
-    given = [] if leads is None else [whole("spectrum_leads", lead) for lead in np.atleast_1d(leads).tolist()]
+    given = [] if leads is None else [whole_number("spectrum_leads", lead) for lead in np.atleast_1d(leads).tolist()]
     chosen = sorted(set(given or (1, (count + 1) // 2, count)))
     if chosen[0] < 1 or chosen[-1] > count:
         raise ConfigError(f"spectrum_leads are {tuple(chosen)}, but leads count from 1 to {count}.")

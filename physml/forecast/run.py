@@ -1,6 +1,5 @@
 """`forecast`: from labelled initial states to labelled predictions, watched, in chunks, to memory or to a file."""
 
-import operator
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +10,7 @@ import numpy as np
 import xarray as xr
 from flax import nnx
 
+from physml.coding import whole_number
 from physml.data import axes as ax
 from physml.data.channels import base_of
 from physml.data.labelled import MASKED_BY, from_frames
@@ -173,11 +173,8 @@ def check_forecast(
         check_out(out, overwrite, resume)
 
 
-def _whole(name: str, value):
-    try:
-        return None if value is None else operator.index(value)
-    except TypeError:
-        raise ConfigError(f"{name} is {value!r}, but a whole number was expected.") from None
+def _whole(name: str, value) -> int | None:
+    return None if value is None else whole_number(name, value)
 
 
 def _check_number(name: str, value) -> None:

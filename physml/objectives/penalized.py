@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from physml.coding import check_fields, name_of, tagged
+from physml.coding import check_fields, check_positive, name_of, tagged
 from physml.constraints import CONSTRAINTS
 from physml.errors import ConfigError, SpecError
 from physml.fields import Window
@@ -33,7 +33,7 @@ class ConstraintPenalty:
 
     def __post_init__(self):
         check_fields(self)
-        _check_positive(self, "weight", "scale")
+        check_positive(self, "weight", "scale")
         if not (hasattr(self.constraint, "violation") or hasattr(self.constraint, "build")):
             raise ConfigError(
                 f"constraint is {self.constraint!r}, which has neither `violation` nor `build`. "
@@ -75,7 +75,7 @@ class SpectralPower:
 
     def __post_init__(self):
         check_fields(self)
-        _check_positive(self, "weight", "cut", "floor")
+        check_positive(self, "weight", "cut", "floor")
         if self.cut > 1:
             raise ConfigError(f"cut is {self.cut}, but it is a fraction of the complete shells: at most 1.")
 
@@ -152,10 +152,3 @@ def _name(penalty) -> str:
         return name_of(penalty, PENALTIES)
     except ConfigError:  # a penalty of the user's own
         return type(penalty).__name__
-
-
-def _check_positive(penalty, *names: str) -> None:
-    for name in names:
-        value = getattr(penalty, name)
-        if not 0 < value < float("inf"):
-            raise ConfigError(f"{name} of {type(penalty).__name__} is {value}, but it must be above 0.")

@@ -12,7 +12,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from physml import errors
 from physml.errors import ConfigError
-from physml.fields import Window
+from physml.fields import Window, is_key
 
 
 @dataclass(frozen=True)
@@ -152,7 +152,7 @@ def over_batch(function: Callable, axis: int = 0) -> Callable:
 
 def _replicate(leaf, sharding: NamedSharding):
     """Through the host, because one process cannot move an array onto devices of another."""
-    if isinstance(leaf, jax.Array) and jax.numpy.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+    if is_key(leaf):
         data = jax.device_put(np.asarray(jax.random.key_data(leaf)), sharding)
         return jax.random.wrap_key_data(data, impl=jax.random.key_impl(leaf))
     return jax.device_put(np.asarray(leaf), sharding)

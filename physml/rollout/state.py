@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from physml.errors import CheckpointError
+from physml.fields import is_key
 
 ROOT = "state"
 
@@ -42,7 +43,7 @@ def _leaves(state) -> dict[str, Any]:
 
 
 def _plain(leaf):
-    if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+    if is_key(leaf):
         return leaf
     array = np.asarray(leaf)
     return np.stack([array.real, array.imag], -1) if np.iscomplexobj(array) else array

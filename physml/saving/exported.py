@@ -19,8 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from physml.errors import CheckpointError, ConfigError
-from physml.fields import Context, Gaussian, Spec, Window
+from physml.errors import CheckpointError, ConfigError, first_line
+from physml.fields import Context, Gaussian, Spec, Window, is_key
 from physml.saving.folder import whole_folder
 from physml.steppers.describe import provenance
 
@@ -234,7 +234,7 @@ def _export(stepper, steps: int, shapes, platforms, batch):
 
 
 def _reason(what: str, error: Exception, batch, platforms) -> str:
-    first = (next(iter(str(error).strip().splitlines()), "") or type(error).__name__).rstrip(". ")
+    first = first_line(error).rstrip(". ")
     if "custom call" in str(error).lower():
         return (
             f"{what} cannot be exported: it calls a library that is not part of the program ({first}). Leave that part "
@@ -256,10 +256,10 @@ def _serialize(exported, stepper) -> bytes:
         return bytes(exported.serialize())
     except Exception as error:
         what = type(getattr(stepper, "model", None) or stepper).__name__
-        first = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
         raise ConfigError(
-            f"{what} cannot be exported: its program holds a part that no file can ({type(error).__name__}: {first}), "
-            "such as a callback into Python. Leave that part out, or share the model as a folder made by physml.save."
+            f"{what} cannot be exported: its program holds a part that no file can ({type(error).__name__}: "
+            f"{first_line(error)}), such as a callback into Python. Leave that part out, or share the model as a "
+            "folder made by physml.save."
         ) from error
 
 
@@ -381,7 +381,7 @@ class Program:
 
 def _numbers(entry: dict[str, Any], value) -> jax.Array:
     """What is given for an input, as the program takes it; of typed random keys their words."""
-    typed = isinstance(value, jax.Array) and jnp.issubdtype(value.dtype, jax.dtypes.prng_key)
+    typed = is_key(value)
     if typed and entry["name"] == "key":
         return jax.random.key_data(value)
     try:
@@ -414,8 +414,7 @@ def load_exported(folder: str | Path) -> Program:
     try:
         return Program(about, jax.export.deserialize(bytearray(content)))
     except Exception as error:  # flatbuffers, StableHLO and jax have errors of their own
-        first = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
         raise CheckpointError(
             f"{folder / PROGRAM}, written with jax {about.get('jax')}, cannot be read with jax {jax.__version__}: "
-            f"{first} Export the model again."
+            f"{first_line(error)} Export the model again."
         ) from error

@@ -14,6 +14,7 @@ import safetensors
 from flax import nnx
 
 from physml.errors import CheckpointError
+from physml.fields import is_key
 from physml.normalize import Statistic
 
 _DTYPES = {
@@ -33,10 +34,6 @@ def _value(leaf):
     return leaf.get_value() if isinstance(leaf, nnx.Variable) else leaf
 
 
-def _is_key(value) -> bool:
-    return jax.dtypes.issubdtype(value.dtype, jax.dtypes.prng_key)
-
-
 def serialize(module) -> bytes:
     """safetensors bytes of every variable of a module."""
     return to_bytes({name: _value(leaf) for name, leaf in _leaves(nnx.state(module)).items()})
@@ -49,7 +46,7 @@ def to_bytes(arrays: Mapping[str, Any], metadata: Mapping[str, str] | None = Non
     """
     tensors, marks = {}, dict(metadata or {})
     for name, value in arrays.items():
-        if _is_key(value):
+        if is_key(value):
             marks[name] = _KEY + str(jax.random.key_impl(value))
             value = jax.random.key_data(value)
         array = np.ascontiguousarray(jax.device_get(value)).reshape(np.shape(value))

@@ -11,11 +11,11 @@ from typing import Any, ClassVar, Literal
 
 import jax.numpy as jnp
 
-from physml.coding import check_fields, tagged
+from physml.coding import check_fields, check_positive, tagged
 from physml.errors import ConfigError, SpecError
 from physml.fields import Context, Signature, Spec
 from physml.normalize import Normalizer
-from physml.steppers.corrected import Hybrid, check_positive, check_resumable, check_solver, march, solvers
+from physml.steppers.corrected import Hybrid, check_resumable, check_solver, march, solvers
 from physml.steppers.packing import count
 from physml.steppers.plain import check_fits
 

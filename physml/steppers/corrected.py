@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from physml.coding import check_fields, tagged
+from physml.coding import check_fields, check_positive, tagged
 from physml.errors import ConfigError, SpecError
 from physml.fields import Channel, Context, Grid, Signature, Spec
 from physml.normalize import Normalizer
@@ -112,14 +112,6 @@ class Corrected(Hybrid):
 
 
 # --- solvers in steppers ----------------------------------------------------------------------------------------------
-
-
-def check_positive(config, *names: str) -> None:
-    """Raises ConfigError unless the fields are finite and positive."""
-    for name in names:
-        value = getattr(config, name)
-        if not 0 < value < float("inf"):
-            raise ConfigError(f"{name} is {value}, but it must be positive.")
 
 
 def check_resumable(solver, *, whole: bool = False) -> None:

@@ -11,7 +11,7 @@ from flax import nnx
 from physml.coding import name_of, to_dict
 from physml.constraints import CONSTRAINTS
 from physml.errors import ConfigError, PhysmlError
-from physml.fields import Spec
+from physml.fields import Spec, is_key
 from physml.models import MODELS
 from physml.steppers import STEPPERS, Members
 
@@ -75,8 +75,7 @@ def provenance(stepper) -> dict[str, str]:
         names, config_hash = [type(stepper).__name__], "unregistered"
     digest = hashlib.sha256()
     for leaf in jax.tree.leaves(nnx.state(stepper)):
-        is_key = isinstance(leaf, jax.Array) and jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-        digest.update(np.ascontiguousarray(jax.random.key_data(leaf) if is_key else leaf).tobytes())
+        digest.update(np.ascontiguousarray(jax.random.key_data(leaf) if is_key(leaf) else leaf).tobytes())
     return {
         "model_id": f"{'/'.join(names)}@{digest.hexdigest()[:12]}",
         "config_hash": config_hash,

@@ -11,12 +11,12 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
-from physml.coding import check_fields, tagged
+from physml.coding import check_fields, check_positive, tagged
 from physml.errors import ConfigError
 from physml.fields import Context, Signature, Spec
 from physml.normalize import Normalizer
 from physml.parallel.mesh import over_batch
-from physml.steppers.corrected import Hybrid, axis_order, check_positive, check_solver, shared_parameters, turned
+from physml.steppers.corrected import Hybrid, axis_order, check_solver, shared_parameters, turned
 from physml.steppers.packing import count, pack
 from physml.steppers.plain import check_fits
 

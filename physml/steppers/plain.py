@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from physml.coding import check_fields
-from physml.errors import ConfigError, SpecError
+from physml.errors import ConfigError, SpecError, first_line
 from physml.fields import Context, Grid, Signature, Spec
 from physml.normalize import Normalizer
 from physml.steppers.packing import count, pack
@@ -173,10 +173,9 @@ def check_fits(config: DirectConfig, spec: Spec, model, normalizer: Normalizer) 
     except SpecError:
         raise
     except (TypeError, ValueError, AssertionError) as error:
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise SpecError(
             f"{type(model).__name__} does not accept {signature.inputs} field channels on {spec.grid.shape} points and "
-            f"{signature.scalars} scalars ({type(config).__name__}, history={config.history}): {first} "
+            f"{signature.scalars} scalars ({type(config).__name__}, history={config.history}): {first_line(error)} "
             "Build it with the signature that the stepper's config computes: config.signature(spec)."
         ) from error
     expected = (1, *spec.grid.shape, signature.outputs)

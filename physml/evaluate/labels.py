@@ -54,7 +54,7 @@ class Forecast:
         self.labels = trajectory_labels(ds, start, self.trajectories)
         self.lead = self._lead(ds, lead, start) if self.has_lead else None
         self.valid = self._valid(ds, frames, start)
-        drop = {*VALID, *STARTS, frames, member} - {LEDGER, None}
+        drop = {*VALID, *STARTS, frames, member} - {None}
         ds = ds.drop_vars([n for n in drop if n in ds.coords])
         for dim, new in ((start, TRAJECTORY), (frames, TIME), (member, MEMBER)):
             ds = renamed(ds, {dim: new}) if dim else ds

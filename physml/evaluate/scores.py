@@ -20,6 +20,7 @@ from physml.metrics.spectra import shells
 from physml.metrics.table import FORMAT
 
 TRUTH = "truth"
+SEED = 0  # of the bootstrap
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,6 @@ class Setting:
     grouping: str
     draws: int
     level: float
-    seed: int = 0
 
     def __post_init__(self):
         object.__setattr__(self, "thresholds", checked_thresholds(self.thresholds))
@@ -65,7 +65,7 @@ def assemble(tallies: dict[str, Tally], truth: Tally, setting: Setting, attrs: d
     - finite `(model, lead)`: share of rollouts that hold only finite numbers; pairs `(lead)`: how many were averaged.
     """
     groups = truth.groups
-    draws = resample(groups, setting.draws, setting.seed)
+    draws = resample(groups, setting.draws, SEED)
     variables = {}
     variables |= _metric_variables(tallies, setting, draws)
     variables |= _correlation_variables(tallies, setting, draws)
@@ -89,7 +89,7 @@ def assemble(tallies: dict[str, Tally], truth: Tally, setting: Setting, attrs: d
         "interval": f"{setting.level:g} percentile bootstrap, {setting.draws} draws of whole groups",
         "bootstrap_group": setting.grouping,
         "bootstrap_groups": groups,
-        "bootstrap_seed": setting.seed,
+        "bootstrap_seed": SEED,
         "area_weights": "cell areas of the grid, mean one",
         "spec": json.dumps(setting.spec.to_dict()),
         **attrs,

@@ -11,7 +11,7 @@ from physml.evaluate.blocks import CLIMATOLOGY, PERSISTENCE, Work, check_schedul
 from physml.evaluate.labels import LEAD, MEMBER, Forecast, Times, choose_channels
 from physml.evaluate.scores import Setting, assemble
 from physml.evaluate.sources import Categories, Climatology, Source, truth_source
-from physml.evaluate.statistics import RANKS, TWINS, Tally, as_names, choose_spectrum_leads, has_spectrum
+from physml.evaluate.statistics import RANKS, Tally, as_names, choose_spectrum_leads, has_spectrum, pick_metrics
 from physml.fields import Spec
 from physml.metrics import FORECAST_METRICS, METRICS, THRESHOLDS, Metric, MomentMetric
 from physml.metrics.moments import Moments
@@ -111,16 +111,9 @@ def evaluate_forecasts(
 
 
 def _choose_metrics(names, forecasts, climatology, spec: Spec, gaussian: bool) -> dict[str, Metric | MomentMetric]:
-    """Metrics by name, or all that apply when there are no names; a dict of own `Metric`s is taken as it is.
-
-    Raises ConfigError for an unknown name and for one that needs what is not there.
-    """
-    if isinstance(names, dict):
-        return dict(names)
-    names = as_names(names)
+    """`pick_metrics` of those that score forecasts."""
     ensemble = any(forecast.members > 1 for forecast in forecasts.values())
     has = {
-        "": True,
         "climatology": climatology is not None,
         "ensemble": ensemble,
         "gaussian": gaussian,
@@ -128,7 +121,7 @@ def _choose_metrics(names, forecasts, climatology, spec: Spec, gaussian: bool) -
         "seeps": climatology is not None
         and any(f"{name}_seeps_threshold" in climatology.variables for name in spec.names),
     }
-    needed = {
+    lacking = {
         "climatology": "compares with a climatology, but none is given: pass `climatology=` (--climatology FILE)",
         "ensemble": "scores ensembles, but no prediction has a dimension of two members or more",
         "gaussian": "scores standard deviations, but no prediction has variables NAME_std beside all of its fields",
@@ -137,14 +130,8 @@ def _choose_metrics(names, forecasts, climatology, spec: Spec, gaussian: bool) -
         "seeps": "needs a climatology with the variables NAME_seeps_threshold and NAME_seeps_dry_fraction of a "
         "predicted precipitation: pass `climatology=` (--climatology FILE)",
     }
-    every = {**METRICS, **FORECAST_METRICS}
-    for name in names:
-        if name not in every:
-            raise ConfigError(f"There is no metric {name!r}." + suggest(name, every))
-        if not has[need := getattr(every[name], "needs", "")]:
-            raise ConfigError(f"The metric {name!r} {needed[need]}.")
-    fit = [name for name in sorted(every) if name not in TWINS and has[getattr(every[name], "needs", "")]]
-    return {name: every[name] for name in (names or fit)}
+    lacking = {need: said for need, said in lacking.items() if not has[need]}
+    return pick_metrics(names, {**METRICS, **FORECAST_METRICS}, lacking)
 
 
 def _known_floors(floors: str | Sequence[str], climatology) -> tuple[str, ...]:
@@ -196,10 +183,7 @@ def _climate(climatology, chosen, floors, spec: Spec, valid: np.ndarray, schedul
     found: dict[str, Any] = {}
     if climatology is None:
         return found
-    if CLIMATOLOGY in floors or any(
-        metric.climatology if isinstance(metric, Metric) else metric.needs == "climatology"
-        for metric in chosen.values()
-    ):
+    if CLIMATOLOGY in floors or any(metric.needs == "climatology" for metric in chosen.values()):
         found["climatology"] = normal = Climatology(climatology, spec)
         found["seasons"] = normal.index(valid.ravel()).reshape(*valid.shape, -1)
     if "seeps" in chosen:

@@ -27,33 +27,38 @@ def as_names(names: str | Sequence[str] | None) -> tuple[str, ...]:
 
 
 def choose_metrics(names, *, climatology: bool, spectrum: bool, ensemble: bool = False) -> dict[str, Any]:
+    """`pick_metrics` of those that score a stepper."""
+    lacking = {
+        "climatology": "compares with a climatology, but none is given: pass `climatology=`, or score the floor "
+        "'climatology' beside the model",
+        "ensemble": "scores ensembles, but the stepper is a single one. Pass `members=` for several realizations, or "
+        "train it with several seeds",
+    }
+    has = {"climatology": climatology, "ensemble": ensemble}
+    lacking = {need: said for need, said in lacking.items() if not has[need]}
+    unasked = TWINS if spectrum else (*TWINS, "log_spectral_error")
+    return pick_metrics(names, {**METRICS, **ENSEMBLE_METRICS}, lacking, unasked)
+
+
+def pick_metrics(names, every: dict[str, Any], lacking: dict[str, str], unasked: Sequence[str] = TWINS) -> dict:
     """Metrics by name, or all that apply when `names` is empty; a dict of own `Metric`s is taken as it is.
 
-    Raises ConfigError for an unknown name and for one that needs a climatology or an `ensemble` where there is none.
+    Args:
+        lacking: what is not there, of what metrics may need, and what is said to those who name one that needs it.
+        unasked: names of those that are left out unless they are named.
+
+    Raises ConfigError for an unknown name and for one that needs what is not there.
     """
     if isinstance(names, dict):
         return dict(names)
     names = as_names(names)
-    every = {**METRICS, **ENSEMBLE_METRICS}
-    for name in names or ():
+    for name in names:
         if name not in every:
             raise ConfigError(f"There is no metric {name!r}." + suggest(name, every))
-        if name in ENSEMBLE_METRICS and not ensemble:
-            raise ConfigError(
-                f"The metric {name!r} scores ensembles, but the stepper is a single one. Pass `members=` for several "
-                "realizations, or train it with several seeds."
-            )
-        if name in METRICS and METRICS[name].climatology and not climatology:
-            raise ConfigError(
-                f"The metric {name!r} compares with a climatology, but none is given: pass `climatology=`, or score "
-                "the floor 'climatology' beside the model."
-            )
-    if names:
-        return {name: every[name] for name in names}
-    unfit = {name for name, metric in METRICS.items() if metric.climatology and not climatology} | set(TWINS)
-    unfit |= set() if spectrum else {"log_spectral_error"}
-    fit = every if ensemble else METRICS
-    return {name: metric for name, metric in sorted(fit.items()) if name not in unfit}
+        if (need := every[name].needs) in lacking:
+            raise ConfigError(f"The metric {name!r} {lacking[need]}.")
+    fit = [name for name in sorted(every) if every[name].needs not in lacking and name not in unasked]
+    return {name: every[name] for name in names or fit}
 
 
 def has_spectrum(grid: Grid, masked: bool) -> bool:

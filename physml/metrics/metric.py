@@ -86,6 +86,11 @@ class Metric:
     dimensional: bool = False
     climatology: bool = False
 
+    @property
+    def needs(self) -> str:
+        """As of `moments.MomentMetric`."""
+        return "climatology" if self.climatology else ""
+
     def __call__(self, prediction, truth, measure: Measure) -> Float[ArrayLike, "lead channel"]:
         """The score over one batch of pairs. Jittable."""
         parts = self.statistic(prediction, truth, measure)

@@ -50,7 +50,8 @@ class BundledConfig:
         return Signature(spec.grid, inputs, scalars, self.bundle * len(spec.channels))
 
     def build(self, spec: Spec, model, normalizer: Normalizer, constraints=()) -> "Bundled":
-        """Raises SpecError when the model or the normalizer does not have the shapes of `signature(spec)`."""
+        """Raises SpecError when the model or the normalizer does not have the shapes of `signature(spec)`, ConfigError
+        when there is none."""
         check_fits(self, spec, model, normalizer)
         return Bundled(self, spec, model, normalizer, constraints)
 

@@ -70,7 +70,7 @@ class ClosureConfig:
         return Signature(spec.grid, *count(spec, 1, False, False), fluxes * len(spec.channels))
 
     def build(self, spec: Spec, model, normalizer: Normalizer, constraints=()) -> "Closure":
-        """Raises SpecError where model, normalizer or solver do not fit `spec`."""
+        """Raises SpecError where model, normalizer or solver do not fit `spec`, ConfigError without the first two."""
         check_fits(self, spec, model, normalizer)
         return Closure(self, spec, model, normalizer, constraints)
 

@@ -59,7 +59,7 @@ class CorrectedConfig:
         return Signature(spec.grid, *count(spec, self.history + 1, False, False), len(spec.channels))
 
     def build(self, spec: Spec, model, normalizer: Normalizer, constraints=()) -> "Corrected":
-        """Raises SpecError where model, normalizer or solver do not fit `spec`."""
+        """Raises SpecError where model, normalizer or solver do not fit `spec`, ConfigError without the first two."""
         check_fits(self, spec, model, normalizer)
         return Corrected(self, spec, model, normalizer, constraints)
 

@@ -68,7 +68,8 @@ class FluxConfig(ResidualConfig):
         return Signature(spec.grid, inputs, scalars, moved * spec.grid.ndim + len(spec.channels) - moved)
 
     def build(self, spec: Spec, model, normalizer: Normalizer, constraints=()) -> "Flux":
-        """Raises SpecError when the model or the normalizer does not have the shapes of `signature(spec)`."""
+        """Raises SpecError when the model or the normalizer does not have the shapes of `signature(spec)`, ConfigError
+        when there is none."""
         check_fits(self, spec, model, normalizer)
         return Flux(self, spec, model, normalizer, constraints)
 

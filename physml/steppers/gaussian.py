@@ -47,7 +47,8 @@ class GaussianConfig(ResidualConfig):
         return dataclasses.replace(super().signature(spec), outputs=2 * len(spec.channels))
 
     def build(self, spec: Spec, model, normalizer: Normalizer, constraints=()) -> "GaussianResidual":
-        """Raises SpecError when the model or the normalizer does not have the shapes of `signature(spec)`."""
+        """Raises SpecError when the model or the normalizer does not have the shapes of `signature(spec)`, ConfigError
+        when there is none."""
         check_fits(self, spec, model, normalizer)
         return GaussianResidual(self, spec, model, normalizer, constraints)
 

@@ -54,7 +54,8 @@ class IntervalConfig:
         return Signature(spec.grid, inputs, scalars, len(spec.channels))
 
     def build(self, spec: Spec, model, normalizer: Normalizer, constraints=()) -> "Interval":
-        """Raises SpecError when the model does not fit, or the normalizer lacks the increments of an interval."""
+        """Raises SpecError when the model does not fit, or the normalizer lacks the increments of an interval;
+        ConfigError when there is none."""
         check_fits(self, spec, model, normalizer)
         if missing := [interval for interval in self.intervals if interval not in normalizer.intervals]:
             raise SpecError(

@@ -80,7 +80,7 @@ class LearnedInterpolationConfig:
         return 0
 
     def build(self, spec: Spec, model, normalizer: Normalizer, constraints=()) -> "LearnedInterpolation":
-        """Raises SpecError where model, normalizer or solver do not fit `spec`."""
+        """Raises SpecError where model, normalizer or solver do not fit `spec`, ConfigError without the first two."""
         check_fits(self, spec, model, normalizer)
         return LearnedInterpolation(self, spec, model, normalizer, constraints)
 

@@ -52,7 +52,8 @@ class DirectConfig:
         return Signature(spec.grid, inputs, scalars, len(spec.channels))
 
     def build(self, spec: Spec, model, normalizer: Normalizer, constraints=()) -> "Direct":
-        """Raises SpecError when the model or the normalizer does not have the shapes of `signature(spec)`."""
+        """Raises SpecError when the model or the normalizer does not have the shapes of `signature(spec)`, ConfigError
+        when there is none."""
         check_fits(self, spec, model, normalizer)
         return Direct(self, spec, model, normalizer, constraints)
 
@@ -70,7 +71,8 @@ class ResidualConfig(DirectConfig):
             raise ConfigError("A residual stepper adds to the last frame, so history must be at least 1. Use `direct`.")
 
     def build(self, spec: Spec, model, normalizer: Normalizer, constraints=()) -> "Residual":
-        """Raises SpecError when the model or the normalizer does not have the shapes of `signature(spec)`."""
+        """Raises SpecError when the model or the normalizer does not have the shapes of `signature(spec)`, ConfigError
+        when there is none."""
         check_fits(self, spec, model, normalizer)
         return Residual(self, spec, model, normalizer, constraints)
 
@@ -148,7 +150,8 @@ class Residual(Direct):
 
 
 def check_fits(config: DirectConfig, spec: Spec, model, normalizer: Normalizer) -> None:
-    """Raises SpecError unless model and normalizer have the shapes that the stepper needs on `spec`.
+    """Raises SpecError unless model and normalizer have the shapes that the stepper needs on `spec`, ConfigError when
+    there is none.
 
     The model is traced with abstract arrays: nothing is computed.
     """

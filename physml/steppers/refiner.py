@@ -71,7 +71,8 @@ class RefinerConfig(DirectConfig):
         return Signature(spec.grid, plain.inputs + channels, plain.scalars + 1, channels)
 
     def build(self, spec: Spec, model, normalizer: Normalizer, constraints=()) -> "Refiner":
-        """Raises SpecError when the model or the normalizer does not have the shapes of `signature(spec)`."""
+        """Raises SpecError when the model or the normalizer does not have the shapes of `signature(spec)`, ConfigError
+        when there is none."""
         check_fits(self, spec, model, normalizer)
         return Refiner(self, spec, model, normalizer, constraints)
 

@@ -59,7 +59,8 @@ class StreamFunctionConfig(ResidualConfig):
         return Differences(spec.grid, component_axes(self.velocity, self.axes, spec.grid))
 
     def build(self, spec: Spec, model, normalizer: Normalizer, constraints=()) -> "StreamFunction":
-        """Raises SpecError when the model or the normalizer does not have the shapes of `signature(spec)`."""
+        """Raises SpecError when the model or the normalizer does not have the shapes of `signature(spec)`, ConfigError
+        when there is none."""
         check_fits(self, spec, model, normalizer)
         return StreamFunction(self, spec, model, normalizer, constraints)
 

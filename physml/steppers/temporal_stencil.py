@@ -42,7 +42,7 @@ class TemporalStencilConfig(LearnedInterpolationConfig):
         return self.size * len(spec.channels)
 
     def build(self, spec: Spec, model, normalizer: Normalizer, constraints=()) -> "TemporalStencil":
-        """Raises SpecError where model, normalizer or solver do not fit `spec`."""
+        """Raises SpecError where model, normalizer or solver do not fit `spec`, ConfigError without the first two."""
         check_fits(self, spec, model, normalizer)
         return TemporalStencil(self, spec, model, normalizer, constraints)
 

@@ -57,7 +57,8 @@ class TransportConfig(ResidualConfig):
         return super().signature(spec)
 
     def build(self, spec: Spec, model, normalizer: Normalizer, constraints=()) -> "Transport":
-        """Raises SpecError when the model or the normalizer does not have the shapes of `signature(spec)`."""
+        """Raises SpecError when the model or the normalizer does not have the shapes of `signature(spec)`, ConfigError
+        when there is none."""
         check_fits(self, spec, model, normalizer)
         return Transport(self, spec, model, normalizer, constraints)
 

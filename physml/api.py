@@ -261,7 +261,20 @@ def check_scoring(experiment: Experiment, stepper: Any, splits: dict[str, Xarray
     beside = floors_beside(stepper.history, settings.floors)
     floors = {name: config.build(stepper.spec) for name, config in beside.items()}
     seeds = len(experiment.seeds) or None
-    check_evaluation(stepper, splits["test"], settings.steps, floors=floors, seeds=seeds, **_asked(settings))
+    steps = _steps(settings, splits["test"], [stepper, *floors.values()])
+    check_evaluation(stepper, splits["test"], steps, floors=floors, seeds=seeds, **_asked(settings))
+
+
+def _steps(settings: Evaluation, dataset: XarrayDataset, steppers: list[Any]) -> int:
+    """Leads to score: those that any start of `dataset` has truth for, where every possible start is asked for."""
+    longest = max(dataset.lengths, default=0) - max(stepper.history for stepper in steppers)
+    if settings.starts or not 1 <= longest < settings.steps:
+        return settings.steps
+    log.warning(
+        "evaluation.steps is %d, but the trajectories scored on have truth for %d: the rest is left out.",
+        settings.steps, longest,
+    )  # fmt: skip
+    return longest
 
 
 def _asked(settings: Evaluation) -> dict[str, Any]:
@@ -296,7 +309,7 @@ def score(
     scores = evaluate_stepper(
         stepper,
         splits[split],
-        settings.steps,
+        _steps(settings, splits[split], [stepper, *floors.values()]),
         batch=settings.batch,
         floors=floors,
         key=jax.random.key(run.experiment.seed),

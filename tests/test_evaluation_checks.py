@@ -45,6 +45,21 @@ def test_an_evaluation_that_cannot_work_is_refused_before_training(tmp_path, eva
     assert not (tmp_path / "runs").exists()
 
 
+def test_leads_without_truth_are_not_rolled_out(tmp_path, caplog):
+    data = SyntheticConfig(
+        "burgers", points=16, steps=4, trajectories={"train": 2, "valid": 1, "test": 2}, options={"solver_points": 32},
+        cache=str(tmp_path / "cache"),
+    )  # fmt: skip
+    experiment = Experiment(
+        data=data, model=FNOConfig(modes=(2,), width=4, depth=1), training=TrainingConfig(steps=1, batch=4),
+        evaluation=Evaluation(steps=500, floors=("extrapolation",)),
+    )  # fmt: skip
+    with caplog.at_level("WARNING", "physml"):
+        run = api.train(experiment, folder=tmp_path / "runs")
+    assert run.scores.sizes["lead"] == 3  # of 5 frames two are history of the floor
+    assert "steps is 500, but the trajectories scored on have truth for 3" in caplog.text
+
+
 @pytest.fixture
 def without_time(tmp_path):
     """Coefficient to solution: trajectories of a single frame, and a stepper that starts from none."""

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
-from physml.errors import CheckpointError
+from physml.errors import CheckpointError, first_line
 
 FORMAT = 1
 _ROWS = 10  # of a table of differences
@@ -95,9 +95,9 @@ class Checkpoints:
             except CheckpointError:
                 raise
             except Exception as error:  # Orbax and tensorstore raise many types for damaged files
-                reasons.append(f"{candidate}: {_first_line(error)}")
+                reasons.append(f"{candidate}: {first_line(error)}")
                 logger.warning(
-                    "Checkpoint %s/%d is damaged and is passed over: %s", self.folder, candidate, _first_line(error)
+                    "Checkpoint %s/%d is damaged and is passed over: %s", self.folder, candidate, first_line(error)
                 )
         if reasons:
             raise CheckpointError(
@@ -197,7 +197,3 @@ def _named(tree: Any) -> list[tuple[str, Any]]:
 
 def _flat(tree: Any) -> dict[str, tuple]:
     return {name: (tuple(leaf.shape), np.dtype(leaf.dtype).name) for name, leaf in _named(tree)}
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]

@@ -85,6 +85,11 @@ class OptimizerConfig:
         for name in ("learning_rate", "warmup", "final", "every", "weight_decay", "clip"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ConfigError(f"{name} is {getattr(self, name)}, but it must be 0 or more.")
+        if not (0 <= self.beta1 < 1 and 0 <= self.beta2 < 1 and 0 <= self.epsilon < float("inf")):
+            raise ConfigError(
+                f"beta1 is {self.beta1}, beta2 {self.beta2} and epsilon {self.epsilon}, but betas must be in [0, 1) "
+                "and epsilon 0 or more."
+            )
         if self.learning_rate == 0:
             raise ConfigError("learning_rate is 0: nothing would be learned.")
         if (self.schedule == "step") != (self.every > 0):

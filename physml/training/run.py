@@ -11,6 +11,7 @@ import numpy as np
 
 from physml.data.loader import Loader
 from physml.errors import CheckpointError, ConfigError, DivergedError
+from physml.fields import is_key
 from physml.parallel.mesh import Layout
 from physml.training.checkpoint import Checkpoints
 from physml.training.journal import Journal
@@ -239,7 +240,7 @@ def local(tree):
     """Ordinary arrays on the default device, free of the mesh that trained them."""
 
     def fetch(leaf):
-        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        if is_key(leaf):
             return jax.random.wrap_key_data(jnp.asarray(np.asarray(jax.random.key_data(leaf))))
         return jnp.asarray(np.asarray(leaf))
 

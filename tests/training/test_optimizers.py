@@ -94,7 +94,8 @@ def test_clipping_bounds_the_global_norm():
         ({"learning_rate": 0.0}, "learning_rate"), ({"learning_rate": float("nan")}, "learning_rate"),
         ({"every": 3}, "every"), ({"schedule": "step"}, "every"), ({"schedule": "one_cycle", "warmup": 3}, "rise"),
         ({"weight_decay": -1.0}, "weight_decay"), ({"decay": "kernels"}, "decay"),
-        ({"learning_rate": "fast"}, "learning_rate is 'fast'.*a number"), ({"clip": None}, "clip is None"),
+        ({"learning_rate": "fast"}, "learning_rate is 'fast'.*a number"), ({"clip": None}, "clip is None"), ({"beta1": 1.0}, "beta1 is 1.0"),
+        ({"epsilon": -1e-8}, "epsilon -1e-08"),
         ({"groups": [1]}, r"groups\[0\] is 1.*ParameterGroup"),
     ],
 )  # fmt: skip

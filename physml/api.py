@@ -14,6 +14,7 @@ import xarray as xr
 from physml import saving
 from physml.convert.named import load
 from physml.data import XarrayDataset, fit_normalizer
+from physml.data.sidecar import totals
 from physml.data.store import exclusive
 from physml.errors import ConfigError
 from physml.evaluate import RolloutScores, check_evaluation, evaluate_stepper, save_scores
@@ -79,6 +80,8 @@ def train(
         validate = _validation(experiment, stepper, splits, layout)
         if scored:
             check_scoring(experiment, stepper, splits)
+        if parameter_count(stepper):
+            check_values(splits, ("valid", "test") if scored else ("valid",))
         if seeds and not parameter_count(stepper):
             raise ConfigError("seeds asks for an ensemble, but the stepper has no network: all would be the same.")
 
@@ -133,6 +136,15 @@ def check_splits(splits: dict[str, Any]) -> None:
     """Raises ConfigError where there is nothing to train on."""
     if "train" not in splits:
         raise ConfigError(f"The data have no split 'train', only {', '.join(splits) or 'none'}. Give `data` one.")
+
+
+def check_values(splits: dict[str, Any], names: Iterable[str]) -> None:
+    """Raises DataError where one of these splits holds values that cannot be used. One pass over each, in bounded
+    memory; what it gathers is kept beside the data, so that the next training skips it while the files are the same.
+    """
+    for name in names:
+        if name in splits:
+            totals(splits[name])
 
 
 def _of_seed(experiment: Experiment, number: int) -> Experiment:

@@ -6,9 +6,10 @@ import dataclasses
 import every_stepper
 import numpy as np
 import pytest
+import xarray as xr
 
 from physml import api
-from physml.data import SyntheticConfig, XarrayDataset
+from physml.data import DataConfig, SyntheticConfig, XarrayDataset
 from physml.data.synthetic import Counts
 from physml.errors import ConfigError, DataError
 from physml.evaluate import check_evaluation
@@ -58,6 +59,23 @@ def test_leads_without_truth_are_not_rolled_out(tmp_path, caplog):
         run = api.train(experiment, folder=tmp_path / "runs")
     assert run.scores.sizes["lead"] == 3  # of 5 frames two are history of the floor
     assert "steps is 500, but the trajectories scored on have truth for 3" in caplog.text
+
+
+@pytest.mark.parametrize(("frame", "split"), [(21, "valid"), (27, "test")])
+def test_a_gap_in_a_later_split_is_found_before_training(tmp_path, frame, split):
+    """It was found when the split was scored, after the whole training."""
+    u = np.random.default_rng(0).normal(size=(30, 8)).astype("f4")
+    u[frame, 3] = np.nan
+    coords = {"time": np.arange(30.0), "x": np.arange(8) / 8}
+    xr.Dataset({"u": (("time", "x"), u)}, coords).to_netcdf(tmp_path / "u.nc")
+    experiment = Experiment(
+        data=DataConfig(str(tmp_path / "u.nc"), train=(0, 18), valid=(18, 24), test=(24, 30)),
+        model=FNOConfig(modes=(2,), width=4, depth=1), training=TrainingConfig(steps=1, batch=4),
+        evaluation=Evaluation(steps=2),
+    )  # fmt: skip
+    with pytest.raises(DataError, match=f"u.nc: variable 'u' has NaN at time index {frame} "):
+        api.train(experiment, folder=tmp_path / "runs")
+    assert not (tmp_path / "runs").exists()
 
 
 @pytest.fixture

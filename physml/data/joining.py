@@ -1,6 +1,7 @@
 """Several files as one dataset: along time, along trajectory, or variable by variable."""
 
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import xarray as xr
@@ -8,6 +9,15 @@ import xarray as xr
 from physml.data import axes as ax
 from physml.data.netcdf import in_chunks, name_dimensions
 from physml.errors import DataError, first_line
+
+
+class Piece(NamedTuple):
+    """What one file brought to a dataset; `times` and `trajectories` are its labels, None where it has none."""
+
+    file: str
+    variables: frozenset[str]
+    times: np.ndarray | None
+    trajectories: np.ndarray | None = None
 
 
 def open_many(paths: Sequence[str], opener, **options) -> xr.Dataset:
@@ -20,7 +30,11 @@ def open_many(paths: Sequence[str], opener, **options) -> xr.Dataset:
     groups: dict[frozenset, list] = {}
     for path, ds in parts:
         groups.setdefault(frozenset(map(str, ds.data_vars)), []).append((path, ds))
-    joined = [_join(members) for members in groups.values()]
+    joined, pieces = [], []
+    for members in groups.values():
+        whole, along = _join(members)
+        joined.append(whole)
+        pieces += _pieces(members, whole, along)
     if len(joined) == 1:
         result = joined[0]
     else:
@@ -28,7 +42,43 @@ def open_many(paths: Sequence[str], opener, **options) -> xr.Dataset:
         result = _merge(joined, names)
     result.encoding["source"] = f"{paths[0]} (and {len(paths) - 1} more)"
     result.encoding["files"] = tuple(map(str, paths))
+    result.encoding["pieces"] = tuple(pieces)
     return result
+
+
+def piece_of(file: str, ds: xr.Dataset) -> Piece:
+    """What a dataset of one file is."""
+    time = ds.variables.get("time")
+    times = None if time is None or time.ndim > 1 else np.atleast_1d(np.asarray(time.values))
+    return Piece(str(file), frozenset(map(str, ds.data_vars)), times)
+
+
+def _pieces(members: list[tuple[str, xr.Dataset]], whole: xr.Dataset, along: str | None) -> list[Piece]:
+    pieces = [piece_of(*member) for member in members]
+    if along != "trajectory":
+        return pieces
+    ends = np.cumsum([ds.sizes.get("trajectory", 1) for _, ds in members])
+    named = whole.variables.get("trajectory")
+    labels = np.arange(ends[-1]) if named is None else np.asarray(named.values)
+    # Their times are the same: one array for all.
+    return [
+        piece._replace(times=pieces[0].times, trajectories=part)
+        for piece, part in zip(pieces, np.split(labels, ends[:-1]), strict=True)
+    ]
+
+
+def locate(ds: xr.Dataset, variable: str | None, time: Any, trajectory: Any, frame: int) -> tuple[str, int] | None:
+    """(file, frame in this file) of what `ds` calls `time` and `trajectory`, its own `frame`; None where it cannot be
+    told.
+    """
+    pieces = ds.encoding.get("pieces", ())
+    pieces = [piece for piece in pieces if variable in piece.variables] or pieces  # variables may have been renamed
+    found = set()
+    for piece in pieces:
+        if piece.trajectories is None or trajectory in piece.trajectories:
+            inside = [frame] if piece.times is None else np.flatnonzero(piece.times == time)
+            found |= {(piece.file, int(i)) for i in inside}
+    return found.pop() if len(found) == 1 else None
 
 
 def _check_alike(parts: list[tuple[str, xr.Dataset]]) -> None:
@@ -59,13 +109,13 @@ def _ends(values: np.ndarray) -> str:
     return f"({values[0]:g}..{values[-1]:g})" if len(values) else "()"
 
 
-def _join(members: list[tuple[str, xr.Dataset]]) -> xr.Dataset:
-    """Files with the same variables, along time or along trajectory."""
+def _join(members: list[tuple[str, xr.Dataset]]) -> tuple[xr.Dataset, str | None]:
+    """Files with the same variables, along time or along trajectory, and along which; None for a single file."""
     if len(members) == 1:
-        return members[0][1]
+        return members[0][1], None
     times = [np.asarray(ds["time"].values) if "time" in ds.variables else None for _, ds in members]
     if all(t is not None and t.ndim <= 1 for t in times) and not all(np.array_equal(t, times[0]) for t in times):
-        return _join_time(members, [np.atleast_1d(t) for t in times])
+        return _join_time(members, [np.atleast_1d(t) for t in times]), "time"
     stacked = []
     for _, ds in members:
         if "trajectory" in ds.dims:
@@ -74,7 +124,7 @@ def _join(members: list[tuple[str, xr.Dataset]]) -> xr.Dataset:
             fields = [n for n, v in ds.data_vars.items() if v.ndim]
             stacked.append(ds.assign({n: ds[n].expand_dims("trajectory") for n in fields}))
     stacked = _spread(stacked)
-    return _concat([(p, d) for (p, _), d in zip(members, stacked, strict=True)], "trajectory")
+    return _concat([(p, d) for (p, _), d in zip(members, stacked, strict=True)], "trajectory"), "trajectory"
 
 
 def _join_time(members, times) -> xr.Dataset:

@@ -46,7 +46,11 @@ def _read_plain(files: list[str], format: str | None, options: dict) -> xr.Datas
         _check_options(own, options)
         return FORMATS[own].open(file, **options)
 
-    return opener(files[0]) if len(files) == 1 else joining.open_many(files, opener)
+    if len(files) > 1:
+        return joining.open_many(files, opener)
+    ds = netcdf.name_dimensions(opener(files[0]))
+    ds.encoding["pieces"] = (joining.piece_of(files[0], ds),)
+    return ds
 
 
 def _read_benchmark(path, format: str, options: dict) -> xr.Dataset:

@@ -12,6 +12,7 @@ from physml.data import clock as ck
 from physml.data import tensors
 from physml.data.blocks import DaskBlocks, edges
 from physml.data.channels import Field, base_of, missing_variable, resolve, source_of, unit_of
+from physml.data.joining import locate
 from physml.errors import DataError, SpecError
 from physml.fields import Channel, Spec, Window
 
@@ -105,9 +106,9 @@ class Reader:
             if not finite or (self.masked and group == "channels"):
                 whole = np.empty((*shape, len(channels)), np.float32)
                 self._put(fields, found, whole)
-                self._check_infinite(whole, frames, channels)
+                self._check_infinite(whole, trajectories, frames, channels)
                 fill = self._fill if group == "channels" else self._fill_forcing
-                whole = fill(whole, *((trajectories, frames) if group == "channels" else (frames,)))
+                whole = fill(whole, trajectories, frames)
                 found = [np.moveaxis(whole[..., list(field.positions)], -1, 0) for field in fields]
             result += [np.broadcast_to(v, (len(v), *shape)) for v in found]
         return tuple(result)
@@ -152,7 +153,7 @@ class Reader:
 
     def _read_static(self, trajectories: range) -> np.ndarray:
         values = np.nan_to_num(self._read("static", trajectories, None), nan=0.0)
-        self._check_infinite(values[:, None], range(1), self.spec.static)
+        self._check_infinite(values[:, None], trajectories, range(1), self.spec.static)
         return values
 
     def missing(self, trajectory: int) -> np.ndarray:
@@ -343,23 +344,32 @@ class Reader:
         at = ", ".join(f"{axis.name}={axis.centers[i]:g}" for axis, i in axes)
         # The frame with the gap is named: the first one when its gap is filled later.
         gap, other = (frames[time], 0) if missing[(time, *place, channel)] else (0, frames[time])
+        name = self.spec.names[channel]
+        file, index = self._file_of(name, trajectory, gap)
+        second, counted = self._file_of(name, trajectory, other)
         return DataError(
-            f"{self.source}: variable {self.spec.names[channel]!r} has NaN at time index {gap} "
-            f"({self.times.labels[gap]}), "
-            f"trajectory {trajectory}, {at}, but a value there at time index {other}. Missing values must stay at the "
-            "same "
-            "places in every frame (land); fill or drop the others."
+            f"{file}: variable {name!r} has NaN at time index {index} ({self.times.labels[gap]}), trajectory "
+            f"{trajectory}, {at}, but a value there at time index {counted}{'' if second == file else f' of {second}'}."
+            " Missing values must stay at the same places in every frame (land); fill or drop the others."
         )
 
-    def _fill_forcing(self, values: np.ndarray, frames: range) -> np.ndarray:
+    def _file_of(self, channel: str, trajectory: int, frame: int) -> tuple[str, int]:
+        """(file, frame counted in that file); where the file is not known, the source and the frame counted here."""
+        named = self.ds.variables.get(self.trajectory_dim)
+        label = trajectory if named is None else np.asarray(named.values)[trajectory]
+        found = locate(self.ds, base_of(self.ds, channel), self.times.labels[frame], label, frame)
+        return found or (self.source, frame)
+
+    def _fill_forcing(self, values: np.ndarray, trajectories: range, frames: range) -> np.ndarray:
         missing = np.isnan(values)
         moving = missing != missing[:, :1]
         if moving.any():
-            _, time, *_, channel = (int(i) for i in np.argwhere(moving)[0])
+            sample, time, *_, channel = (int(i) for i in np.argwhere(moving)[0])
+            name = self.spec.forcing[channel].name
+            file, index = self._file_of(name, trajectories[sample], frames[time])
             raise DataError(
-                f"{self.source}: forcing {self.spec.forcing[channel].name!r} has NaN that change with time, first at "
-                "time "
-                f"index {frames[time]} ({self.times.labels[frames[time]]}). Fill them."
+                f"{file}: forcing {name!r} has NaN that change with time, first at time index {index} "
+                f"({self.times.labels[frames[time]]}). Fill them."
             )
         values[missing] = 0
         return values
@@ -374,18 +384,23 @@ class Reader:
     def _check_somewhere(self, missing: np.ndarray, trajectory: int) -> None:
         everywhere = missing.all(axis=tuple(range(missing.ndim - 1)))
         if missing.size and everywhere.any():
+            name = self.spec.names[int(np.argmax(everywhere))]
+            file, index = self._file_of(name, trajectory, 0)
             raise DataError(
-                f"{self.source}: variable {self.spec.names[int(np.argmax(everywhere))]!r} is NaN everywhere at time "
-                "index 0 "
-                f"({self.times.labels[0]}) of trajectory {trajectory}. Drop that frame, or check the file."
+                f"{file}: variable {name!r} is NaN everywhere at time index {index} ({self.times.labels[0]}) of "
+                f"trajectory {trajectory}. Drop that frame, or check the file."
             )
 
-    def _check_infinite(self, values: np.ndarray, frames: range, channels: tuple[Channel, ...]) -> None:
+    def _check_infinite(
+        self, values: np.ndarray, trajectories: range, frames: range, channels: tuple[Channel, ...]
+    ) -> None:
         if np.isinf(values).any():
-            _, time, *_, channel = (int(i) for i in np.argwhere(np.isinf(values))[0])
+            sample, time, *_, channel = (int(i) for i in np.argwhere(np.isinf(values))[0])
+            name = channels[channel].name
+            file, index = self._file_of(name, trajectories[sample], frames[time])
             raise DataError(
-                f"{self.source}: variable {channels[channel].name!r} is infinite at time index {frames[time]} "
-                f"({self.times.labels[frames[time]]}). Only finite numbers (in float32) can be used."
+                f"{file}: variable {name!r} is infinite at time index {index} ({self.times.labels[frames[time]]}). "
+                "Only finite numbers (in float32) can be used."
             )
 
 

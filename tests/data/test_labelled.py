@@ -1,3 +1,5 @@
+import dataclasses
+
 import cftime
 import jax
 import numpy as np
@@ -5,7 +7,7 @@ import pytest
 import xarray as xr
 from numpy.testing import assert_allclose, assert_array_equal
 
-from physml.data import XarrayDataset, from_array, from_frames, spec_of, to_window
+from physml.data import DataConfig, XarrayDataset, from_array, from_frames, spec_of, to_window
 from physml.errors import DataError, SpecError
 
 
@@ -202,6 +204,32 @@ def test_a_gap_in_the_first_frame_alone_names_the_first_frame(make):
     ds.slp[0, 1, 1] = np.nan
     with pytest.raises(DataError, match=r"'slp' has NaN at time index 0 \(2001-02-20.*value there at time index 1"):
         to_window(ds, spec_of(ds))
+
+
+def test_of_several_files_the_one_with_the_gap_is_named(make, tmp_path):
+    """And its frames are counted there: of joined files the first was named, and frames were counted in the split."""
+    ds = make.weather()
+    ds.slp[9, 1, 1] = np.nan
+    ds.isel(time=slice(0, 6)).to_netcdf(tmp_path / "early.nc")
+    ds.isel(time=slice(6, 12)).to_netcdf(tmp_path / "late.nc")
+    config = DataConfig(path=str(tmp_path), train=(0, 4), valid=(4, 5), test=(5, 12))
+    with pytest.raises(DataError, match=r"late.nc: variable 'slp' has NaN at time index 3 \(2001-03-01.*index 5 of "):
+        config.open()["test"].read(0, range(7))
+    (tmp_path / "whole").mkdir()
+    ds.to_netcdf(tmp_path / "whole" / "all.nc")
+    single = dataclasses.replace(config, path=str(tmp_path / "whole"))
+    with pytest.raises(DataError, match=r"all.nc: variable 'slp' has NaN at time index 9 .*index 5\. Missing"):
+        single.open()["test"].read(0, range(7))
+
+
+def test_of_files_with_a_trajectory_each_the_one_with_the_gap_is_named(make, tmp_path):
+    ds = make.waves()
+    ds.u[2, 3, 1, 1] = np.inf
+    for i in range(4):
+        ds.isel(trajectory=i, drop=True).drop_vars("viscosity").to_netcdf(tmp_path / f"run_{i}.nc")
+    config = DataConfig(path=str(tmp_path), variables=("u",), train=(0, 1), valid=(1, 2), test=(2, 4))
+    with pytest.raises(DataError, match=r"run_2.nc: variable 'u' is infinite at time index 3 "):
+        config.open()["test"].read(0, range(7))
 
 
 def test_a_first_frame_of_nan_and_infinity_are_errors(make):

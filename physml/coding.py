@@ -1,7 +1,8 @@
 """Frozen dataclasses <-> plain containers (JSON, YAML), strictly: keys known, types checked, every error with its path.
 
 A config chosen from a registry is tagged: `{"name": "fno", "width": 32}`. Where a class of the registry has a field
-called `name` itself, the tag of that registry is `type` instead. A field is tied to its registry by `tagged`:
+called `name` itself, the tag of that registry is written as `type`; `name` and `type` are read alike where only one of
+them can be meant. A field is tied to its registry by `tagged`:
 
     @dataclass(frozen=True)
     class Experiment:
@@ -28,16 +29,20 @@ from physml.errors import ConfigError, PhysmlError, suggest
 
 Registry = Mapping[str, type]
 _REGISTRY = "registry"
+_UNTAGGED = "untagged"
 _SCALARS = (bool, int, float, str)
 
 
-def tagged(registry: Registry | Callable[[], Registry], **field: Any) -> Any:
-    """A dataclass field whose value(s) come from `registry` (or from a function that returns it, to import late)."""
-    return dataclasses.field(metadata={_REGISTRY: registry}, **field)
+def tagged(registry: Registry | Callable[[], Registry], untagged: str | None = None, **field: Any) -> Any:
+    """A dataclass field whose value(s) come from `registry` (or from a function that returns it, to import late).
+
+    `untagged` is the entry that tables without a tag are read as.
+    """
+    return dataclasses.field(metadata={_REGISTRY: registry, _UNTAGGED: untagged}, **field)
 
 
 def tag_of(registry: Registry) -> str:
-    """The key that names the entry: "name", or "type" where an entry has a field of that name."""
+    """The key that is written to name the entry: "name", or "type" where an entry has a field of that name."""
     fields = (f.name for cls in registry.values() if dataclasses.is_dataclass(cls) for f in dataclasses.fields(cls))
     return "type" if "name" in fields else "name"
 
@@ -195,7 +200,7 @@ def _text_key(key: Any, path: str) -> str:
     return key
 
 
-def _from_tagged(registry: Registry, data: Any, path: str) -> Any:
+def _from_tagged(registry: Registry, data: Any, path: str, untagged: str | None = None) -> Any:
     tag = tag_of(registry)
     if type(data) in registry.values():
         return data
@@ -204,11 +209,22 @@ def _from_tagged(registry: Registry, data: Any, path: str) -> Any:
     if not isinstance(data, Mapping):
         raise ConfigError(f"{path} is {data!r}, but a table with the key {tag!r} was expected." + _choices(registry))
     if tag not in data:
-        raise ConfigError(f"{path} lacks the key {tag!r} that says which one it is." + _choices(registry))
+        other = "name" if tag == "type" else "type"
+        # `name` may also be the field that an entry has: then it tells the entry only where it is one's name.
+        if other in data and (tag == "name" or _is_entry(data[other], registry)):
+            tag = other
+        elif untagged is not None and other not in data:
+            data = {tag: untagged, **data}
+        else:
+            raise ConfigError(f"{path} lacks the key {tag!r} that says which one it is." + _choices(registry))
     name = data[tag]
-    if name not in registry:
+    if not _is_entry(name, registry):
         raise ConfigError(f"{path}.{tag} is {name!r}, which is unknown." + suggest(str(name), registry))
     return _from_fields(registry[name], {key: value for key, value in data.items() if key != tag}, path)
+
+
+def _is_entry(name: Any, registry: Registry) -> bool:
+    return isinstance(name, str) and name in registry
 
 
 def _choices(registry: Registry) -> str:
@@ -244,7 +260,7 @@ def _from_fields(cls: type, data: Any, path: str) -> Any:
 def _field_value(field: dataclasses.Field, hint: Any, value: Any, path: str) -> Any:
     if _REGISTRY not in field.metadata:
         return from_dict(hint, value, path)
-    registry = _resolve(field.metadata[_REGISTRY])
+    registry, untagged = _resolve(field.metadata[_REGISTRY]), field.metadata[_UNTAGGED]
     members = typing.get_args(hint) if typing.get_origin(hint) in (Union, types.UnionType) else (hint,)
     if value is None and (type(None) in members or field.default is None):
         return None
@@ -252,11 +268,11 @@ def _field_value(field: dataclasses.Field, hint: Any, value: Any, path: str) -> 
     if origins & {tuple, list}:
         if not isinstance(value, (list, tuple)):
             raise ConfigError(f"{path} is {value!r}, but a list was expected." + _choices(registry))
-        items = [_from_tagged(registry, item, f"{path}[{i}]") for i, item in enumerate(value)]
+        items = [_from_tagged(registry, item, f"{path}[{i}]", untagged) for i, item in enumerate(value)]
         return items if list in origins else tuple(items)
     if dict in origins and isinstance(value, Mapping):
-        return {key: _from_tagged(registry, item, f"{path}.{key}") for key, item in value.items()}
-    return _from_tagged(registry, value, path)
+        return {key: _from_tagged(registry, item, f"{path}.{key}", untagged) for key, item in value.items()}
+    return _from_tagged(registry, value, path, untagged)
 
 
 def _from_annotation(hint: Any, data: Any, path: str) -> Any:

@@ -98,7 +98,7 @@ class Experiment:
     """
 
     name: str = "run"
-    data: Any = coding.tagged(DATA, default=None)
+    data: Any = coding.tagged(DATA, untagged="files", default=None)
     model: Any = coding.tagged(MODELS, default=None)
     stepper: Any = coding.tagged(STEPPERS, default=ResidualConfig())
     normalization: str = "zscore"

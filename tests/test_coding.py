@@ -74,6 +74,34 @@ def test_round_trip_through_json_is_exact():
     assert hash(back.model) == hash(TREE.model)
 
 
+def test_name_and_type_are_read_alike_where_one_can_be_meant():
+    """The key changed from section to section, and the error of the wrong one did not say so."""
+    assert from_dict(REGISTRY, {"type": "large", "depth": 2}) == Large(depth=2)
+    assert from_dict(SOURCES, {"type": "named", "name": "ks", "points": 3}) == Named("ks", 3)
+    assert from_dict({**SOURCES, **REGISTRY}, {"name": "small", "width": 3}) == Small(width=3)  # no entry's own name
+    for table, said in (
+        ({"name": "ks", "points": 3}, "lacks the key 'type'"),  # its own field
+        ({"name": "named", "points": 3}, "lacks name, which Named needs"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            from_dict(SOURCES, table)
+    with pytest.raises(ConfigError, match=r"config\.type is 'larg', which is unknown. Did you mean 'large'"):
+        from_dict(REGISTRY, {"type": "larg"})
+    with pytest.raises(ConfigError, match="has no such field"):
+        from_dict(REGISTRY, {"name": "large", "type": "small"})
+
+
+def test_a_table_without_a_tag_is_what_the_field_says():
+    @dataclass(frozen=True)
+    class Holder:
+        source: Any = tagged({**SOURCES, **REGISTRY}, untagged="small", default=None)
+
+    assert from_dict(Holder, {"source": {"width": 3}}).source == Small(width=3)
+    assert from_dict(Holder, {"source": {"type": "named", "name": "ks"}}).source == Named("ks")
+    with pytest.raises(ConfigError, match="lacks the key 'type'"):
+        from_dict(Holder, {"source": {"name": "ks"}})
+
+
 def test_round_trip_through_yaml_is_exact():
     import yaml
 

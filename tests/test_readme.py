@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import physml
 from physml.constraints import CONSTRAINTS
 from physml.data.generate import generate
 from physml.objectives import OBJECTIVES
@@ -36,6 +37,17 @@ def test_the_python_example_runs(tmp_path, monkeypatch):
     generate(make_solver("kolmogorov", points=16, time_step=0.2, **SMALL), tmp_path / "kolmogorov.nc", 1, steps=5)
     exec(compile(block, "README.md", "exec"), {})
     assert (tmp_path / "report.html").is_file()
+
+
+def test_the_yaml_example_trains(tmp_path, monkeypatch):
+    (block,) = re.findall(r"```yaml\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    generate(make_solver("kolmogorov", points=16, time_step=0.2, **SMALL), tmp_path / "kolmogorov.nc", 1, steps=30)
+    (tmp_path / "flow.yaml").write_text(block)
+    small = ["model.width=4", "model.modes=[4]", "model.depth=1", "training.steps=1", "training.batch=4"]
+    run = physml.train("flow.yaml", [*small, "evaluation.steps=2", "evaluation.starts=1"])
+    assert run.folder.name == "flow"
+    assert set(run.scores["model"].values) == {"flow", "persistence"}
 
 
 def test_the_strategies_of_the_docs_can_be_built():

@@ -38,7 +38,7 @@ class MixtureConfig:
             windows carry their own times.
     """
 
-    parts: dict[str, Any] = coding.tagged(PARTS, default_factory=dict, hash=False)
+    parts: dict[str, Any] = coding.tagged(PARTS, untagged="files", default_factory=dict, hash=False)
     weights: dict[str, float] = dataclasses.field(default_factory=dict, hash=False)
     same_time_step: bool = True
 

@@ -4,7 +4,10 @@ Catch `PhysmlError` to catch them all. The command line prints the message as on
 """
 
 import difflib
+import os
 from collections.abc import Iterable
+
+LISTED = 20  # names of a folder in a message
 
 
 class PhysmlError(Exception):
@@ -51,9 +54,24 @@ class DependencyError(PhysmlError, ImportError):
 def suggest(name: str, valid: Iterable[str]) -> str:
     """ " Did you mean 'x'? Valid: ..." for an unknown `name`; to be put at the end of a message."""
     valid = sorted(map(str, valid))
-    close = difflib.get_close_matches(str(name), valid, n=1, cutoff=0.5)
-    hint = f" Did you mean {close[0]!r}?" if close else ""
-    return f"{hint} Valid: {', '.join(valid) or 'none'}."
+    return f"{_nearest(str(name), valid)} Valid: {', '.join(valid) or 'none'}."
+
+
+def suggest_path(path: str, suffixes: tuple[str, ...] = ()) -> str:
+    """As `suggest`, for a path that is not there: what its folder has, without hidden files and other suffixes."""
+    folder = os.path.dirname(path) or "."
+    if not os.path.isdir(folder):
+        return " Its folder is not there either."
+    names = sorted(name for name in os.listdir(folder) if not name.startswith("."))
+    names = [name for name in names if not suffixes or name.endswith(suffixes)]
+    more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
+    found = f" Its folder has {', '.join(names[:LISTED])}{more}." if names else ""
+    return _nearest(os.path.basename(path), names) + found
+
+
+def _nearest(name: str, valid: list[str]) -> str:
+    close = difflib.get_close_matches(name, valid, n=1, cutoff=0.5)
+    return f" Did you mean {close[0]!r}?" if close else ""
 
 
 def first_line(error: BaseException) -> str:

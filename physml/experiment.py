@@ -17,7 +17,7 @@ import yaml
 from physml import coding
 from physml.constraints import CONSTRAINTS
 from physml.data import DataConfig, MixtureConfig, SyntheticConfig
-from physml.errors import ConfigError, PhysmlError
+from physml.errors import ConfigError, PhysmlError, suggest_path
 from physml.evaluate.statistics import as_names
 from physml.evaluate.validation import PREFIX, RolloutValidation
 from physml.layers.lora import LoRA
@@ -146,6 +146,7 @@ def _read(path: Path) -> Experiment:
     if not path.is_file():
         raise ConfigError(
             f"There is no experiment file {str(path)!r}. Give a .py file that defines `config`, or a .yaml file."
+            + suggest_path(str(path), (".py", ".yaml", ".yml"))
         )
     if path.suffix == ".py":
         names = _run(path)

@@ -65,6 +65,13 @@ def test_yaml_is_never_executed(tmp_path):
         load_experiment(path)
 
 
+def test_a_mistyped_experiment_file_is_found(tmp_path):
+    for name in ("waves.yaml", "waves.nc", ".wavs.yaml"):
+        (tmp_path / name).touch()
+    with pytest.raises(ConfigError, match=r"Did you mean 'waves\.yaml'\? Its folder has waves\.yaml\.$"):
+        load_experiment(tmp_path / "wavse.yaml")
+
+
 def test_a_file_without_a_config_says_what_it_has(tmp_path):
     for text, message in (
         ("x = 1", r"there is no `config`\.$"),

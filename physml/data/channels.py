@@ -103,7 +103,31 @@ def time_of(ds: xr.Dataset, variable: str | None) -> str | None:
 
 def missing_variable(ds: xr.Dataset, name: str) -> DataError:
     """The error for a channel that no variable holds."""
-    return DataError(f"{source_of(ds)} has no variable {name!r}." + suggest(name, map(str, ds.variables)))
+    base = name.rpartition("_")[0]
+    while base:
+        for dim in ds.variables[base].dims if base in ds.variables else ():
+            label = name[len(base) + 1 :]
+            if ax.role(ds, dim) not in NEVER_FLAT and _is_number(label) == all(map(_is_number, entry_labels(ds, dim))):
+                return DataError(f"{source_of(ds)}: {_missing_entry(ds, base, dim, label)}")
+        base = base.rpartition("_")[0]
+    known = [known for known in map(str, ds.variables) if not known.startswith("ledger_")]
+    return DataError(f"{source_of(ds)} has no variable {name!r}." + suggest(name, known))
+
+
+def _missing_entry(ds: xr.Dataset, variable: str, dim: str, label: str) -> str:
+    labels = entry_labels(ds, dim)
+    unit = str(ds.variables[dim].attrs.get("units", "")) if dim in ds.variables else ""
+    kind = "levels" if ax.role(ds, dim) == "level" else f"{dim} entries"
+    text = f"{variable} has {kind} {', '.join(labels)} {unit}".rstrip() + f"; {label} is missing."
+    factors = (100, 1000, 0.01, 0.001) if _is_number(label) else ()
+    scaled = [other for factor in factors if (other := f"{float(label) * factor:g}") in labels]
+    if scaled:
+        text += f" Is {scaled[0]} the same in another unit? Convert the values of {dim!r} then, and its `units`."
+    return text
+
+
+def _is_number(label: str) -> bool:
+    return re.fullmatch(r"-?[\d.]+(e[-+]?\d+)?", label) is not None
 
 
 def resolve(ds: xr.Dataset, channels: tuple[Channel, ...], spec: Spec) -> list[Field]:

@@ -18,7 +18,7 @@ from physml.data.classic import check_length
 from physml.data.hdf5_chunks import Netcdf4
 from physml.data.heaps import HEAD, check_heaps
 from physml.data.remote import file_system, is_there, is_url, open_file, zarr_store
-from physml.errors import DataError, PhysmlError, first_line, suggest
+from physml.errors import DataError, PhysmlError, first_line, suggest_path
 
 HDF5 = b"\x89HDF\r\n\x1a\n"
 GRIB = b"GRIB"
@@ -244,10 +244,7 @@ def magic(path: str, storage_options: dict | None) -> bytes:
 
 def missing(path: str) -> str:
     """What to say when a path does not exist, with the nearest name that does."""
-    folder = os.path.dirname(path) or "."
-    if is_url(path) or not os.path.isdir(folder):
-        return f"There is no file {path}, nor its folder." if not is_url(path) else f"There is no file {path}."
-    return f"There is no file {path}." + suggest(os.path.basename(path), sorted(os.listdir(folder))[:20])
+    return f"There is no file {path}." + ("" if is_url(path) else suggest_path(path.rstrip("/")))
 
 
 def _expand_url(url: str, storage_options: dict | None) -> list[str]:

@@ -128,11 +128,22 @@ def test_urls(make):
         open_dataset("nowhere://bucket/c.nc")
 
 
+def test_a_mistyped_path_is_matched_against_all_names_of_its_folder(tmp_path):
+    """It was matched against the first 20, hidden ones among them."""
+    for i in range(30):
+        (tmp_path / f".a{i:02}.json").touch()
+        (tmp_path / f"log_{i:02}.txt").touch()
+    (tmp_path / "zonal.nc").touch()
+    with pytest.raises(DataError, match=r"Did you mean 'zonal\.nc'\? Its folder has log_00.* and 11 more\.") as error:
+        open_dataset(tmp_path / "zonla.nc")
+    assert ".json" not in str(error.value)
+
+
 def test_missing_and_foreign_files(make, tmp_path):
     make.weather().to_netcdf(tmp_path / "slp_2001.nc")
     with pytest.raises(DataError, match="There is no file .*Did you mean 'slp_2001.nc'"):
         open_dataset(tmp_path / "slp_2002.nc")
-    with pytest.raises(DataError, match="nor its folder"):
+    with pytest.raises(DataError, match="folder is not there either"):
         open_dataset(tmp_path / "absent" / "slp.nc")
     with pytest.raises(DataError, match="No file matches"):
         open_dataset(f"{tmp_path}/*.h5")

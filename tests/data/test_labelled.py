@@ -9,6 +9,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 
 from physml.data import DataConfig, XarrayDataset, from_array, from_frames, spec_of, to_window
 from physml.errors import DataError, SpecError
+from physml.fields import Channel
 
 
 def same(a, b):
@@ -252,6 +253,31 @@ def test_nan_in_forcing_must_stay_in_place(make):
     ds.wind[3, 1, 1] = np.nan
     with pytest.raises(DataError, match="forcing 'wind' has NaN that change with time, first at time index 3"):
         to_window(ds, spec)
+
+
+@pytest.mark.parametrize(
+    ("levels", "unit", "said"),
+    [
+        ([1000, 850], "hPa", r"t has levels 1000, 850 hPa; 500 is missing\.$"),
+        ([100000, 50000], "Pa", r"t has levels 100000, 50000 Pa; 500 is missing\. Is 50000 the same in another unit"),
+    ],
+)
+def test_a_missing_level_is_not_a_missing_variable(levels, unit, said):
+    dims = ("time", "level", "x")
+    coords = {"time": [0.0, 1.0], "level": ("level", levels, {"units": unit}), "x": [0.0, 0.5]}
+    ds = xr.Dataset({"t": (dims, np.zeros((2, 2, 2)), {"units": "K"})}, coords)
+    with pytest.raises(DataError, match=said):
+        to_window(ds, dataclasses.replace(spec_of(ds, flatten=("level",)), channels=(Channel("t_500"),)))
+    with pytest.raises(DataError, match="has no variable 't_max'"):
+        to_window(ds, dataclasses.replace(spec_of(ds, flatten=("level",)), channels=(Channel("t_max"),)))
+
+
+def test_the_ledger_of_a_forecast_is_not_offered_as_fields(make):
+    ds = make.weather()
+    with pytest.raises(DataError, match="no variable 'v'") as error:
+        spec_of(ds.assign(ledger_mean_slp=ds.slp.mean()), ("v",))
+    assert "slp" in str(error.value)
+    assert "ledger" not in str(error.value)
 
 
 def test_wrong_names_grids_units_and_steps_are_typed_errors(make):

@@ -121,7 +121,7 @@ def test_the_ledger_is_stored_and_flat(data, stepper):
     mean = start.weighted(weights).mean(("latitude", "longitude"))
     for name, value in (
         ("mean", mean),
-        ("energy", (start**2).weighted(weights).mean(("latitude", "longitude"))),
+        ("energy", (start**2).weighted(weights).mean(("latitude", "longitude")) / 2),
         ("variance", ((start - mean) ** 2).weighted(weights).mean(("latitude", "longitude"))),
         ("minimum", start.min(("latitude", "longitude"))),
         ("maximum", start.max(("latitude", "longitude"))),

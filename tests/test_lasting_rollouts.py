@@ -277,9 +277,10 @@ def test_other_forcing_later_on_is_another_rollout(data, tmp_path, monkeypatch, 
         forecast(stepper, initial, 12, forcing=forcing(1), resume="auto", **options)
     state = tmp_path / "f.zarr.partial/state.safetensors"
     content = state.read_bytes()
-    state.write_bytes(content.replace(b'\\"format\\": 2', b'\\"format\\": 1'))
-    with pytest.raises(CheckpointError, match="begun with an older physml.*forcing"):
-        forecast(stepper, initial, 20, forcing=forcing(1), resume="auto", **options)
+    for older in (b"1", b"2"):
+        state.write_bytes(content.replace(b'\\"format\\": 3', b'\\"format\\": ' + older))
+        with pytest.raises(CheckpointError, match="begun with an older physml.*energy.*forcing"):
+            forecast(stepper, initial, 20, forcing=forcing(1), resume="auto", **options)
     state.write_bytes(content)
     with forecast(stepper, initial, 20, forcing=forcing(1), resume="auto", **options) as result:
         assert_allclose(result.u[:, -1], initial.u[:, 0] + 20, rtol=1e-6)
@@ -360,6 +361,8 @@ def test_spectra_are_those_of_the_frames(tiny):
         frames = np.concatenate([piece.frames for piece in pieces], 1)[:, every - 1 :: every]
         assert_allclose(found, energy_spectrum(frames, spec.grid), rtol=1e-4, atol=1e-9)
         assert_allclose(found.sum(-1), 0.5 * (frames**2).mean((2, 3)), rtol=1e-4)  # Parseval
+        energy = np.concatenate([piece.ledger.energy for piece in pieces], 1)[:, every - 1 :: every]
+        assert_allclose(energy, found.sum(-1), rtol=1e-4)  # one energy, not twice the other
         start = energy_spectrum(window.frames[:, 1:2], spec.grid)[:, 0]
         assert_allclose(pieces[0].initial.spectrum, start, rtol=1e-4, atol=1e-9)
     with pytest.raises(ConfigError, match="spectrum_every 0"):

@@ -13,7 +13,7 @@ from physml.rollout import Bounds, Ledger
 QUANTITIES = {
     "finite": "every number of the frame is finite",
     "mean": "area-weighted mean",
-    "energy": "area-weighted mean square",
+    "energy": "half the area-weighted mean square",
     "variance": "area-weighted variance",
     "minimum": "minimum over the cells",
     "maximum": "maximum over the cells",

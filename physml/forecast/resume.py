@@ -24,7 +24,8 @@ from physml.forecast.stores import ANEW, reopen
 from physml.rollout import Divergence, Watchdog, named
 from physml.saving.weights import read_weights, to_bytes
 
-STATE, HEADER, FORMAT = "state.safetensors", "rollout", 2  # 1 knew forcing by its first step alone
+STATE, HEADER = "state.safetensors", "rollout"
+FORMAT = 3  # 1 knew forcing by its first step alone; the ledgers of 1 and 2 had twice the energy
 MARK = "rollout_identity"  # attribute of a finished output
 
 
@@ -130,10 +131,10 @@ def load(folder: Path, owner: dict[str, str]) -> Saved | None:
         saved = Saved(int(about["step"]), arrays, list(about["names"]), list(about["good"]), events)
     except (safetensors.SafetensorError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path} is damaged: {error!r}. {ANEW}.") from error
-    if version < FORMAT and owner["forcing"] != "none":
+    if version < FORMAT:
         raise CheckpointError(
-            f"{folder} was begun with an older physml, which did not keep enough to tell its forcing from another one. "
-            f"{ANEW}."
+            f"{folder} was begun with an older physml, whose ledger has another energy and whose forcing cannot be "
+            f"told from another one. {ANEW}."
         )
     if difference := _difference(found, owner):
         raise CheckpointError(

@@ -13,8 +13,8 @@ PREFIX, INITIAL = "ledger_energy_", "ledger_initial_energy_"
 def stability(prediction: xr.Dataset) -> dict[str, dict[str, float | None]]:
     """By variable of a forecast, or of a selection of it, the median over its trajectories (and members):
 
-    - "energy drift": change of the area-weighted mean square from the initial state to the last good frame, relative to
-      the initial one;
+    - "energy drift": change of the energy (half the area-weighted mean square) from the initial state to the last good
+      frame, relative to the initial one;
     - "small scales": energy in the upper half of the resolved wavenumbers, last over first spectrum; None without
       spectra, or where the initial state has no such energy.
 

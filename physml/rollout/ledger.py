@@ -39,8 +39,8 @@ class Ledger:
 
     @property
     def energy(self):
-        """Area-weighted mean square."""
-        return self.variance + self.mean**2
+        """Half the area-weighted mean square: what the spectrum adds up to."""
+        return (self.variance + self.mean**2) / 2
 
 
 def measure(frame, spec: Spec, mask=None, reference=0.0) -> Ledger:

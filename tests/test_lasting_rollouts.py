@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 
 import every_stepper
 import jax
@@ -19,7 +20,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 from physml import cli, saving
 from physml.data import open_dataset, spec_of
 from physml.errors import CheckpointError, ConfigError, DataError, DivergedError, Interrupted, SpecError
-from physml.forecast import blow_ups, forecast, loop, stability
+from physml.forecast import blow_ups, forecast, loop, stability, stores
 from physml.forecast import start as starting
 from physml.forecast.resume import MARK
 from physml.metrics import energy_spectrum
@@ -349,6 +350,30 @@ print(before, peak())
     assert done.returncode == 0, done.stderr
     before, after = map(float, done.stdout.split())
     assert after - before < 49, (before, after)
+
+
+def test_a_finished_store_opens_without_a_warning_and_goes_on_where_finishing_broke_off(data, tmp_path, monkeypatch):
+    """Its metadata are consolidated last: a process that was killed then left them beside arrays that still change."""
+    stepper, path, put = STEPPERS["extrapolation"]().build(spec_of(data, ["u"])), tmp_path / "f.zarr", stores.Zarr._put
+    initial = data.isel(time=[0, 1])
+    whole = forecast(stepper, initial, 9, limit=None)
+
+    def killed(store):
+        raise Stop
+
+    monkeypatch.setattr(stores.Zarr, "_put", killed)
+    with pytest.raises(Stop):
+        forecast(stepper, initial, 9, out=path, chunk=2, limit=None)
+    assert "consolidated_metadata" in json.loads((tmp_path / "f.zarr.partial/data.zarr/zarr.json").read_text())
+    monkeypatch.setattr(stores.Zarr, "_put", put)
+    forecast(stepper, initial, 9, out=path, chunk=2, limit=None, resume="auto").close()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with xr.open_zarr(path) as listed, xr.open_zarr(path, consolidated=False) as read:
+            xr.testing.assert_identical(listed.load()[list(read.data_vars)], read.load())
+            xr.testing.assert_equal(listed, whole)
+        with forecast(stepper, initial, 9, out=path, chunk=2, limit=None, resume="auto") as again:
+            xr.testing.assert_equal(again.load(), whole)
 
 
 def test_spectra_are_those_of_the_frames(tiny):

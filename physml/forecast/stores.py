@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import shutil
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -159,7 +160,8 @@ class Zarr(_File):
         import zarr
 
         try:
-            self.group = zarr.open_group(self.partial, mode="r+", zarr_format=3)
+            # A process that was killed while it finished may have left consolidated metadata of shorter arrays.
+            self.group = zarr.open_group(self.partial, mode="r+", zarr_format=3, use_consolidated=False)
         except (OSError, ValueError) as error:
             raise self._damaged(error) from error
 
@@ -191,13 +193,18 @@ class Zarr(_File):
         self.group = zarr.open_group(self.partial, mode="r+", zarr_format=3)
 
     def finish(self, sizes: dict[str, int], extra: xr.Dataset, attrs: dict) -> xr.Dataset:
+        import zarr
+
         for _, array in self.group.arrays():
-            dims = array.metadata.dimension_names
-            shape = tuple(sizes.get(dim, size) for dim, size in zip(dims or (), array.shape, strict=True))
+            dims = array.metadata.dimension_names or ()  # a scalar has none
+            shape = tuple(sizes.get(dim, size) for dim, size in zip(dims, array.shape, strict=True))
             if shape != array.shape:
                 array.resize(shape)
         extra = extra.assign_attrs({**self.group.attrs, **attrs})
         _plainly(extra).to_zarr(self.partial, mode="a", zarr_format=3, consolidated=False)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Consolidated metadata")  # not in the specification yet
+            zarr.consolidate_metadata(self.partial, zarr_format=3)
         self._put()
         result = reopen(self.path)
         return result[[*self.names, *extra.data_vars]]  # zarr does not keep the order

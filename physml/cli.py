@@ -5,10 +5,12 @@ Exit codes: 0 done; 1 failed (training or a rollout left the finite numbers, or 
 """
 
 import dataclasses
+import inspect
 import json
 import logging
 import os
 import sys
+import typing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -201,8 +203,14 @@ class Models(Common):
         if self.name not in MODELS:
             raise ConfigError(f"There is no model {self.name!r}." + suggest(self.name, MODELS))
         config = MODELS[self.name]
-        options = {f.name: f"{getattr(f.type, '__name__', f.type)} = {f.default!r}" for f in dataclasses.fields(config)}
-        return {"model": self.name, "about": config.__doc__, "options": options}
+        hints = typing.get_type_hints(config)
+        options = {f.name: f"{_type_name(hints[f.name])} = {f.default!r}" for f in dataclasses.fields(config)}
+        return {"model": self.name, "about": inspect.cleandoc(config.__doc__), "options": options}
+
+
+def _type_name(hint: Any) -> str:
+    """As it is written: `int`, `tuple[int, ...]`, `Literal['gelu', 'relu']`."""
+    return hint.__name__ if isinstance(hint, type) and not typing.get_args(hint) else str(hint).replace("typing.", "")
 
 
 @dataclass(frozen=True, kw_only=True)

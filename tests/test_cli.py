@@ -16,6 +16,7 @@ import xarray as xr
 from physml import cli, open_dataset
 from physml.data.store import exclusive
 from physml.evaluate import predictability
+from physml.models import MODELS
 from physml.report.page import number
 
 ALL = {**cli.VERBS, **{f"data {name}": verb for name, verb in cli.DATA_VERBS.items()}}
@@ -357,6 +358,16 @@ def test_doctor_and_listings(capsys):
         code, out, err = call(capsys, *words, "--json")
         assert code == 0, err
         assert json.loads(out)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_options_of_a_model_can_be_read(capsys, name):
+    """They came as one escaped string."""
+    code, out, err = call(capsys, "models", name)
+    assert code == 0, err
+    assert "about: |-\n" in out
+    assert "\\n" not in out
+    assert "Literal = " not in out
 
 
 SCORES = "scores.nc scores.json sample.nc metrics.csv metrics.json report.html"

@@ -7,6 +7,7 @@ import html.parser
 import io
 import json
 import re
+import shutil
 
 import jax
 import numpy as np
@@ -18,7 +19,16 @@ from PIL import Image
 from physml.errors import ConfigError, DataError, SpecError
 from physml.evaluate import evaluate_stepper, save_scores
 from physml.fields import Axis, Channel, Grid, Spec, Window
-from physml.report import animation, correlation_times, drawing, error_curves, field_panels, report, spectra
+from physml.report import (
+    animation,
+    correlation_times,
+    drawing,
+    error_curves,
+    field_panels,
+    report,
+    spectra,
+    training_curve,
+)
 from physml.report.drawing import color_scale, time_scale
 from physml.report.ensembles import rank_histograms
 from physml.report.fields import panel_leads
@@ -277,6 +287,53 @@ def test_fields_of_any_rank_are_drawn(shape, dims):
     figure.canvas.draw()
     assert bool(animation(sample, "p")) == (len(shape) > 0)
     assert not _pylab_helpers.Gcf.get_all_fig_managers(), "pyplot was used"
+
+
+def test_a_slice_of_three_axes_says_where_it_is(run, tmp_path, quick):
+    sample = sample_of((3, 6, 7), ("z", "y", "x"))
+    sample["z"].attrs["units"] = "m"
+    titles = [axes.get_title() for axes in field_panels(sample, "p").axes[:3]]
+    assert titles == ["truth, z = 35 m", "forecast, z = 35 m", "forecast minus truth, z = 35 m"]
+    assert field_panels(sample.drop_vars("z"), "p").axes[0].get_title() == "truth, z cell 1 of 3"
+    folder = shutil.copytree(run, tmp_path / "cube")
+    sample.to_netcdf(folder / "sample.nc")
+    assert "p, waves, slice at z = 35 m</figcaption>" in report(folder, tmp_path / "r.html").read_text()
+
+
+def test_wavenumbers_of_a_small_grid_have_few_labels(run):
+    """All digits between two powers of ten were written over each other."""
+    figure = spectra(run, "u")
+    figure.canvas.draw()
+    for axes in figure.axes:
+        low, high = axes.get_xlim()
+        ticks = zip(axes.xaxis.get_majorticklocs(), axes.xaxis.get_majorticklabels())
+        shown = [label.get_text() for place, label in ticks if low <= place <= high]
+        assert 1 <= len(shown) <= 4
+        assert all(float(text) > 0 for text in shown)
+        assert not any(label.get_text() for label in axes.xaxis.get_minorticklabels())
+
+
+def test_stages_of_a_curriculum_are_marked(run, tmp_path):
+    """Their losses are of other rollouts: one line through all looked like a training that diverged."""
+    folder = shutil.copytree(run, tmp_path / "staged")
+    steps = {10: 1, 20: 1, 30: 2, 40: 2, 50: 3}
+    records = [{"step": step, "loss": stage * 1.0, "stage": stage} for step, stage in steps.items()]
+    records += [{"step": 50, "valid/loss": 1.0}]
+    (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, records)))
+    axes = training_curve([folder]).axes[0]
+    drawn = [line.get_xdata().tolist() for line in axes.lines if line.get_linestyle() == "-"]
+    assert drawn == [[10, 20], [30, 40], [50]]
+    assert [text.get_text() for text in axes.texts] == ["stage 2", "stage 3"]
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["training", "validation"]
+    assert not training_curve([run]).axes[0].texts
+
+
+def test_the_page_says_what_its_intervals_rest_on(run, tmp_path, quick):
+    scores = read_runs(run)[0].scores
+    text = report(scores, tmp_path / "r.html").read_text()
+    assert "bootstrap interval over 8 groups (trajectory): few, so the interval is rough" in text
+    text = report(scores.assign_attrs(bootstrap_groups=40), tmp_path / "r.html").read_text()
+    assert "bootstrap interval over 40 groups (trajectory)." in text
 
 
 def test_maps_have_degrees_common_limits_and_gray_land():

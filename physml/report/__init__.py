@@ -18,7 +18,7 @@ from physml.report.curves import (
     training_curve,
 )
 from physml.report.ensembles import rank_histograms, with_ranks
-from physml.report.fields import field_panels
+from physml.report.fields import field_panels, slice_of
 from physml.report.page import (
     Figure,
     Section,
@@ -32,6 +32,7 @@ from physml.report.page import (
 )
 from physml.report.runs import Entry, RunData, entries, read_runs, sample_channels, scored_on
 
+FEW_GROUPS = 10  # a bootstrap of fewer is told to be rough
 MAX_CHANNELS = 4  # with figures of their own; tables hold all
 DETAILS = ("bias", "mae", "relative_l2", "nrmse_pooled", "h1", "acc_pooled")  # figures folded away
 
@@ -93,9 +94,7 @@ def sections(runs: list[RunData], lines: list[Entry]) -> list[Section]:
 
 
 def _errors(lines: list[Entry]) -> Section:
-    section = Section(
-        "errors", "Error against lead time", "Shaded: bootstrap interval over trajectories or blocks of starts."
-    )
+    section = Section("errors", "Error against lead time", f"Shaded: bootstrap interval over {_groups(lines)}.")
     for channel in _channels(lines):
         for metric in _metrics(lines):
             if metric == "correlation":
@@ -114,7 +113,7 @@ def _correlation(lines: list[Entry]) -> Section:
         "correlation", "Correlation and high-correlation time",
         "Time of the first lead at which the mean correlation with the truth is below the threshold, without "
         "interpolation; "
-        "≥ marks rollouts that end before. Whiskers: bootstrap interval.",
+        f"≥ marks rollouts that end before. Whiskers: bootstrap interval over {_groups(lines)}.",
     )  # fmt: skip
     for channel in _channels(lines):
         if "correlation" in _metrics(lines):
@@ -174,7 +173,7 @@ def _fields(runs: list[RunData]) -> Section:
             section.add(
                 lambda r=run, c=channel: drawing.png(field_panels(r.sample, c), dpi=110),
                 f"Panels of {channel}: truth, forecast of {run.name} and difference at several leads",
-                f"{channel}, {run.name}", wide=True,
+                _titled(run, channel), wide=True,
             )  # fmt: skip
     return section.or_say("No sample fields. `physml evaluate RUN` writes sample.nc into the run folder.")
 
@@ -219,8 +218,27 @@ def _animation(runs: list[RunData]) -> Section:
             if moving := animation(run.sample, channel):
                 source = "data:image/gif;base64," + base64.b64encode(moving).decode()
                 alt = f"Animation of {channel}: truth, forecast of {run.name} and difference"
-                section.figures.append(Figure(source, alt, f"{channel}, {run.name}", wide=True))
+                section.figures.append(Figure(source, alt, _titled(run, channel), wide=True))
     return section.or_say("No animation: sample.nc with two leads or more is needed.")
+
+
+def _titled(run: RunData, channel: str) -> str:
+    """The caption of fields of a run, and where they are cut."""
+    where = slice_of(run.sample[f"{channel}_truth"])
+    return f"{channel}, {run.name}" + (f", slice at {where}" if where else "")
+
+
+def _groups(lines: list[Entry]) -> str:
+    """What the intervals are drawn from: an interval over few groups is a rough one."""
+    attrs = [line.run.scores.attrs for line in lines]
+    counts = sorted({int(a["bootstrap_groups"]) for a in attrs if "bootstrap_groups" in a})
+    kinds = {str(a["bootstrap_group"]) for a in attrs if "bootstrap_group" in a}
+    kind = kinds.pop() if len(kinds) == 1 else "trajectory or block of starts"
+    if not counts:
+        return "trajectories or blocks of starts"
+    least = f"{counts[0]} to {counts[-1]}" if len(counts) > 1 else str(counts[0])
+    warning = ": few, so the interval is rough, and mostly too narrow" if counts[0] < FEW_GROUPS else ""
+    return f"{least} groups ({kind}){warning}"
 
 
 def _channels(lines: list[Entry]) -> list[str]:

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from physml.errors import SpecError, suggest
 from physml.report.drawing import COLORS, GRAYS, finish, format_lead, lead_label, new_figure, time_scale
@@ -199,6 +200,7 @@ def spectra(source: Any, channel: str) -> Figure:
                     spectrum["wavenumber"], low, high, color=style[entry.label]["color"], alpha=0.12, linewidth=0
                 )
         _limit_spectrum(axes, truth[shown].values)
+        _tick_wavenumbers(axes, truth["wavenumber"].values[shown])
         axes.set_title(f"lead {format_lead(lead, unit)}", fontsize=10)
         axes.grid(True, which="major", color="#dddddd", linewidth=0.6)
     for axes in panels[len(leads) :]:
@@ -211,6 +213,15 @@ def spectra(source: Any, channel: str) -> Figure:
         *panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=4, frameon=False, fontsize=9
     )
     return figure
+
+
+def _tick_wavenumbers(axes, wavenumbers: np.ndarray) -> None:
+    """1, 2 and 5 of each decade in plain numbers where there are few decades: labels of all digits overlap."""
+    if wavenumbers.size and wavenumbers[-1] < 50 * wavenumbers[0]:
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_minor_formatter(NullFormatter())
 
 
 def _limit_spectrum(axes, truth: np.ndarray) -> None:
@@ -266,22 +277,47 @@ def _limit_drift(axes, truth: np.ndarray, others: list[np.ndarray], size: float)
 
 
 def training_curve(source: Any) -> Figure:
-    """Loss and validation loss against the update step."""
+    """Loss and validation loss against the update step; a new line where a stage of a curriculum begins, whose loss is
+    another one.
+    """
     runs = source if isinstance(source, list) and all(isinstance(r, RunData) for r in source) else read_runs(source)
     figure = new_figure(6.4, 3.8)
     axes = figure.subplots()
     for i, run in enumerate(runs):
         color = COLORS[i % len(COLORS)]
+        begins = _stages(run)
+        for number, begin in begins.items():
+            axes.axvline(begin, color=color if len(runs) > 1 else "#444444", linewidth=0.8, linestyle=(0, (1, 2)))
+            axes.annotate(
+                f"stage {number}", (begin, 1.0), xycoords=("data", "axes fraction"), xytext=(2, -3),
+                textcoords="offset points", va="top", fontsize=8, color="#444444",
+            )  # fmt: skip
+        begins = list(begins.values())
         for name, style, what in (("loss", "-", "training"), ("valid/loss", "--", "validation")):
             points = [(r["step"], r[name]) for r in run.history if isinstance(r.get(name), int | float) and r[name] > 0]
             if points:
                 steps, values = np.array(points, float).T
                 label = f"{run.name}: {what}" if len(runs) > 1 else what
                 marker = "o" if len(steps) < 20 else None
-                axes.plot(steps, values, style, color=color, linewidth=1.6, marker=marker, markersize=3.5, label=label)
+                breaks = np.searchsorted(steps, begins) if name == "loss" else []
+                pieces = zip(np.split(steps, breaks), np.split(values, breaks))
+                for part, (step, value) in enumerate(pieces):
+                    axes.plot(
+                        step, value, style, color=color, linewidth=1.6, marker=marker, markersize=3.5,
+                        label=None if part else label,
+                    )  # fmt: skip
     axes.set_yscale("log")
     axes.set(xlabel="update step", ylabel="loss (normalized units)")
     return finish(figure, axes)
+
+
+def _stages(run: RunData) -> dict[int, float]:
+    """Number of every later stage of a curriculum -> where it begins: between the last record of one stage and the
+    first of the next.
+    """
+    records = [(r["step"], r["stage"]) for r in run.history if isinstance(r.get("stage"), int)]
+    pairs = zip(records[:-1], records[1:])
+    return {stage: (before + step) / 2 for (before, last), (step, stage) in pairs if stage > last}
 
 
 def _time_unit(run: RunData) -> str:

@@ -21,6 +21,7 @@ def field_panels(sample: xr.Dataset, channel: str, leads: Sequence[int] | None =
         return _point_panels(truth, forecast, channel)
     if len(space) == 1:
         return _space_time_panels(truth, forecast, channel)
+    where = slice_of(truth)
     truth, forecast = as_map(truth), as_map(forecast)
     leads = list(leads) if leads is not None else panel_leads(truth.sizes["lead"])
     times, unit = time_scale(truth["lead"].values)
@@ -40,7 +41,7 @@ def field_panels(sample: xr.Dataset, channel: str, leads: Sequence[int] | None =
         lead = f"lead {format_lead(times[i], unit)}"
         panels[row, 0].set_ylabel(f"{lead}\n{_axis_label(truth, truth.dims[1])}".strip(), fontsize=9)
     for column, title in enumerate(("truth", "forecast", "forecast minus truth")):
-        panels[0, column].set_title(title, fontsize=11)
+        panels[0, column].set_title(f"{title}, {where}" if where else title, fontsize=10 if where else 11)
         panels[-1, column].set_xlabel(_axis_label(truth, truth.dims[2]), fontsize=9)
     label = _field_label(truth, channel)
     _colorbar(figure, images[0], panels[:, :2], label, extend)
@@ -57,6 +58,17 @@ def as_map(array: xr.DataArray) -> xr.DataArray:
     vertical, horizontal = array.dims[1:]
     swap = vertical in ("x", "longitude", "lon") and horizontal not in ("x", "longitude", "lon")
     return array.transpose("lead", horizontal, vertical) if swap else array
+
+
+def slice_of(array: xr.DataArray) -> str:
+    """Where `as_map` cuts a field of three space axes, e.g. "x = 0.5 m"; empty for others."""
+    space = array.dims[1:]
+    if len(space) != 3:
+        return ""
+    dim, middle = space[0], array.sizes[space[0]] // 2
+    if dim not in array.coords:
+        return f"{dim} cell {middle} of {array.sizes[dim]}"
+    return f"{dim} = {float(array[dim][middle]):.4g} {array[dim].attrs.get('units', '')}".strip()
 
 
 def panel_leads(count: int, most: int = 4) -> list[int]:

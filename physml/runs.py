@@ -11,6 +11,7 @@ import platform
 import shutil
 import subprocess
 import sys
+import tempfile
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -69,8 +70,9 @@ def open_run(folder: str | Path) -> Run:
 
 
 def check_folder(path: Path, experiment: Experiment, resume: str, overwrite: bool) -> None:
-    """Raises ConfigError for a run folder that holds something else."""
+    """Raises ConfigError for a run folder that holds something else, or that cannot be written."""
     config = path / "config.yaml"
+    _check_writable(path)
     if not path.exists() or not any(path.iterdir()):
         return
     if not config.is_file():
@@ -91,6 +93,17 @@ def check_folder(path: Path, experiment: Experiment, resume: str, overwrite: boo
             f"{path} was started with other settings of {sorted(set(changed) - allowed)}: it cannot be continued "
             "with these. Use the same settings, or choose another --name."
         )
+
+
+def _check_writable(path: Path) -> None:
+    """Makes a folder where `path` would be made, and takes it away again: permissions do not tell everything."""
+    there = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+    try:
+        Path(tempfile.mkdtemp(prefix=".physml-", dir=there)).rmdir()
+    except OSError as error:
+        raise ConfigError(
+            f"{path} cannot be written: {error.strerror}. Choose a folder that you may write to."
+        ) from error
 
 
 def claim(path: Path, experiment: Experiment, resume: str, overwrite: bool) -> None:

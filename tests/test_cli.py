@@ -18,6 +18,7 @@ from physml.data.store import exclusive
 from physml.evaluate import predictability
 from physml.models import MODELS
 from physml.report.page import number
+from physml.verbs.common import headline
 
 ALL = {**cli.VERBS, **{f"data {name}": verb for name, verb in cli.DATA_VERBS.items()}}
 TINY = """
@@ -358,6 +359,24 @@ def test_doctor_and_listings(capsys):
         code, out, err = call(capsys, *words, "--json")
         assert code == 0, err
         assert json.loads(out)
+
+
+@pytest.mark.parametrize(
+    ("unit", "shown"), [("s", ["129600 s", ">= 3600 s", np.nan]), ("", [129600.0, ">= 3600.0", np.nan])]
+)
+def test_high_correlation_times_have_their_unit(unit, shown):
+    dims = ("model", "channel", "threshold")
+    times, capped = np.array([[[129600.0, 3600, np.nan]]]), np.array([[[False, True, False]]])
+    scores = xr.Dataset(
+        {
+            "score": (("model", "metric", "channel", "lead"), np.ones((1, 1, 1, 2))),
+            "correlation_time": (dims, times, {"units": unit}),
+            "correlation_time_capped": (dims, capped),
+        },
+        {"model": ["m"], "metric": ["rmse"], "channel": ["u"], "step": ("lead", [1, 2]), "threshold": [0.8, 0.9, 0.95]},
+    )
+    found = headline(scores)["m"]["u"]["high-correlation time"]
+    np.testing.assert_equal(found, dict(zip(["> 0.8", "> 0.9", "> 0.95"], shown, strict=True)))
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -93,6 +93,16 @@ def test_training_refuses_a_folder_as_the_real_one(capsys, folder):
     assert sorted(path.name for path in run.iterdir()) == ["config.yaml", "metrics.jsonl", "notes.txt"]
 
 
+@pytest.mark.parametrize("out", ["/proc/nowhere", "waves.nc/runs"])
+def test_training_needs_a_folder_that_can_be_written(capsys, folder, out):
+    code, _, err = call(capsys, "train", "waves.yaml", "--out", out)
+    assert code == 2
+    assert f"{out}/waves cannot be written" in err
+    assert call(capsys, "train", "waves.yaml", "--out", "new/runs")[0] == 0
+    assert not (folder / "new").exists()
+    assert sorted(path.name for path in folder.iterdir()) == ["waves.nc", "waves.yaml"]
+
+
 def test_generated_data_are_not_generated(capsys, folder):
     change = "data={type: synthetic, name: burgers, cache: here}"
     code, out, err = call(capsys, "train", "waves.yaml", "--set", change)

@@ -24,7 +24,8 @@ def cut_time(ds: xr.Dataset, name: str, bounds: tuple) -> xr.Dataset:
     times = frames_of(ds)
     dim = ax.time_dim(ds)
     if dim is None:
-        raise DataError(f"{source} has no time dimension to split. Use split_by='trajectory' or one path per split.")
+        advice = unnamed(ds) or "Use split_by='trajectory' or one path per split."
+        raise DataError(f"{source} has no time dimension to split. {advice}")
     if any(isinstance(bound, str) for bound in bounds):
         chosen = _between(ds, dim, times, bounds, name, source)
     else:
@@ -50,8 +51,9 @@ def cut_trajectory(ds: xr.Dataset, name: str, bounds: tuple, seed: int | None) -
         chosen = np.sort(order[low:high])
     if "trajectory" not in ds.dims:
         if len(chosen) == 0:
+            timed = "Use split_by='time'." if ax.time_dim(ds) else "Without a time dimension, give one path per split."
             raise DataError(
-                f"{source} has one trajectory, so split {name!r} by trajectory is empty. Use split_by='time'."
+                f"{source} has one trajectory, so split {name!r} by trajectory is empty. {unnamed(ds) or timed}"
             )
         return ds
     if len(chosen) == 0:
@@ -61,6 +63,18 @@ def cut_trajectory(ds: xr.Dataset, name: str, bounds: tuple, seed: int | None) -
     )
     ds.encoding["source"] = source
     return ds
+
+
+def unnamed(ds: xr.Dataset) -> str:
+    """What to do about the dimensions of an HDF5 file that says no names of them; empty where all have names."""
+    dims = sorted(str(dim) for dim in ds.dims if str(dim).startswith("phony_dim_"))
+    if not dims:
+        return ""
+    found = ", ".join(f"{dim} ({ds.sizes[dim]} long)" for dim in dims)
+    return (
+        f"Its dimensions have no names in the file: {found}. Name them by data.rename, such as "
+        f"rename={{'{dims[0]}': 'time'}}; trajectory, time, x, y and z are known."
+    )
 
 
 def _check_not_years(bounds: tuple, times: ck.Clock, name: str) -> None:

@@ -83,9 +83,17 @@ def _axis(ds: xr.Dataset, dim: str) -> dict:
         "spacing": axis.spacing if axis.centers else None,
         "unit": axis.unit,
         "periodic": axis.periodic,
-        "descending": bool(values is not None and len(values) > 1 and values[-1] < values[0]),
+        "descending": values is not None and len(values) > 1 and _descends(values, ax.role(ds, dim)),
         "has_coordinate": values is not None,
     }
+
+
+def _descends(values: np.ndarray, role: str) -> bool:
+    """Whether most steps go down; longitudes that go east across their seam (350, 0) do not."""
+    steps = np.diff(values)
+    if role == "longitude":
+        steps = (steps + 180) % 360 - 180
+    return bool(steps.sum() < 0)
 
 
 def _time(ds: xr.Dataset) -> dict | None:

@@ -152,7 +152,8 @@ class FNOConfig:
 def per_axis(name: str, values: tuple, ndim: int) -> tuple:
     """One value for each of `ndim` axes; a single one serves all. Raises ConfigError for any other number of values."""
     if len(values) not in (1, ndim):
-        raise ConfigError(f"{name}={values} has {len(values)} numbers, but the grid has {ndim} axes: give 1 or {ndim}.")
+        count = "one axis: give one" if ndim == 1 else f"{ndim} axes: give one, or {ndim}"
+        raise ConfigError(f"{name}={values} has {len(values)} numbers, but the grid has {count}.")
     return tuple(values) * (ndim if len(values) == 1 else 1)
 
 

@@ -119,8 +119,9 @@ def headline(scores: Any) -> dict[str, Any]:
                     cell[metric] = {f"step {int(scores['step'][i])}": _short(values[i]) for i in leads}
             times, capped = (scores[f"correlation_time{end}"].sel(model=model, channel=channel)
                              for end in ("", "_capped"))  # fmt: skip
+            unit = times.attrs.get("units", "")
             cell["high-correlation time"] = {
-                f"> {float(t):g}": at_least(_short(times.sel(threshold=t)), bool(capped.sel(threshold=t)))
+                f"> {float(t):g}": at_least(_time(times.sel(threshold=t), unit), bool(capped.sel(threshold=t)))
                 for t in times["threshold"]
             }
     return result
@@ -129,6 +130,12 @@ def headline(scores: Any) -> dict[str, Any]:
 def at_least(value: Any, capped: bool) -> Any:
     """For a screen: a lower bound as ">= value", any other value as it is."""
     return f">= {value}" if capped else value
+
+
+def _time(value: Any, unit: str) -> float | str:
+    """A number, with its unit where it has both."""
+    short = _short(value)
+    return f"{short:g} {unit}" if unit and short == short else short
 
 
 def _short(value: Any) -> float:

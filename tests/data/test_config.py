@@ -1,6 +1,7 @@
 import dataclasses
 import json
 
+import h5py
 import jax
 import numpy as np
 import pytest
@@ -208,6 +209,19 @@ def test_regions_cross_the_seam_of_a_file(tmp_path):
     coarse = dataclasses.replace(config, coarsen=2).open()["train"]
     assert coarse.spec.grid.axes[0].centers == (-25.0, -5.0, 15.0)
     assert_array_equal(coarse.read(0, range(2)).frames[..., 0], values[:, [33, 35, 1]] / 2 + values[:, [34, 0, 2]] / 2)
+
+
+def test_dimensions_without_names_are_told_to_be_named(tmp_path):
+    """HDF5 of plain arrays was sent to split_by='time', which it has not."""
+    with h5py.File(tmp_path / "plain.h5", "w") as file:
+        file["u"] = np.random.default_rng(0).normal(size=(4, 20, 16))
+    config = DataConfig(path=str(tmp_path / "plain.h5"))
+    for split_by in ("auto", "time"):
+        with pytest.raises(DataError, match=r"no names in the file: phony_dim_0 \(4 long\), .*by data\.rename"):
+            dataclasses.replace(config, split_by=split_by).open()
+    names = {"phony_dim_0": "trajectory", "phony_dim_1": "time", "phony_dim_2": "x"}
+    splits = dataclasses.replace(config, rename=names, train=(0, 2), valid=(2, 3), test=(3, 4)).open()
+    assert splits["train"].lengths == (20, 20)
 
 
 @pytest.mark.parametrize(

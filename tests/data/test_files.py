@@ -346,3 +346,12 @@ def test_the_order_of_variables_in_a_store_is_no_accident(make, tmp_path):
     assert list(open_dataset(tmp_path / "listed.zarr").data_vars) == list(xr.open_zarr(tmp_path / "listed.zarr"))
     for _ in range(3):
         assert list(open_dataset(tmp_path / "bare.zarr").data_vars) == ["slp", "t2m"]
+
+
+def test_longitudes_that_cross_their_seam_eastward_do_not_descend(make, tmp_path):
+    ds = make.weather(lon=8)
+    eastward = [340.0, 345, 350, 355, 0, 5, 10, 15]
+    for values, descending in ((eastward, False), (eastward[::-1], True), (np.arange(8.0), False)):
+        facts = describe(ds.assign_coords(longitude=("longitude", values, ds.longitude.attrs)))
+        assert facts["axes"]["longitude"]["descending"] is descending
+    assert describe(ds.isel(latitude=slice(None, None, -1)))["axes"]["latitude"]["descending"] is True

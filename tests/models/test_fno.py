@@ -10,7 +10,7 @@ from flax import nnx
 from physml.errors import ConfigError
 from physml.fields import Axis, Grid, Signature
 from physml.models.classic_fno import ClassicFNOConfig
-from physml.models.fno import FNOConfig
+from physml.models.fno import FNOConfig, per_axis
 
 
 def signature(*shape, inputs=1):
@@ -87,7 +87,7 @@ def test_classic_blocks_that_overlap_let_the_negative_one_win():
     ("options", "message"),
     [
         ({"activation": "gelo"}, "Did you mean 'gelu'"),
-        ({"modes": (4, 4, 4)}, "has 3 numbers, but the grid has 2 axes"),
+        ({"modes": (4, 4, 4)}, "has 3 numbers, but the grid has 2 axes: give one, or 2."),
         ({"skip": "soft_gating"}, "Did you mean 'soft-gating'"),
         ({"norm": "layer"}, "norm is 'layer'.* Valid: group_norm, instance_norm, none"),
         ({"width": 0}, "positive width"),
@@ -109,3 +109,8 @@ def test_double_precision_inputs_are_computed_in_double_precision():
         model = FNOConfig(width=4, modes=(4,), depth=1).build(signature(8), nnx.Rngs(0))
         out = model(np.ones((1, 8, 1)), np.zeros((1, 0)))
         assert out.dtype == jnp.float64
+
+
+def test_the_number_of_modes_is_asked_for_in_words_that_fit():
+    with pytest.raises(ConfigError, match=r"modes=\(4, 4\) has 2 numbers, but the grid has one axis: give one\."):
+        per_axis("modes", (4, 4), 1)

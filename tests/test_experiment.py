@@ -8,7 +8,6 @@ import pytest
 from physml.errors import ConfigError
 from physml.experiment import Evaluation, Experiment, load_experiment, to_yaml
 from physml.objectives import Curriculum
-from physml.training import TrainingConfig
 
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
 FILES = sorted(path for path in EXPERIMENTS.glob("*.py") if "config = Experiment" in path.read_text())
@@ -33,9 +32,9 @@ def test_overrides_reach_nested_fields_and_are_checked():
 
 
 def test_what_python_writes_is_checked_like_what_yaml_holds():
-    """Python checks no types: a float for a count failed in the middle of a training or after it."""
+    """Python checks no types: a float for a count failed after the training."""
     for field, said in (
-        ({"training": TrainingConfig(steps=3e4)}, r"training\.steps is 30000\.0 \(float\).*integer"),
+        ({"evaluation": Evaluation(steps=3e4)}, r"evaluation\.steps is 30000\.0 \(float\).*integer"),
         ({"model": object()}, "not registered"),
     ):
         with pytest.raises(ConfigError, match=said):

@@ -48,8 +48,8 @@ def _read_plain(files: list[str], format: str | None, options: dict) -> xr.Datas
 
     if len(files) > 1:
         return joining.open_many(files, opener)
-    ds = netcdf.name_dimensions(opener(files[0]))
-    ds.encoding["pieces"] = (joining.piece_of(files[0], ds),)
+    ds = opener(files[0])
+    ds.encoding["pieces"] = (joining.piece_of(files[0], netcdf.name_dimensions(ds)),)
     return ds
 
 

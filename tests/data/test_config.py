@@ -211,6 +211,14 @@ def test_regions_cross_the_seam_of_a_file(tmp_path):
     assert_array_equal(coarse.read(0, range(2)).frames[..., 0], values[:, [33, 35, 1]] / 2 + values[:, [34, 0, 2]] / 2)
 
 
+def test_dimensions_are_renamed_by_the_names_that_the_file_has(make, tmp_path):
+    """Also those that would be understood without."""
+    make.waves().rename(trajectory="sample", time="t").to_netcdf(tmp_path / "waves.nc")
+    names = {"sample": "trajectory", "t": "time"}
+    config = DataConfig(path=str(tmp_path / "waves.nc"), variables=("u",), rename=names, valid=(), test=())
+    assert config.open()["train"].lengths == (7,) * 3
+
+
 def test_dimensions_without_names_are_told_to_be_named(tmp_path):
     """HDF5 of plain arrays was sent to split_by='time', which it has not."""
     with h5py.File(tmp_path / "plain.h5", "w") as file:

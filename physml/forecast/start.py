@@ -282,7 +282,7 @@ def _forcing(source: xr.Dataset, spec: Spec, times: ck.Clock, valid, batch: int,
     ):
         raise DataError(
             f"The model needs the forcing {names} at every valid time, {valid[0]} to {valid[-1]}, and initial ends "
-            "before them. Pass forcing=dataset that holds it over that range."
+            "before them. Pass forcing=dataset (--forcing FILE) that holds it over that range."
         )
     for base in {base_of(source, name) for name in names} - {None}:
         if MEMBER in source.variables[base].dims:

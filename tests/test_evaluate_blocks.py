@@ -256,7 +256,7 @@ def test_climatology_is_found_by_label(truth, prediction):
         evaluate(prediction, truth, climatology=climatology.sel(hour=[0, 12]), metrics=("acc",))
     with pytest.raises(SpecError, match="366 were expected"):
         evaluate(prediction, truth, climatology=climatology.isel(dayofyear=slice(365)), metrics=("acc",))
-    with pytest.raises(DataError, match="z_500"):
+    with pytest.raises(DataError, match="z has levels 850 hPa; 500 is missing"):
         evaluate(prediction, truth, climatology=climatology.sel(level=[850]), metrics=("acc",))
 
 

@@ -19,6 +19,17 @@ from physml.steppers import DirectConfig
 from physml.training import TrainingConfig
 
 
+@pytest.fixture
+def burgers(tmp_path):
+    """Trajectories of five frames, for one update."""
+    data = SyntheticConfig(
+        "burgers", points=16, steps=4, trajectories={"train": 2, "valid": 1, "test": 2}, options={"solver_points": 32},
+        cache=str(tmp_path / "cache"),
+    )  # fmt: skip
+    model, training = FNOConfig(modes=(2,), width=4, depth=1), TrainingConfig(steps=1, batch=4)
+    return Experiment(data=data, model=model, training=training)
+
+
 @pytest.mark.parametrize(
     ("evaluation", "seeds", "error"),
     [
@@ -32,29 +43,16 @@ from physml.training import TrainingConfig
         ({"members": 3}, (0, 1), (ConfigError, "ensemble of 2: use a multiple")),
     ],
 )
-def test_an_evaluation_that_cannot_work_is_refused_before_training(tmp_path, evaluation, seeds, error):
-    data = SyntheticConfig(
-        "burgers", points=16, steps=4, trajectories={"train": 2, "valid": 1, "test": 2}, options={"solver_points": 32},
-        cache=str(tmp_path / "cache"),
-    )  # fmt: skip
-    experiment = Experiment(
-        data=data, model=FNOConfig(modes=(2,), width=4, depth=1), training=TrainingConfig(steps=1, batch=4),
-        seeds=seeds, evaluation=Evaluation(**{"steps": 2, "floors": ("persistence",), **evaluation}),
-    )  # fmt: skip
+def test_an_evaluation_that_cannot_work_is_refused_before_training(tmp_path, burgers, evaluation, seeds, error):
+    evaluation = Evaluation(**{"steps": 2, "floors": ("persistence",), **evaluation})
+    experiment = dataclasses.replace(burgers, seeds=seeds, evaluation=evaluation)
     with pytest.raises(error[0], match=error[1]):
         api.train(experiment, folder=tmp_path / "runs")
     assert not (tmp_path / "runs").exists()
 
 
-def test_leads_without_truth_are_not_rolled_out(tmp_path, caplog):
-    data = SyntheticConfig(
-        "burgers", points=16, steps=4, trajectories={"train": 2, "valid": 1, "test": 2}, options={"solver_points": 32},
-        cache=str(tmp_path / "cache"),
-    )  # fmt: skip
-    experiment = Experiment(
-        data=data, model=FNOConfig(modes=(2,), width=4, depth=1), training=TrainingConfig(steps=1, batch=4),
-        evaluation=Evaluation(steps=500, floors=("extrapolation",)),
-    )  # fmt: skip
+def test_leads_without_truth_are_not_rolled_out(tmp_path, burgers, caplog):
+    experiment = dataclasses.replace(burgers, evaluation=Evaluation(steps=500, floors=("extrapolation",)))
     with caplog.at_level("WARNING", "physml"):
         run = api.train(experiment, folder=tmp_path / "runs")
     assert run.scores.sizes["lead"] == 3  # of 5 frames two are history of the floor

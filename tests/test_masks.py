@@ -17,7 +17,7 @@ from physml.models import FNOConfig
 from physml.normalize import Normalizer
 from physml.saving import folder as folders
 from physml.saving.weights import serialize
-from physml.steppers import DirectConfig, ResidualConfig
+from physml.steppers import DirectConfig, ResidualConfig, stack_members
 from physml.steppers.describe import build_stepper
 from physml.training import TrainingConfig
 
@@ -86,10 +86,14 @@ def test_gaps_are_known_by_channel(filled):
     assert np.isnan(physml.forecast(stepper, start, 2, masked=True).v[0, :, 9]).all()
 
 
-def test_older_files_with_one_flag_for_all_channels_load(filled, tmp_path, monkeypatch):
+@pytest.mark.parametrize("members", [0, 3])
+def test_older_files_with_one_flag_for_all_channels_load(filled, tmp_path, monkeypatch, members):
     stepper = stepper_of(filled, "fluid")
-    flag = stepper.normalizer.masked
-    flag[...] = flag[...][0]
+    if members:
+        stepper = stack_members([stepper] * members)
+    flag = (stepper.stacked if members else stepper).normalizer.masked
+    flag.set_value(flag[..., 0])
+    assert flag.shape == ((members,) if members else ())
     monkeypatch.setattr(folders, "serialize", lambda module: serialize(stepper))
     saving.save(stepper, tmp_path / "old")
     assert_array_equal(saving.load(tmp_path / "old").normalizer.masked[...], [1, 1])

@@ -90,11 +90,13 @@ def load(folder: str | Path, grid: Grid | tuple[int, ...] | None = None):
 
 
 def _masked_by_channel(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Older files have one `masked` for all channels of a normalizer."""
-    name, center = "normalizer.masked", arrays.get("normalizer.frames.center")
-    if center is not None and name in arrays and arrays[name].ndim < center.ndim:
-        arrays[name] = np.broadcast_to(arrays[name][..., None], center.shape)
-    return arrays
+    """Older files have one `masked` for all channels of a normalizer (of each member of an ensemble)."""
+    older = {}
+    for name in (name for name in arrays if name.endswith("normalizer.masked")):
+        center = arrays.get(name.removesuffix("masked") + "frames.center")
+        if center is not None and arrays[name].ndim < center.ndim:
+            older[name] = np.broadcast_to(arrays[name][..., None], center.shape)
+    return {**arrays, **older}
 
 
 def write_text(path: str | Path, text: str) -> None:

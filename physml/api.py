@@ -15,10 +15,10 @@ from physml import saving
 from physml.convert.named import load
 from physml.data import XarrayDataset, fit_normalizer
 from physml.data.sidecar import totals
-from physml.data.store import exclusive
 from physml.errors import ConfigError
 from physml.evaluate import RolloutScores, check_evaluation, evaluate_stepper, save_scores
 from physml.experiment import Evaluation, Experiment, load_experiment
+from physml.files import exclusive
 from physml.layers.lora import adapted, add_lora, parameters, trained_share
 from physml.metrics.table import file_of
 from physml.objectives.scoring import check_objective

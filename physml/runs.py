@@ -24,6 +24,7 @@ import physml
 from physml import saving
 from physml.errors import CheckpointError, ConfigError
 from physml.experiment import Experiment, load_experiment, to_dict, to_yaml
+from physml.files import write_text
 from physml.saving import LoadReport
 
 START = "start_from.json"  # what was loaded before training
@@ -123,12 +124,12 @@ def _begun(path: Path) -> bool:
 
 def describe(path: Path, experiment: Experiment, stepper: Any, loaded: LoadReport | None) -> None:
     """Writes what a run is of: its settings, its fields, its surroundings, and what it started from."""
-    saving.write_text(path / "config.yaml", to_yaml(experiment))
+    write_text(path / "config.yaml", to_yaml(experiment))
     (path / START).unlink(missing_ok=True)
     if loaded is not None:
-        saving.write_text(path / START, json.dumps(loaded.to_dict(), indent=1))
-    saving.write_text(path / "spec.json", json.dumps(stepper.spec.to_dict()))
-    saving.write_text(path / "environment.json", json.dumps({"version": physml.__version__, **environment()}, indent=1))
+        write_text(path / START, json.dumps(loaded.to_dict(), indent=1))
+    write_text(path / "spec.json", json.dumps(stepper.spec.to_dict()))
+    write_text(path / "environment.json", json.dumps({"version": physml.__version__, **environment()}, indent=1))
 
 
 def environment() -> dict[str, Any]:

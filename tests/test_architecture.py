@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 ROWS = (  # lowest first; names on one row never import each other
     ("errors", "fields", "interrupt", "progress"),
-    ("contracts", "coding"),
+    ("contracts", "coding", "files"),
     ("parallel",),
     ("layers", "solvers", "normalize"),
     ("models", "constraints", "metrics", "data"),

@@ -14,8 +14,8 @@ import pytest
 import xarray as xr
 
 from physml import cli, open_dataset
-from physml.data.store import exclusive
 from physml.evaluate import predictability
+from physml.files import exclusive
 from physml.models import MODELS
 from physml.report.page import number
 from physml.verbs.common import headline

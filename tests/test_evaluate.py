@@ -691,7 +691,7 @@ def test_scores_of_other_splits_have_files_of_their_own(dataset, tmp_path):
     assert load_scores(tmp_path / "scores-train.nc").attrs["split"] == "train"
     names = ["metrics-train.csv", "metrics.csv", "scores-train.json", "scores-train.nc", "scores.json", "scores.nc"]
     assert sorted(path.name for path in tmp_path.iterdir()) == names
-    with pytest.raises(ConfigError, match="cannot be written"):
+    with pytest.raises(DataError, match="cannot be written"):
         save_scores(scores, tmp_path / "scores.nc")
 
 

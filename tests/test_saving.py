@@ -19,7 +19,7 @@ from physml.fields import Axis, Grid, Signature, stack
 from physml.models import MODELS
 from physml.normalize import Normalizer
 from physml.rollout import rollout
-from physml.saving import build_stepper, load, save, save_model, write_text
+from physml.saving import build_stepper, load, save, save_model
 from physml.steppers import FLOORS, DirectConfig, ResidualConfig
 
 
@@ -282,10 +282,3 @@ def test_parts_that_could_not_be_read_back_are_refused(tiny, spec, tmp_path):
         build_stepper(FLOORS["persistence"](), PlainConfig(), spec, None)
     with pytest.raises(ConfigError, match="needs a model"):
         build_stepper(ResidualConfig(), None, spec, None)
-
-
-def test_text_is_written_whole(tmp_path):
-    write_text(tmp_path / "a.txt", "one")
-    write_text(tmp_path / "a.txt", "two")
-    assert (tmp_path / "a.txt").read_text() == "two"
-    assert os.listdir(tmp_path) == ["a.txt"]

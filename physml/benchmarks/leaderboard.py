@@ -14,7 +14,8 @@ from matplotlib.ticker import MaxNLocator
 from physml import __version__
 from physml.benchmarks.protocol import Score, Suite
 from physml.errors import DataError
-from physml.metrics.table import load_scores, replace_file, write_netcdf
+from physml.files import write_text
+from physml.metrics.table import load_scores, write_netcdf
 from physml.report import drawing
 from physml.report.curves import LABELS
 from physml.report.fields import field_panels
@@ -105,9 +106,9 @@ def write_leaderboard(out: Path, suite: Suite, name: str) -> None:
         "leaderboard.html", title=f"{suite.title}: leaderboard", protocol=suite.protocol, data=_data_of(out, suite),
         sections=[_section(task, entries, suite) for task, entries in tasks.items()],
     )  # fmt: skip
-    replace_file(out / "leaderboard.csv", lambda path: path.write_text(to_text(rows)))
+    write_text(out / "leaderboard.csv", to_text(rows))
     write_netcdf(dataset_of(tasks, suite, name), out / "leaderboard.nc")
-    replace_file(out / "leaderboard.html", lambda path: path.write_text(page, encoding="utf-8"))
+    write_text(out / "leaderboard.html", page)
 
 
 def _data_of(out: Path, suite: Suite) -> str:

@@ -32,7 +32,8 @@ from physml.evaluate import evaluate_stepper
 from physml.evaluate.rollouts import sample_dataset
 from physml.experiment import Evaluation, Experiment
 from physml.fields import stack
-from physml.metrics.table import replace_file, write_netcdf
+from physml.files import write_text
+from physml.metrics.table import write_netcdf
 from physml.parallel.mesh import Layout
 from physml.progress import Progress, Silent
 from physml.rollout import rollout
@@ -253,9 +254,8 @@ class _Plan:
         return self.updates[key]
 
     def write(self) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         text = {"settings": self.settings, "seconds": self.seconds, "updates": self.updates}
-        replace_file(self.path, lambda file: file.write_text(json.dumps(text, indent=1)))
+        write_text(self.path, json.dumps(text, indent=1))
 
 
 # --- one entry --------------------------------------------------------------------------------------------------------
@@ -376,8 +376,7 @@ def _compiled(stepper: Any, steps: int) -> Any:
 
 
 def _finish(folder: Path, entry: dict[str, Any]) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    replace_file(folder / DONE, lambda path: path.write_text(json.dumps(entry, indent=1)))
+    write_text(folder / DONE, json.dumps(entry, indent=1))
 
 
 def _cost(stepper: Any, dataset: Any, batch: int = 16, calls: int = 5) -> dict[str, Any]:

@@ -14,10 +14,10 @@ import numpy as np
 import xarray as xr
 
 from physml import coding
-from physml.data import store
 from physml.data.cfdbench import GEOMETRY, PARAMETERS, SUBSETS
 from physml.data.generate import FORMAT_VERSION, generate
 from physml.errors import ConfigError, DataError, suggest
+from physml.files import exclusive, replace
 from physml.progress import Progress
 from physml.solvers import SOLVERS, make_solver
 
@@ -80,7 +80,7 @@ def generate_cases(
                 "steps": solver.usual_steps if steps is None else steps, "format_version": FORMAT_VERSION,
             }  # fmt: skip
             folder = root / problem / subset
-            with store.exclusive(folder):
+            with exclusive(folder):
                 if _is_there(folder, json.loads(json.dumps(settings)), overwrite):
                     continue
                 file = folder.with_name(f"{subset}.nc")
@@ -111,7 +111,7 @@ def write_cases(ds: xr.Dataset, root: str | os.PathLike, problem: str, subset: s
         if value not in valid:
             raise ConfigError(f"CFDBench has no {name} {value!r}." + suggest(str(value), valid))
     folder = Path(root) / problem / subset
-    with store.exclusive(folder):
+    with exclusive(folder):
         if folder.exists():
             raise DataError(f"{folder} exists already. Choose another root, or remove it first.")
         _write(ds, folder, problem, None)
@@ -161,7 +161,7 @@ def _write(ds: xr.Dataset, folder: Path, problem: str, settings: dict[str, Any] 
         (case / "case.json").write_text(json.dumps(described, indent=1) + "\n")
     if settings is not None:
         (partial / RECIPE).write_text(json.dumps(settings, indent=1, sort_keys=True) + "\n")
-    store.replace(partial, folder)
+    replace(partial, folder)
 
 
 def _needed(problem: str) -> tuple[str, ...]:

@@ -3,8 +3,6 @@
 import contextlib
 import json
 import os
-import shutil
-import tempfile
 import warnings
 from pathlib import Path
 from typing import Any, Literal
@@ -13,8 +11,8 @@ import numpy as np
 import xarray as xr
 
 from physml.data import write_pdearena, write_well
-from physml.data.store import replace
 from physml.errors import ConfigError, DataError, suggest
+from physml.files import whole
 
 SUFFIXES = {".nc": "netcdf", ".nc4": "netcdf", ".zarr": "zarr"}
 LAYOUTS = ("netcdf", "pdearena", "the_well", "zarr")
@@ -49,13 +47,7 @@ def save_dataset(
     out = Path(out)
     to = check_output(out, to, overwrite)
     ds = _portable(ds) if to in SUFFIXES.values() else ds
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        folder = tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent)
-    except OSError as error:
-        raise DataError(f"{out} cannot be written: {error}. Choose a folder that you may write to.") from error
-    temporary = Path(folder) / out.name
-    try:
+    with whole(out) as temporary:
         if to == "netcdf":
             ds.to_netcdf(temporary, engine="netcdf4", format="NETCDF4", encoding=_packing(ds))
         elif to == "zarr":
@@ -64,9 +56,6 @@ def save_dataset(
             write_well.write(ds, temporary)
         else:
             write_pdearena.write(ds, temporary, _write_portable_zarr)
-        replace(temporary, out)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
     return out
 
 

@@ -13,8 +13,8 @@ from urllib.parse import unquote, urlsplit
 
 from physml.data import cards
 from physml.data.remote import describe_failure, file_system, identity, is_url
-from physml.data.store import exclusive
 from physml.errors import ConfigError, DataError, DependencyError
+from physml.files import exclusive, write_text
 from physml.progress import Progress, Silent
 
 CHECKSUMS = "SHA256SUMS"  # in the format of the program sha256sum
@@ -311,7 +311,5 @@ def _known_checksums(folder: Path) -> dict[str, str]:
 
 
 def _write_checksums(folder: Path, known: dict[str, str]) -> None:
-    temporary = folder / f".{CHECKSUMS}"
     rows = "".join(f"{digest}  {name}\n" for name, digest in sorted(known.items()))
-    temporary.write_text(rows, encoding="utf-8")
-    os.replace(temporary, folder / CHECKSUMS)
+    write_text(folder / CHECKSUMS, rows)

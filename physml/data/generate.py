@@ -23,6 +23,7 @@ from physml import coding
 from physml.data import store
 from physml.errors import ConfigError, DataError, DivergedError, suggest
 from physml.fields import Axis
+from physml.files import exclusive, replace, whole, write_text
 from physml.progress import Progress, Silent
 from physml.solvers import SOLVERS, name_of
 from physml.solvers.ensemble import SPLITS, Ensemble, Trajectories, precision, usual_batch, usual_workers, warmup_steps
@@ -128,7 +129,7 @@ def generate(
     recipe = Recipe(solver, trajectories, solver.usual_steps if steps is None else steps, seed, split)
     out = Path(out)
     writer = store.writer_of(out, format)
-    with store.exclusive(out):
+    with exclusive(out):
         if out.exists() and not overwrite:
             raise DataError(
                 f"{out} exists already. Choose another name, or pass overwrite (--overwrite) to replace it."
@@ -140,7 +141,7 @@ def generate(
 def ensure(recipe: Recipe, out: Path, progress: Progress | None = None) -> Path:
     """Generates `out` unless it is there. Safe when several processes ask at once: one works, the others wait."""
     if not out.exists():
-        with store.exclusive(out):
+        with exclusive(out):
             if not out.exists():
                 _produce(recipe, out, store.writer_of(out), None, None, True, progress or Silent())
     return out
@@ -167,7 +168,7 @@ def _produce(
         raise
     finished = partial / f"finished{out.suffix}"
     writer(finished, _labels(recipe), _slices(recipe, paths, shape))
-    store.replace(finished, out)
+    replace(finished, out)
     shutil.rmtree(partial)
 
 
@@ -197,8 +198,7 @@ def _open_partial(partial: Path, settings: dict[str, Any], discard: bool) -> Non
                 "command to finish it, or pass overwrite (--overwrite) to drop it."
             )
         shutil.rmtree(partial)
-    partial.mkdir(parents=True)
-    store.write_atomically(note, lambda path: path.write_text(json.dumps(settings, indent=1)))
+    write_text(note, json.dumps(settings, indent=1))
 
 
 def _difference(found: Any, wanted: Any, path: str = "") -> str:
@@ -235,7 +235,8 @@ def _solve_missing(
         first = number * batch
         with precision(solver):  # settings of jax belong to a thread
             solved = ensemble.run(first, recipe.trajectories - first, lambda steps: report(number, steps))
-        store.write_atomically(paths[number], lambda path: _save_chunk(path, solved))
+        with whole(paths[number]) as path:
+            _save_chunk(path, solved)
         report(number, each // batch)
 
     progress.update(sum(done.values()), each * len(paths))

@@ -10,7 +10,6 @@ import hashlib
 import json
 import os
 import shutil
-import tempfile
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +18,7 @@ from typing import Any
 from fsspec.caching import BlockCache, register_cache
 
 from physml.errors import ConfigError, DataError, first_line
+from physml.files import whole
 
 REMOTE = ("http", "https", "s3", "s3a", "gs", "gcs", "hf", "abfs", "abfss", "az")
 BLOCK = 2**21  # bytes asked for at once
@@ -163,16 +163,10 @@ def keep(file: Path, content: bytes, limit: int) -> None:
     """
     if len(content) > limit:
         return
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, DataError):
         _BOUND.make_room(file.parents[2], len(content), limit)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=file.parent)
-        try:
-            with os.fdopen(handle, "wb") as stream:
-                stream.write(content)
-            os.replace(temporary, file)
-        finally:
-            Path(temporary).unlink(missing_ok=True)
+        with whole(file) as partial:
+            partial.write_bytes(content)
 
 
 class _Bound:
@@ -194,10 +188,10 @@ class _Bound:
 def _shrink(root: Path, limit: int) -> int:
     """Bytes below a folder after the least recently used files went, down to nine tenths, if there were too many."""
     files = []
-    for path in root.rglob("*"):
-        with contextlib.suppress(OSError):
-            stat = path.stat()
-            if path.is_file():
+    for folder, _, names in os.walk(root):  # which passes over what other writers take away meanwhile
+        for path in (Path(folder, name) for name in names):
+            with contextlib.suppress(OSError):
+                stat = path.stat()
                 files.append((stat.st_mtime_ns, stat.st_size, path))
     total = sum(size for _, size, _ in files)
     if total <= limit:

@@ -12,9 +12,9 @@ import numpy as np
 
 from physml.contracts import Dataset
 from physml.data.remote import file_system, is_url
-from physml.data.store import write_atomically
 from physml.data.synthetic import cache_folder
-from physml.errors import PhysmlError
+from physml.errors import DataError, PhysmlError
+from physml.files import write_text
 from physml.normalize import Totals
 
 FORMAT = 2  # 1 counted first frames of above 8 MiB twice
@@ -73,10 +73,9 @@ def _save(places: list[Path], identity: dict, result: Totals) -> None:
     text = json.dumps({"identity": identity, "totals": numbers, "checksum": _digest(numbers)})
     for place in places:
         try:
-            place.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(place, lambda path: path.write_text(text, encoding="utf-8"))
+            write_text(place, text)
             return
-        except OSError:
+        except (OSError, DataError):
             continue  # a folder that cannot be written
 
 

@@ -1,18 +1,15 @@
 """Files of generated trajectories, written chunk by chunk in a fixed order, so that equal numbers give equal bytes."""
 
-import contextlib
-import errno
-import os
 import shutil
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from physml.errors import ConfigError, DataError, suggest
+from physml.errors import ConfigError, suggest
 
 CHUNK_BYTES = 2**18  # a few frames are read at a time: small chunks, whole frames
 COMPRESSION = 4
@@ -113,70 +110,3 @@ def write_zarr(path: Path, labels: Labels, slices: Slices) -> None:
 
 def _builtin(value: Any) -> Any:
     return value.item() if isinstance(value, np.generic) else value
-
-
-def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
-    """Calls `write` with a temporary name beside `path`, then moves the file into place."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        write(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def replace(finished: Path, out: Path) -> None:
-    """Moves a finished file or folder to `out`. A folder there is set aside, put back on failure, and removed last."""
-    if not out.is_dir() or out.is_symlink():
-        os.replace(finished, out)
-        return
-    old = out.with_name(f".{out.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    os.replace(out, old)
-    try:
-        os.replace(finished, out)
-    except BaseException:
-        os.replace(old, out)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
-
-
-@contextlib.contextmanager
-def exclusive(out: Path, *, wait: bool = True) -> Iterator[None]:
-    """Lets one process at a time work on `out`; the others wait. The lock ends with the process, however it ends.
-
-    Raises DataError when the folder of `out` cannot be written, and without `wait` when another process has the lock.
-    """
-    try:
-        import fcntl
-    except ImportError:  # no such locks on this system: files still appear whole, two processes only do the work twice
-        yield
-        return
-    lock = out.with_name(f".{out.name}.lock")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        while True:
-            file = lock.open("a")
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-            except BlockingIOError as error:
-                file.close()
-                raise DataError(
-                    f"Another process is writing {out}. Wait until it has ended, or choose another name."
-                ) from error
-            except OSError as error:
-                if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
-                    raise
-                break  # a file system without locks
-            # Whoever had it before may have removed the file: only a lock on the file that others will open counts.
-            with contextlib.suppress(FileNotFoundError):
-                if os.fstat(file.fileno()).st_ino == lock.stat().st_ino:
-                    break
-            file.close()
-    except OSError as error:
-        raise DataError(f"{out} cannot be written: {error}. Choose a folder that you may write to.") from error
-    try:
-        yield
-    finally:
-        lock.unlink(missing_ok=True)
-        file.close()

@@ -7,7 +7,6 @@ replaced in one piece after the output up to its step is written, so that it nev
 import dataclasses
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ import xarray as xr
 
 from physml.errors import CheckpointError
 from physml.fields import Window
+from physml.files import whole
 from physml.forecast.stores import ANEW, reopen
 from physml.rollout import Divergence, Watchdog, named
 from physml.saving.weights import read_weights, to_bytes
@@ -109,9 +109,8 @@ def save(folder: Path, owner: dict[str, str], step: int, state, names: list[str]
         "events": [dataclasses.asdict(event) for event in watch.events.values()],
     }  # fmt: skip
     content = to_bytes(named(state), {HEADER: json.dumps(about)})
-    partial = folder / f"{STATE}.new"
-    partial.write_bytes(content)
-    os.replace(partial, folder / STATE)
+    with whole(folder / STATE) as partial:
+        partial.write_bytes(content)
 
 
 def load(folder: Path, owner: dict[str, str]) -> Saved | None:

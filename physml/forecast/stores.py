@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import xarray as xr
 
-from physml.data.store import exclusive, replace
 from physml.errors import CheckpointError, ConfigError
+from physml.files import exclusive, replace
 
 LEAD = "lead"
 ANEW = "Start anew with resume='never' and overwrite=True (--resume never --overwrite)"

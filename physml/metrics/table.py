@@ -7,16 +7,14 @@ import csv
 import io
 import json
 import math
-import os
-import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import xarray as xr
 
-from physml.errors import ConfigError, DataError
+from physml.errors import DataError
+from physml.files import whole, write_text
 
 FORMAT = 1  # of scores.nc
 
@@ -33,8 +31,8 @@ def save_scores(scores: xr.Dataset, folder: str | Path) -> None:
     folder, split = Path(folder), scores.attrs.get("split", "test")
     plain, rows = json.dumps(to_plain(scores), indent=1), to_csv(scores)
     write_netcdf(scores, folder / file_of("scores.nc", split))
-    replace_file(folder / file_of("scores.json", split), lambda path: path.write_text(plain))
-    replace_file(folder / file_of("metrics.csv", split), lambda path: path.write_text(rows))
+    write_text(folder / file_of("scores.json", split), plain)
+    write_text(folder / file_of("metrics.csv", split), rows)
 
 
 def load_scores(path: str | Path) -> xr.Dataset:
@@ -67,28 +65,8 @@ def write_netcdf(ds: xr.Dataset, path: str | Path) -> None:
     """A compressed netCDF file that appears whole or not at all."""
     packed = {"zlib": True, "complevel": 4}
     encoding = {name: packed for name, v in ds.data_vars.items() if v.dtype.kind == "f" and v.ndim}
-    replace_file(Path(path), lambda temporary: ds.to_netcdf(temporary, engine="netcdf4", encoding=encoding))
-
-
-def replace_file(path: Path, write: Callable[[Path], Any]) -> None:
-    """Lets `write` fill a temporary file beside `path`, then puts it in place in one step.
-
-    Raises ConfigError where the folder cannot be made or written to.
-    """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{path.stem}-", suffix=path.suffix, dir=path.parent)
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be written ({error}). Choose another folder.") from error
-    os.close(handle)
-    try:
-        write(Path(name))
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(name, 0o666 & ~umask)  # mkstemp makes files that only their owner may read
-        os.replace(name, path)
-    finally:
-        Path(name).unlink(missing_ok=True)
+    with whole(path) as partial:
+        ds.to_netcdf(partial, engine="netcdf4", encoding=encoding)
 
 
 def seconds_or_numbers(times: np.ndarray) -> list[float]:

@@ -5,7 +5,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from physml.metrics.table import file_of, replace_file
+from physml.files import write_text
+from physml.metrics.table import file_of
 from physml.report import drawing
 from physml.report.animation import animation
 from physml.report.curves import (
@@ -73,9 +74,9 @@ def report(runs: Any, path: str | Path = "report.html", *, title: str | None = N
         files=f"{text.name} and {plain.name}",
     )
     rows = rows_of(lines)
-    replace_file(path, lambda file: file.write_text(page, encoding="utf-8"))
-    replace_file(plain, lambda file: file.write_text(json.dumps(rows, indent=1)))
-    replace_file(text, lambda file: file.write_text(to_text(rows)))
+    write_text(path, page)
+    write_text(plain, json.dumps(rows, indent=1))
+    write_text(text, to_text(rows))
     return path
 
 

@@ -21,7 +21,7 @@ from flax import nnx
 
 from physml.errors import CheckpointError, ConfigError, first_line
 from physml.fields import Context, Gaussian, Spec, Window, is_key
-from physml.saving.folder import whole_folder
+from physml.files import whole
 from physml.steppers.describe import provenance
 
 PROGRAM, SIGNATURE, CARD, FORMAT = "step.stablehlo", "signature.json", "README.md", 1
@@ -90,7 +90,8 @@ def export(
     about = _signature(stepper, steps, batch, platforms, shapes, exported, content)
     if steps == 1 and not about["continues"]:
         warnings.warn(f"{type(stepper).__name__}: {STARTS_ANEW}", stacklevel=2)
-    with whole_folder(folder) as partial:
+    with whole(folder) as partial:
+        partial.mkdir()
         (partial / PROGRAM).write_bytes(content)
         (partial / SIGNATURE).write_text(json.dumps(about, indent=1), encoding="utf-8")
         (partial / CARD).write_text(_card(folder.name, about), encoding="utf-8")

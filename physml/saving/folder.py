@@ -3,13 +3,9 @@
 config.json holds a format number, the registry names and fields of every config, and the checksum of the weights.
 """
 
-import contextlib
 import hashlib
 import json
-import os
-import shutil
-import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +14,9 @@ from flax import nnx
 
 from physml.coding import from_dict, to_dict
 from physml.constraints import CONSTRAINTS
-from physml.data.store import replace
 from physml.errors import CheckpointError, ConfigError, PhysmlError, SpecError
 from physml.fields import Axis, Grid, Signature, Spec
+from physml.files import whole
 from physml.layers.lora import describe_lora, restore_lora
 from physml.models import MODELS
 from physml.normalize import Normalizer
@@ -99,41 +95,6 @@ def _masked_by_channel(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     return {**arrays, **older}
 
 
-def write_text(path: str | Path, text: str) -> None:
-    """Writes a text file that appears complete or not at all."""
-    path = Path(path)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".partial")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.chmod(name, 0o666 & ~_umask())
-        os.replace(name, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(name)
-        raise
-
-
-@contextlib.contextmanager
-def whole_folder(folder: Path) -> Iterator[Path]:
-    """A folder to write into that becomes `folder`, in the place of an old one, when all is written."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}.", suffix=".partial"))
-    try:
-        yield partial
-        partial.chmod(0o777 & ~_umask())
-        replace(partial, folder)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
 # Writing
 
 
@@ -158,7 +119,8 @@ def _write(folder, module, parts: dict, spec: Spec | None, extra, overwrite: boo
         raise ConfigError(
             f"`extra` holds something that JSON cannot: {error}. Use numbers, text, lists, tables."
         ) from error
-    with whole_folder(folder) as partial:
+    with whole(folder) as partial:
+        partial.mkdir()
         (partial / WEIGHTS).write_bytes(weights)
         (partial / CONFIG).write_text(text, encoding="utf-8")
         if spec is not None:

@@ -6,6 +6,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from physml.files import write_text
+
 
 class Journal:
     """Records of a run, in memory and in FOLDER/metrics.jsonl.
@@ -19,10 +21,7 @@ class Journal:
         self.records = _read(self.path, step)
         self.tracker, self._file = (tracker, None) if write else (None, None)
         if write:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            partial = self.path.with_suffix(".jsonl.partial")
-            partial.write_text("".join(json.dumps(record) + "\n" for record in self.records))
-            os.replace(partial, self.path)
+            write_text(self.path, "".join(json.dumps(record) + "\n" for record in self.records))
             self._file = self.path.open("a")
 
     def add(self, kind: str, step: int, values: dict[str, float]) -> None:

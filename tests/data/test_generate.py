@@ -14,8 +14,8 @@ import xarray as xr
 from physml.data import generate as generating
 from physml.data.generate import Recipe, generate, resolve
 from physml.data.labelled import spec_of
-from physml.data.store import exclusive
 from physml.errors import ConfigError, DataError, DivergedError
+from physml.files import exclusive
 from physml.solvers import Kolmogorov, KuramotoSivashinsky
 
 KS = KuramotoSivashinsky(points=32, solver_points=32, length=16.0, warmup=1.0, substeps=4, initial_modes=4)

@@ -500,12 +500,12 @@ def test_a_folder_that_cannot_be_written_uses_the_cache(tmp_path, monkeypatch):
     data, _ = stored(tmp_path / "data", kind="netcdf")
     monkeypatch.setenv("PHYSML_CACHE", str(tmp_path / "cache"))
 
-    def refuse(path, write, inner=sidecar.write_atomically):
+    def refuse(path, text, inner=sidecar.write_text):
         if path.parent == tmp_path / "data":
             raise PermissionError(path)
-        inner(path, write)
+        inner(path, text)
 
-    monkeypatch.setattr("physml.data.sidecar.write_atomically", refuse)
+    monkeypatch.setattr("physml.data.sidecar.write_text", refuse)
     expected = numbers(data, store=True)
     assert not sidecars(tmp_path / "data")
     assert len(sidecars(tmp_path / "cache" / "statistics")) == 1

@@ -6,11 +6,11 @@ from typing import Any, Literal
 
 import tyro
 
-from physml.verbs.train import Training
+from physml.verbs.train import TrainingVerb
 
 
 @dataclass(frozen=True, kw_only=True)
-class Finetune(Training):
+class Finetune(TrainingVerb):
     """Train from the weights of a run, a saved model or a published one, and say which of them found their place.
 
     Example: physml finetune runs/demo experiments/other.py --name tuned --set lora.rank=8

@@ -11,7 +11,7 @@ from physml.verbs.common import Assignments, Common, headline, progress_of
 
 
 @dataclass(frozen=True, kw_only=True)
-class Training(Common):
+class TrainingVerb(Common):
     """Options of every training."""
 
     set: Assignments = ()
@@ -113,7 +113,7 @@ def _shaped(experiment: Any, train_split: Any) -> Any:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Train(Training):
+class Train(TrainingVerb):
     """Train a surrogate, score it on the test split beside its floors, and write a report.
 
     Example: physml train experiments/demo.py --set model.width=24 --name narrow

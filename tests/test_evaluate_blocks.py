@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import xarray as xr
-from numpy.testing import assert_allclose
+from numpy.testing import assert_allclose, assert_array_equal
 
 from physml.data import open_dataset
 from physml.data.axes import area_weights
@@ -102,6 +102,15 @@ def test_scores_do_not_depend_on_the_chunks(truth, prediction, metrics, monkeypa
             loose = name == "spectrum"
             assert_allclose(found[name], whole[name], rtol=1e-5 if loose else 1e-6, atol=1e-6, err_msg=name)
     assert set(map(str, whole["metric"].values)) >= set(ADDITIVE)
+
+
+def test_a_climatology_without_labels_begins_on_the_first_of_january(truth, prediction):
+    climatology = climatology_of(truth)
+    plain = climatology.drop_vars(["hour", "dayofyear"])
+    found, expected = (
+        evaluate(prediction, truth, climatology=c, metrics=("acc",), draws=1) for c in (plain, climatology)
+    )
+    assert_array_equal(found["score"], expected["score"])
 
 
 def test_blocks_follow_chunks_and_cover_everything_once(truth, prediction, monkeypatch):

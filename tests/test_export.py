@@ -236,6 +236,38 @@ class Part(nnx.Module):
         return state
 
 
+class Drawing(Part):
+    """Draws in `encode` too, and drops numbers when it is trained."""
+
+    def __init__(self, spec, history=1):
+        super().__init__(spec, None)
+        self.history, self.dropout = history, nnx.Dropout(0.5, rngs=nnx.Rngs(0))
+
+    def encode(self, frames, context):
+        shape = (context.time.shape[0], *self.spec.grid.shape, 2)
+        return jax.random.normal(context.key, shape) + (frames[:, -1] if self.history else 0)
+
+    def advance(self, state, context):
+        return self.dropout(state) + jax.random.normal(context.key, state.shape)
+
+
+def test_programs_draw_in_every_step_and_drop_nothing(tmp_path, spec, window):
+    stepper, key = Drawing(spec), jax.random.key(3)
+    stepper.train()
+    program = load_exported(export(stepper, tmp_path / "e", steps=2, platforms=("cpu",)))
+    assert not stepper.dropout.deterministic  # that of the caller is left as it was
+    found = program(frames=window.frames[:, :1], key=key)
+    stepper.eval()
+    assert_allclose(found, reference(stepper, window, 2, key), rtol=1e-6)
+
+
+def test_a_program_that_reads_nothing_is_told_the_batch(tmp_path, spec):
+    program = load_exported(export(Drawing(spec, history=0), tmp_path / "e", platforms=("cpu",)))
+    first, key = [entry["name"] for entry in program.signature["inputs"]]
+    assert key == "key"
+    assert program(**{first: np.zeros(3), key: jax.random.key(0)}).shape == (3, 1, *spec.grid.shape, 2)
+
+
 def test_what_cannot_be_exported_says_why(tiny, tmp_path, spec, window):
     def by_halves(state):  # code that counts the batch
         half = max(len(range(state.shape[0])) // 2, 1)

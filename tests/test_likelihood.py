@@ -106,6 +106,12 @@ def test_beta_weighs_by_the_variance_but_not_in_validation():
     assert_allclose(slope(Likelihood(beta=1.0)), slope(Squares()) / 2, rtol=1e-4)
 
 
+def test_frames_beyond_the_rollout_do_not_count():
+    stepper, long = gaussian(shift=(0.3, -0.2)), walk(frames=6)
+    short = dataclasses.replace(long, frames=long.frames[:, :3])
+    assert_allclose(Likelihood(2)(stepper, long, KEY)[0], Likelihood(2)(stepper, short, KEY)[0], rtol=1e-6)
+
+
 def test_area_and_mask_count():
     mask = np.ones((4, 16, 2), np.float32)
     mask[:, 5:] = 0

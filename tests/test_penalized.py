@@ -236,6 +236,16 @@ def test_penalties_add_up_and_nest_with_noise():
     assert Penalized(NoisyInputs(Unrolled(2)), penalties).validation == Unrolled(2)
 
 
+def test_penalties_of_one_name_are_one_part():
+    penalty = ConstraintPenalty(Growth())
+    once, twice = (
+        call(Penalized(OneStep(), penalties), stepper(), window())[1]["part"]["constraint"]
+        for penalties in ((penalty,), (penalty, ConstraintPenalty(Growth(), weight=3.0)))
+    )
+    assert once > 0
+    assert_allclose(twice, 2 * once, rtol=1e-6)  # the parts are without their weights
+
+
 def test_grids_without_a_spectrum_are_refused():
     masked = Window.of(window().frames, SPEC, mask=np.ones((3, POINTS, 1), "f4"))
     with pytest.raises(SpecError, match="mask"):

@@ -11,6 +11,7 @@ from flax import nnx
 from numpy.testing import assert_allclose, assert_array_equal
 
 from physml.errors import ConfigError, DivergedError, SpecError
+from physml.fields import Grid
 from physml.models import FNOConfig
 from physml.normalize import Normalizer
 from physml.rollout import (
@@ -19,11 +20,13 @@ from physml.rollout import (
     direct_leads,
     ensemble,
     ensemble_devices,
+    named,
     perturbed,
     rollout,
     rollout_chunks,
     rollout_stride,
 )  # fmt: skip
+from physml.saving.weights import read_weights, to_bytes
 from physml.steppers import DirectConfig, IntervalConfig, ResidualConfig, stack_members
 from physml.steppers.floors import ClimatologyConfig, LinearInverseConfig
 from physml.steppers.intervals import Interval
@@ -48,7 +51,7 @@ class Shift(nnx.Module):
         if self.break_at is not None:
             sample, step, place, value = self.break_at
             now = jnp.isclose(context.time, step * self.spec.time_step)[sample]
-            state = jnp.where(now, state.at[(sample, *place)].set(value), state)
+            state = jnp.where(now, state.at[(sample, *place)].set(jnp.asarray(value)), state)
         return state
 
     def decode(self, state):
@@ -124,6 +127,16 @@ def test_remat_changes_neither_values_nor_gradients(tiny, spec, window, steps, r
     jax.tree.map(
         lambda a, b: assert_allclose(a, b, rtol=1e-5, atol=1e-5), other[1], plain[1]
     )  # float32 sums of 1728 terms
+
+
+@pytest.mark.parametrize("remat", ["step", "sqrt"])
+def test_recomputed_steps_have_their_own_clock_and_key(tiny, remat):
+    spec, window = conditioned(tiny)
+    clock, noisy = Clock(spec, 1), Shift(spec, noise=1.0)
+    for steps in (5, 11):  # not squares: "sqrt" has steps after its groups
+        assert_allclose(jitted(clock, window, steps, remat=remat), jitted(clock, window, steps), rtol=1e-6)
+        key = jax.random.key(1)
+        assert_allclose(jitted(noisy, window, steps, key, remat=remat), jitted(noisy, window, steps, key), rtol=1e-5)
 
 
 def test_sqrt_remat_needs_less_memory(tiny):
@@ -308,6 +321,36 @@ def test_the_training_range_widens_what_is_allowed(tiny, spec, window):
         watch(stepper, small, limit=-1)
 
 
+def test_what_tells_nothing_of_the_scale_bounds_nothing(spec, window):
+    stepper = Shift(spec, break_at=(0, 2, (0, 0, 0), 305.0))
+    nearly = dataclasses.replace(window, frames=np.float32(300) + window.frames * np.float32(1e-2))
+    assert not watch(stepper, nearly).events
+    small = dataclasses.replace(window, frames=window.frames * np.float32(1e-3))
+    stepper = Shift(spec, break_at=(0, 2, (0, 0, 0), 5.0))
+    stepper.normalizer = Normalizer.identity(spec)  # nothing was fitted
+    assert watch(stepper, small).events
+
+
+def test_a_start_far_from_the_training_data_may_go_on_as_it_is(spec, window):
+    stepper = Shift(spec, break_at=(0, 2, (0, 0, 0), 5.0))
+    stepper.normalizer = Normalizer(spec, [0.0, 0.0], [1e-3, 1e-3], [1.0, 1.0])
+    assert not watch(stepper, window).events
+
+
+def test_a_number_that_is_not_finite_is_named_before_a_large_one(spec, window):
+    stepper = Shift(spec, break_at=(1, 7, (3, 2), (1e6, np.nan)))
+    assert watch(stepper, window).events[1].channel == "v"
+    assert watch(Shift(spec, break_at=(1, 7, (3, 2), (1e6, 1.0))), window).events[1].channel == "u"
+
+
+def test_the_first_of_several_failures_is_raised(spec, window):
+    events = [
+        watch(Shift(spec, break_at=(i, step, (3, 2, 1), np.nan)), window).events[i] for i, step in ((0, 7), (1, 3))
+    ]
+    with pytest.raises(DivergedError, match="step 3"):
+        Watchdog.raise_first(None, events)
+
+
 def test_ensembles_are_their_members(spec, window):
     stepper, keys = Shift(spec, noise=0.1), jax.random.split(jax.random.key(0), 3)
     frames = ensemble(stepper, window, 4, keys)
@@ -331,6 +374,31 @@ def test_devices_share_the_members(tiny, spec, window, count):
     spread = ensemble_devices(stacked, window, 4)
     assert_allclose(spread, ensemble(stacked, window, 4), rtol=1e-6)
     assert_allclose(spread[-1], jitted(steppers[-1], window, 4), rtol=1e-6)
+
+
+class Counting(nnx.Module):
+    """Has a Python number in its state, and frames of half precision."""
+
+    def __init__(self, spec):
+        self.spec, self.history = spec, 1
+
+    def encode(self, frames, context):
+        return frames[:, -1].astype(jnp.bfloat16), 0.5
+
+    def advance(self, state, context):
+        frame, count = state
+        return frame + jnp.asarray(count, frame.dtype), count + 1.0
+
+    def decode(self, state):
+        return state[0].astype(jnp.float32)
+
+
+def test_python_numbers_in_a_state_survive_its_file(spec, window, tmp_path):
+    whole = list(rollout_chunks(Counting(spec), window, 8, 2))
+    (tmp_path / "state").write_bytes(to_bytes(named(whole[1].state)))
+    saved = read_weights(tmp_path / "state", None)
+    rest = list(rollout_chunks(Counting(spec), window, 8, 2, resume=(4, saved)))
+    assert_array_equal(together(rest), together(whole[2:]))
 
 
 def test_what_cannot_be_rolled_out_is_said(tiny, spec, window):
@@ -518,6 +586,13 @@ def test_perturbations_have_the_size_and_the_correlation_asked_for(tiny, spec, w
         next_one = (drawn[:, 0] * drawn[:, 1]).mean(0) / scale**2
         expected = np.exp(-((1 / size / length) ** 2) / 2) if kind == "smooth" else 0.0
         assert_allclose(next_one, expected, atol=0.05)
+        seam = (drawn[:, 0] * drawn[:, -1]).mean(0) / scale**2  # the last one is the next one of a periodic axis only
+        assert_allclose(seam, expected, atol=0.05)
+        if kind == "smooth":
+            walls = spec.on(Grid(tuple(dataclasses.replace(axis, periodic=False) for axis in spec.grid.axes)))
+            apart = perturbed(dataclasses.replace(still, spec=walls), jax.random.key(1), 3000, scale, length=length)
+            drawn = np.asarray(apart.frames[:, :, 0], np.float64).reshape(-1, *found.shape[3:])
+            assert np.abs((drawn[:, 0] * drawn[:, -1]).mean(0) / scale**2).max() < 0.05
         assert abs((drawn[..., 0] * drawn[..., 1]).mean()) < 0.05  # channels are independent
 
 

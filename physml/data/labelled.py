@@ -25,18 +25,18 @@ GROUPS = {"channels": "variables", "forcing": "forcing", "static": "static", "pa
 
 def spec_of(
     ds: xr.Dataset,
-    variables: Sequence[str] | None = None,
-    forcing: Sequence[str] = (),
-    static: Sequence[str] = (),
-    parameters: Sequence[str] = (),
+    variables: str | Sequence[str] | None = None,
+    forcing: str | Sequence[str] = (),
+    static: str | Sequence[str] = (),
+    parameters: str | Sequence[str] = (),
     *,
-    flatten: Sequence[str] = (),
-    space: Sequence[str] = (),
-    periodic: Sequence[str] | None = None,
+    flatten: str | Sequence[str] = (),
+    space: str | Sequence[str] = (),
+    periodic: str | Sequence[str] | None = None,
     time_step: float | None = None,
     mask: str | None = None,
 ) -> Spec:
-    """Names, units and grid of `ds`.
+    """Names, units and grid of `ds`. A single name needs no list.
 
     Args:
         ds: data with any order and direction of dimensions.
@@ -53,6 +53,10 @@ def spec_of(
     Raises DataError for a variable that is not there, SpecError for variables on different grids, ConfigError for a
     field that is named twice.
     """
+    groups = (variables, forcing, static, parameters, flatten, space, periodic)
+    variables, forcing, static, parameters, flatten, space, periodic = (
+        (group,) if isinstance(group, str) else group for group in groups
+    )
     source = source_of(ds)
     dims = {role: dim for dim in ds.dims for role in [ax.role(ds, dim)]}
     flat = {dims.get(name, name) for name in flatten}

@@ -16,11 +16,12 @@ from physml import coding
 from physml.data import DataConfig, Loader, Mixture, MixtureConfig, SyntheticConfig, XarrayDataset, spec_of, statistics
 from physml.data.sampling import Mixed, Shuffled
 from physml.errors import ConfigError, DataError, SpecError
-from physml.evaluate import evaluate_stepper
+from physml.evaluate import RolloutScores, RolloutValidation, evaluate_stepper
 from physml.experiment import DATA, Evaluation, Experiment
 from physml.models import MODELS
 from physml.normalize import Normalizer
 from physml.objectives import OneStep
+from physml.parallel.mesh import Layout
 from physml.steppers import DirectConfig, ResidualConfig
 from physml.training import TrainingConfig
 
@@ -144,6 +145,37 @@ def test_errors_of_masked_channels_do_not_count(mixture):
 
 
 @pytest.mark.parametrize("weights", [{"a": 1.0, "b": 3.0}, {"a": 0.9, "b": 0.1}, {}])
+class Still(nnx.Module):
+    """Every frame is the first."""
+
+    history = 1
+
+    def __init__(self, spec):
+        self.spec = spec
+
+    def encode(self, frames, context):
+        return frames[:, -1]
+
+    def advance(self, state, context):
+        return state
+
+    def decode(self, state):
+        return state
+
+
+def test_scores_of_rollouts_leave_out_channels_that_a_part_lacks(mixture):
+    config = RolloutValidation(steps=2, starts=1, trajectories=0, metrics=("rmse",), batch=4)
+    found = RolloutScores(config, Still(mixture.spec), mixture, Layout())(Still(mixture.spec))
+    for i, name in enumerate(mixture.spec.names):
+        squares = []
+        for trajectory in range(5):
+            window = mixture.read(trajectory, range(3))
+            if window.mask[..., i].any():
+                squares.append(((window.frames[1:, ..., i] - window.frames[0, ..., i]) ** 2).mean((1, 2)))
+        expected = np.sqrt(np.mean(squares, 0)).mean()
+        assert_allclose(found[f"rollout/rmse/{name}"], expected, rtol=1e-5)
+
+
 def test_shares_follow_the_weights_and_every_window_of_a_part_takes_its_turn(weights):
     parts = {"a": opened("u", trajectories=6, frames=22), "b": opened("w", trajectories=3, frames=12)}
     loader = Loader(Mixture(parts, weights=weights), 3, 16, seed=0)

@@ -281,6 +281,15 @@ def test_endless_skipping_is_an_error(tmp_path):
         train(tmp_path, datasets=data, nonfinite="skip", skip_limit=5, validate_every=0)
 
 
+def test_skipped_updates_in_between_good_ones_are_no_end(tmp_path):
+    data = {"train": problem.Waves(spoil=((0, 3),))}
+    fields = {"datasets": data, "nonfinite": "skip", "validate_every": 0}
+    bad = [record["loss"] is None for record in train(tmp_path / "many", **fields).history]
+    longest = max(map(len, "".join("x" if b else " " for b in bad).split()))
+    assert sum(bad) > longest
+    assert train(tmp_path / "few", skip_limit=longest + 1, **fields).step == len(bad)
+
+
 def test_slow_data_is_mentioned_once(tmp_path):
     import time
 

@@ -151,6 +151,16 @@ def test_skipped_updates_are_counted_for_each(tmp_path):
     assert all(np.isfinite(leaf).all() for leaf in numbers(result.stepper))
 
 
+def test_skipped_updates_in_between_good_ones_fail_no_member(tmp_path):
+    spoiled = {"train": problem.Waves(spoil=((0, 3),))}
+    fields = {"nonfinite": "skip", "validate_every": 0}
+    history = train(tmp_path / "many", fields, datasets=spoiled).history
+    bad = [[loss is None for loss in column(history, f"seed{seed}/loss")] for seed in SEEDS]
+    longest = max(len(run) for row in bad for run in "".join("x" if b else " " for b in row).split())
+    assert max(map(sum, bad)) > longest
+    assert train(tmp_path / "few", {**fields, "skip_limit": longest + 1}, datasets=spoiled).diverged == {}
+
+
 def test_a_member_without_progress_stands_still(tmp_path):
     """Validations of seeds 3, 0 and 7 in turn; the second stops at step 6, the run goes on."""
     values = iter(np.array([[3, 1, 3], [2, 2, 2], [1, 3, 1], [0, 0, 4]], float).ravel())
@@ -169,10 +179,22 @@ def test_a_rollout_that_blows_up_is_a_bad_score_of_its_member(tmp_path):
     assert result.best == {3: {"step": 4, "value": 2.0}, 0: {"step": 6, "value": 0.0}, 7: {"step": 4, "value": 3.0}}
 
 
-def test_every_checkpoint_holds_the_scores_of_its_step(tmp_path):
+def test_a_member_that_never_had_a_score_has_its_last_weights(tmp_path):
+    values = iter(np.array([[1, np.inf, 1], [2, np.inf, 2]], float).ravel())
+    fields = {"steps": 4, "validate_every": 2, "monitor": "rollout/rmse"}
+    scored = train(tmp_path / "a", fields, validate=lambda stepper: {"rollout/rmse": next(values)})
+    last = train(tmp_path / "b", {"steps": 4, "validate_every": 0})
+    for i, same in ((0, False), (1, True)):
+        pairs = zip(numbers(scored.stepper.member(i)), numbers(last.stepper.member(i)), strict=True)
+        assert all(np.array_equal(a, b) for a, b in pairs) == same
+
+
+@pytest.mark.parametrize("select", ["best", "last"])
+def test_every_checkpoint_holds_the_scores_of_its_step(tmp_path, select):
     """Seeds 3 and 0; the second stops after step 8 of 12 and is best at step 4. Both go on from every checkpoint."""
     scores = np.array([[5, 5], [4, 3], [3, 4], [2, 6], [1, 0], [9, 9]], float)
     fields = {"steps": 12, "validate_every": 2, "checkpoint_every": 2, "keep": 20, "monitor": "mine", "patience": 2}
+    fields["select"] = select
 
     def run(folder, first, **options):
         values = iter(scores[first:].ravel())

@@ -45,6 +45,8 @@ def test_one_cycle_rises_and_falls():
     assert_allclose(got[0], 1 / 25, rtol=1e-3)
     assert (np.diff(got[31:]) < 0).all()
     assert_allclose(float(config.rate(100)(100)), 1e-4 / 25, rtol=1e-2)
+    assert_allclose(got[15], (1 + 1 / 25) / 2, rtol=1e-3)  # half way along a cosine ...
+    assert got[3] < 1 / 25 + 0.03  # ... which begins flat
 
 
 @pytest.mark.parametrize("name", sorted(OPTIMIZERS))

@@ -89,6 +89,31 @@ def test_clipping_bounds_the_global_norm():
     assert_allclose(changes["a"] / changes["b"], 0.75, rtol=1e-5)
 
 
+def test_clipping_is_of_the_gradient_whatever_the_rate():
+    params, gradient = {"a": jnp.zeros(2)}, {"a": jnp.array([30.0, 40.0])}
+    transform = OptimizerConfig("sgd", 0.1, "constant", clip=5.0, beta1=0.0).build(3)
+    changes, _ = transform.update(gradient, transform.init(params), params)
+    assert_allclose(changes["a"], [-0.3, -0.4], rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["adam", "adamw"])
+def test_epsilon_stands_beside_the_root_of_the_second_moment(name):
+    params = {"a": jnp.zeros(2)}
+    transform = OptimizerConfig(name, 0.1, "constant", epsilon=1.0).build(3)
+    changes, _ = transform.update({"a": jnp.array([1.0, -3.0])}, transform.init(params), params)
+    assert_allclose(changes["a"], [-0.1 * 1 / 2, 0.1 * 3 / 4], rtol=1e-5)
+
+
+def test_lion_keeps_more_of_the_past_than_it_steps_by():
+    """Chen et al. 2023, arXiv:2302.06675: the step is the sign of beta1 m + (1 - beta1) g, then m moves by beta2."""
+    params = {"a": jnp.zeros(1)}
+    transform = OptimizerConfig("lion", 0.1, "constant", beta1=0.9, beta2=0.99).build(3)
+    state = transform.init(params)
+    for gradient, change in ((1.0, -0.1), (-1.0, 0.1)):  # 0.9 * 0.01 - 0.1 < 0
+        changes, state = transform.update({"a": jnp.array([gradient])}, state, params)
+        assert_allclose(changes["a"], change, rtol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [

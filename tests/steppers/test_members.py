@@ -14,7 +14,7 @@ from physml.fields import Axis, Channel, Grid, Spec, Window
 from physml.normalize import Normalizer
 from physml.rollout import rollout, rollout_chunks
 from physml.rollout.state import named
-from physml.steppers import BundledConfig, IntervalConfig, stack_members
+from physml.steppers import BundledConfig, GaussianConfig, IntervalConfig, stack_members
 
 SPEC = Spec(Grid((Axis.uniform("x", 8),)), (Channel("u"),), time_step=1.0)
 NORMALIZER = Normalizer(SPEC, [0.0], [1.0], [0.3], intervals={1: [0.3], 3: [0.7]})
@@ -87,3 +87,21 @@ def test_rollouts_of_members_are_continued_within_a_bundle(kind):
     assert_allclose(np.concatenate([first.frames, second.frames], 1), rollout(stepper, window, 7), rtol=1e-5, atol=1e-6)
     with pytest.raises(CheckpointError, match="not one of this stepper"):
         next(rollout_chunks(ensemble_of(kind).member(0), window, 7, 4, resume=(4, named(first.state))))
+
+
+def test_every_member_moves_to_another_grid_with_its_own_weights():
+    finer = Grid((Axis.uniform("x", 16),))
+    members = ensemble_of("bundled")
+    moved = members.on_grid(finer)
+    assert moved.spec.grid == finer
+    for i in range(2):
+        assert moved.member(i).spec.grid == finer
+        assert moved.member(i).model.factor[...] == members.member(i).model.factor[...]
+
+
+def test_equal_members_draw_their_own_numbers():
+    noisy = GaussianConfig(sample=True).build(SPEC, Sine(1.0, 2), NORMALIZER)
+    members, window = stack_members([noisy, noisy]), windows(1)
+    both = jax.tree.map(lambda a: np.concatenate([a, a]), window)
+    first, second = rollout(members.apart(), both, 2, jax.random.key(0))
+    assert np.abs(first - second).max() > 0.01

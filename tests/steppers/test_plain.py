@@ -9,6 +9,7 @@ import pytest
 from flax import nnx
 from numpy.testing import assert_allclose, assert_array_equal
 
+from physml.constraints import MassFixer
 from physml.errors import ConfigError, SpecError
 from physml.fields import Axis, Grid, Window
 from physml.normalize import Normalizer
@@ -141,6 +142,15 @@ def test_the_grid_can_be_exchanged(tiny, spec):
     assert stepper.spec.grid.shape == (8, 6)
     window = tiny.window(tiny.spec((16, 12)))
     assert rollout(moved, window, 2).shape == (3, 2, 16, 12, 2)
+
+
+def test_constraints_move_to_another_grid_with_their_stepper(tiny, spec):
+    stepper = ResidualConfig().build(spec, tiny.model(2, 2), scaled(spec), (MassFixer("u").build(spec),))
+    window = tiny.window(tiny.spec((16, 12)))
+    frames = rollout(stepper.on_grid(window.spec.grid), window, 2)
+    totals, first = frames.mean((2, 3)), np.mean(window.frames[:, :1], (2, 3))
+    assert_allclose(totals[..., 0], np.repeat(first[..., 0], 2, 1), atol=1e-5)  # float32 sums of 192 cells
+    assert np.abs(totals[..., 1] - first[..., 1]).max() > 0.01
 
 
 @pytest.mark.parametrize(

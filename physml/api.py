@@ -26,7 +26,7 @@ from physml.objectives.suits import check_leads, check_variance
 from physml.parallel.mesh import Layout, on_first_process
 from physml.progress import Silent
 from physml.report import report
-from physml.runs import Run, claim, describe
+from physml.runs import Run, claimed, describe
 from physml.saving import LoadReport, build_stepper
 from physml.steppers import Members
 from physml.steppers.describe import parameter_count
@@ -67,6 +67,11 @@ def train(
     the same folder, DivergedError when the loss is not finite, Interrupted after SIGTERM or SIGINT (the state is saved;
     resume with `resume="auto"`).
     """
+    if resume not in ("never", "auto"):
+        raise ConfigError(
+            f"resume is {resume!r}, but 'auto' or 'never' was expected. To begin from the weights of another run, set "
+            "start_from."
+        )
     experiment = load_experiment(source, overrides)
     if name:
         experiment = dataclasses.replace(experiment, name=name)
@@ -77,17 +82,18 @@ def train(
     check_splits(splits)
     with layout.use(), contextlib.ExitStack() as held:
         stepper, loaded = first_stepper(_of_seed(experiment, 0), splits["train"], _member(source, 0))
-        validate = _validation(experiment, stepper, splits, layout)
+        validate = validation_of(experiment, stepper, splits, layout)
         if scored:
             check_scoring(experiment, stepper, splits)
         if parameter_count(stepper):
             check_values(splits, ("valid", "test") if scored else ("valid",))
+        trained: dict[str, Any] = {}
         if seeds and not parameter_count(stepper):
             raise ConfigError("seeds asks for an ensemble, but the stepper has no network: all would be the same.")
 
         def begin():
             held.enter_context(exclusive(path, wait=False))
-            claim(path, experiment, resume, overwrite)
+            held.enter_context(claimed(path, experiment, resume, overwrite))
             describe(path, experiment, stepper, loaded)
 
         on_first_process(begin)
@@ -100,12 +106,14 @@ def train(
                     first_stepper(_of_seed(experiment, i), splits["train"], _member(source, i), stepper.normalizer)[0]
                     for i in range(1, len(seeds))
                 ]
-                stepper = fit_members([stepper, *others], *arguments, seeds=seeds, **options).stepper
+                result = fit_members([stepper, *others], *arguments, seeds=seeds, **options)
+                trained = {"seeds": result.seeds, "diverged": {str(s): n for s, n in result.diverged.items()}}
             else:
-                stepper = fit(stepper, *arguments, seed=experiment.seed, **options).stepper
+                result, trained = fit(stepper, *arguments, seed=experiment.seed, **options), {"seed": experiment.seed}
+            stepper, trained = result.stepper, {**trained, "step": result.step}
         run = Run(path)
         if jax.process_index() == 0:
-            saving.save(stepper, path / "model", overwrite=True)
+            saving.save(stepper, path / "model", overwrite=True, extra={"run": experiment.name, **trained})
             if scored and "test" in splits:
                 progress.message("Scoring on the test split ...")
                 score(run, splits, stepper)
@@ -255,9 +263,10 @@ def _check_untrained(experiment: Experiment, stepper: Any, loaded: LoadReport) -
         )
 
 
-def _validation(
+def validation_of(
     experiment: Experiment, stepper: Any, splits: dict[str, XarrayDataset], layout: Layout
 ) -> RolloutScores | None:
+    """The validation by rollouts that an experiment asks for. Raises ConfigError where it has no data for it."""
     if experiment.validation is None:
         return None
     if splits.get("valid") is None:

@@ -17,7 +17,7 @@ import yaml
 from physml import coding
 from physml.constraints import CONSTRAINTS
 from physml.data import DataConfig, MixtureConfig, SyntheticConfig
-from physml.errors import ConfigError, PhysmlError, suggest_path
+from physml.errors import ConfigError, PhysmlError, suggest, suggest_path
 from physml.evaluate.statistics import as_names
 from physml.evaluate.validation import PREFIX, RolloutValidation
 from physml.layers.lora import LoRA
@@ -62,14 +62,13 @@ class Evaluation:
         for name in ("floors", "metrics"):
             if (names := getattr(self, name)) is not None:
                 object.__setattr__(self, name, as_names(names))
+        coding.check_fields(self)
         if self.steps < 1 or self.batch < 1 or self.starts < 0 or self.members < 0:
             raise ConfigError(f"evaluation needs steps >= 1, batch >= 1, starts >= 0 and members >= 0, but got {self}.")
         metrics = {**METRICS, **ENSEMBLE_METRICS}
         for names, registry, what in ((self.floors or (), FLOORS, "floor"), (self.metrics, metrics, "metric")):
             for name in names:
                 if name not in registry:
-                    from physml.errors import suggest
-
                     raise ConfigError(f"{name!r} is no {what}." + suggest(name, registry))
 
 
@@ -114,12 +113,15 @@ class Experiment:
     seeds: tuple[int, ...] = ()
 
     def __post_init__(self):
+        coding.check_fields(self)
         if self.normalization not in KINDS:
             raise ConfigError(f"normalization is {self.normalization!r}, but it must be one of {', '.join(KINDS)}.")
         if not self.name or Path(self.name).name != self.name:
             raise ConfigError(f"name is {self.name!r}, but it must be a folder name without slashes.")
         if min((self.seed, *self.seeds)) < 0:
             raise ConfigError(f"seed is {self.seed} and seeds are {self.seeds}, but seeds are whole numbers from 0 on.")
+        if len(set(self.seeds)) < len(self.seeds):
+            raise ConfigError(f"seeds are {self.seeds}, but each may be there once: one member per seed.")
         if isinstance(self.start_from, str):
             object.__setattr__(self, "start_from", StartFrom(self.start_from) if self.start_from else None)
         if self.training.monitor.startswith(PREFIX):

@@ -4,6 +4,7 @@ runs/NAME/{config.yaml, spec.json, start_from.json, environment.json, log.txt, m
            scores.nc, scores.json, sample.nc, report.html}; scores of other splits in scores-SPLIT.nc and so on
 """
 
+import contextlib
 import functools
 import json
 import os
@@ -12,6 +13,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -25,9 +27,11 @@ from physml import saving
 from physml.errors import CheckpointError, ConfigError
 from physml.experiment import Experiment, load_experiment, to_dict, to_yaml
 from physml.files import write_text
+from physml.metrics.table import load_scores
 from physml.saving import LoadReport
 
 START = "start_from.json"  # what was loaded before training
+MAY_CHANGE = ("steps", "epochs", "checkpoint_every", "keep", "log_every", "validate_every", "patience", "threads")
 
 
 @dataclass(frozen=True)
@@ -55,11 +59,9 @@ class Run:
     @functools.cached_property
     def scores(self) -> xr.Dataset:
         """Scores on the test split: dims `(model, metric, channel, lead)`."""
-        path = self.folder / "scores.nc"
-        if not path.is_file():
+        if not (self.folder / "scores.nc").is_file():
             raise CheckpointError(f"{self.folder} has no scores.nc: run `physml evaluate {self.folder}` first.")
-        with xr.open_dataset(path) as scores:
-            return scores.load()
+        return load_scores(self.folder)
 
 
 def open_run(folder: str | Path) -> Run:
@@ -86,14 +88,20 @@ def check_folder(path: Path, experiment: Experiment, resume: str, overwrite: boo
             f"{path} already holds a run. Continue it with --resume auto, replace it with --overwrite, "
             "or choose another --name."
         )
-    before = to_dict(load_experiment(config))
-    changed = [key for key, value in to_dict(experiment).items() if before.get(key) != value]
-    allowed = {"layout", "evaluation"}  # a run continues on other devices, and may be scored otherwise
-    if set(changed) - allowed:
+    before, now = (_settled(to_dict(given)) for given in (load_experiment(config), experiment))
+    if changed := sorted(name for name in before | now if before.get(name) != now.get(name)):
         raise ConfigError(
-            f"{path} was started with other settings of {sorted(set(changed) - allowed)}: it cannot be continued "
-            "with these. Use the same settings, or choose another --name."
+            f"{path} was started with other settings of {changed}: it cannot be continued with these. Use the same "
+            "settings, or choose another --name."
         )
+
+
+def _settled(experiment: dict[str, Any]) -> dict[str, Any]:
+    """What a run may not change when it is continued, by dotted name: it may on other devices, for longer, with other
+    reports, and be scored otherwise."""
+    training = {f"training.{name}": value for name, value in experiment["training"].items() if name not in MAY_CHANGE}
+    others = {name: value for name, value in experiment.items() if name not in ("layout", "evaluation", "training")}
+    return {**others, **training}
 
 
 def _check_writable(path: Path) -> None:
@@ -107,12 +115,31 @@ def _check_writable(path: Path) -> None:
         ) from error
 
 
-def claim(path: Path, experiment: Experiment, resume: str, overwrite: bool) -> None:
-    """Makes the run folder, in the place of an older one where that is asked for."""
+@contextlib.contextmanager
+def claimed(path: Path, experiment: Experiment, resume: str, overwrite: bool) -> Iterator[None]:
+    """Makes the run folder, in the place of an older run where that is asked for.
+
+    The older one is set aside, comes back where the training in its place ends before it has anything to keep, and is
+    removed in the end. What a killed process has left aside comes back here too.
+    """
+    old = path.with_name(f".{path.name}.old")
+    if old.is_dir() and not _begun(path):
+        shutil.rmtree(path, ignore_errors=True)
+        os.replace(old, path)
     check_folder(path, experiment, resume, overwrite)
-    if path.exists() and overwrite and resume != "auto":
-        shutil.rmtree(path)
-    path.mkdir(parents=True, exist_ok=True)
+    aside = path.exists() and overwrite and resume != "auto"
+    if aside:
+        shutil.rmtree(old, ignore_errors=True)
+        os.replace(path, old)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        yield
+    finally:
+        if aside and _begun(path):
+            shutil.rmtree(old, ignore_errors=True)
+        elif aside:
+            shutil.rmtree(path, ignore_errors=True)
+            os.replace(old, path)
 
 
 def _begun(path: Path) -> bool:

@@ -64,6 +64,10 @@ def test_training_says_what_it_would_train_on(capsys, folder):
         ("evaluation.members=3", "draws no random numbers"),
         ("evaluation.metrics=[acc]", "compares with a climatology"),
         ("evaluation.starts=1", "need trajectories of 21 frames"),
+        ("seeds=[1,1]", "each may be there once"),
+        ("training.monitor=nope", "the validation gives ['valid/loss']"),
+        ("training.optimizer.groups=[{pattern: nothing, learning_rate: 0}]", "nothing"),
+        ("objective={name: curriculum, steps: [1, 2, 3]}", "curriculum"),
     ],
 )
 def test_training_checks_what_it_can(capsys, folder, change, message):
@@ -90,6 +94,7 @@ def test_training_refuses_a_folder_as_the_real_one(capsys, folder):
     code, _, err = call(capsys, "train", "waves.yaml", "--resume", "auto", "--set", "model.width=8")
     assert code == 2
     assert "other settings of ['model']" in err
+    assert call(capsys, "train", "waves.yaml", "--resume", "auto", "--set", "training.steps=9")[0] == 0
     assert sorted(path.name for path in run.iterdir()) == ["config.yaml", "metrics.jsonl", "notes.txt"]
 
 

@@ -8,6 +8,8 @@ import pytest
 from physml.errors import ConfigError
 from physml.experiment import Evaluation, Experiment, load_experiment, to_yaml
 from physml.objectives import Curriculum
+from physml.parallel.mesh import Layout
+from physml.saving import StartFrom
 
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
 FILES = sorted(path for path in EXPERIMENTS.glob("*.py") if "config = Experiment" in path.read_text())
@@ -33,12 +35,18 @@ def test_overrides_reach_nested_fields_and_are_checked():
 
 def test_what_python_writes_is_checked_like_what_yaml_holds():
     """Python checks no types: a float for a count failed after the training."""
-    for field, said in (
-        ({"evaluation": Evaluation(steps=3e4)}, r"evaluation\.steps is 30000\.0 \(float\).*integer"),
-        ({"model": object()}, "not registered"),
+    for kind, field, said in (
+        (Evaluation, {"steps": 3e4}, r"steps is 30000\.0 \(float\).*integer"),
+        (Evaluation, {"starts": "2"}, r"starts is '2' \(str\).*integer"),
+        (Experiment, {"seed": 1.5}, r"seed is 1\.5 \(float\).*integer"),
+        (Experiment, {"seeds": (1, 1)}, r"seeds are \(1, 1\), but each may be there once"),
+        (Layout, {"data": "2"}, r"data is '2' \(str\).*integer"),
+        (StartFrom, {"path": "a", "strict": "no"}, r"strict is 'no' \(str\)"),
     ):
         with pytest.raises(ConfigError, match=said):
-            load_experiment(Experiment(**field))
+            kind(**field)
+    with pytest.raises(ConfigError, match="not registered"):
+        load_experiment(Experiment(model=object()))
     written = Experiment(seeds=[0, 1], objective=Curriculum(steps=[1, 2]))
     assert load_experiment(written) == Experiment(seeds=(0, 1), objective=Curriculum(steps=(1, 2)))
 

@@ -11,6 +11,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from physml import errors
+from physml.coding import check_fields
 from physml.errors import ConfigError
 from physml.fields import Window, is_key
 
@@ -28,6 +29,9 @@ class Layout:
     member: int = 1
     data: int = -1
     space: int = 1
+
+    def __post_init__(self):
+        check_fields(self)
 
     def sizes(self, devices: int) -> tuple[int, int, int]:
         """Axis sizes for a number of devices. Raises ConfigError when they do not fit."""

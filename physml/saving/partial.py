@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from physml.coding import check_fields
 from physml.errors import CheckpointError, ConfigError, SpecError
 from physml.layers.lora import merge_lora
 from physml.normalize import Statistic
@@ -36,10 +37,9 @@ class StartFrom:
     normalizer: Literal["saved", "data"] = "saved"
 
     def __post_init__(self):
+        check_fields(self)
         if not self.path:
             raise ConfigError("start_from has an empty path. Name a run or a saved model, or leave start_from out.")
-        if self.normalizer not in ("saved", "data"):
-            raise ConfigError(f"start_from.normalizer is {self.normalizer!r}, but it must be 'saved' or 'data'.")
 
 
 @dataclass(frozen=True)

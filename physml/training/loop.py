@@ -20,7 +20,7 @@ from physml.training.checkpoint import Checkpoints
 from physml.training.journal import Journal
 from physml.training.optimizers import TrainingConfig
 from physml.training.report import Report
-from physml.training.run import Training, local
+from physml.training.run import Training, check_monitor, local
 from physml.training.update import split
 from physml.training.validation import Validation, count_windows
 
@@ -76,10 +76,7 @@ def fit(
     or gradient are not finite, and Interrupted after SIGTERM or SIGINT, once the running call is finished and its state
     is saved.
     """
-    check_parts(stepper, datasets, objective, config)
-    dataset, frames = datasets["train"], objective.frames(stepper.history)
-    total = config.total_steps(count_windows(dataset, frames, "training"))
-    stages = plan_stages(objective, config, layout, total)
+    total, stages = plan(stepper, datasets, objective, config, layout, validate)
     parts, params, rest = split(stepper, config.optimizer)
     with layout.use():
         run = Training(config, layout, Path(folder), total, seed, parts)
@@ -88,6 +85,35 @@ def fit(
             run, stages, datasets, objective, stepper.history, validate, tracker, progress, resume
         )
     return FitResult(parts.merge(local(weights), local(rest)), step, records, run.best)
+
+
+def plan(stepper, datasets, objective, config: TrainingConfig, layout: Layout, validate=None):
+    """(updates in all, stages) of a training, see `plan_stages`. Computes no numbers, so that `stepper` may be one of
+    shapes. Raises ConfigError, SpecError or DataError where `fit` would before its first update.
+    """
+    check_parts(stepper, datasets, objective, config)
+    total = config.total_steps(count_windows(datasets["train"], objective.frames(stepper.history), "training"))
+    stages = plan_stages(objective, config, layout, total)
+    split(stepper, config.optimizer)
+    _check_monitor(config, datasets, validate)
+    return total, stages
+
+
+def _check_monitor(config: TrainingConfig, datasets, validate) -> None:
+    """Raises ConfigError where no validation gives the score that says which weights are best, as far as is known."""
+    if validate is not None and not hasattr(validate, "names"):
+        return  # what it gives is known once it has given it
+    valid = datasets.get("valid")
+    channels = valid.spec.names if valid is not None and len(valid.spec.names) > 1 else ()
+    names = [] if valid is None else ["valid/loss", *(f"valid/loss/{name}" for name in channels)]
+    names += getattr(validate, "names", [])
+    if names:
+        check_monitor(config, names)
+    elif config.patience:
+        raise ConfigError(
+            f"training.patience is {config.patience}, but there is nothing to validate. Give the data a split "
+            "'valid', or set patience=0."
+        )
 
 
 def check_parts(stepper, datasets: Mapping[str, Any], objective, training: TrainingConfig) -> None:
@@ -223,22 +249,11 @@ def _check_stages(run: Training, stages, dataset, history: int) -> None:
 
 def _scorer(run: Training, datasets, objective, history: int, validate):
     """`score(weights, rest)`: loss over the validation split, and the caller's own scores."""
-    config, split = run.config, datasets.get("valid")
+    config, valid = run.config, datasets.get("valid")
     validation, objective = None, getattr(objective, "validation", objective)
-    channels = split.spec.names if split is not None and len(split.spec.names) > 1 else ()
-    names = [] if split is None else ["valid/loss", *(f"valid/loss/{name}" for name in channels)]
-    if validate is None or hasattr(validate, "names"):  # what others give is known once they have given it
-        names += getattr(validate, "names", [])
-        if names:
-            run.check_monitor(names)
-        elif config.patience:
-            raise ConfigError(
-                f"training.patience is {config.patience}, but there is nothing to validate. Give the data a split "
-                "'valid', or set patience=0."
-            )
-    if split is not None:
+    if valid is not None:
         validation = Validation(
-            split, objective.frames(history), config.batch, config.validate_windows,
+            valid, objective.frames(history), config.batch, config.validate_windows,
             run.build_loss(objective), run.layout, run.first_key(),
         )  # fmt: skip
 

@@ -23,12 +23,12 @@ from physml.fields import stack
 from physml.parallel.mesh import Layout
 from physml.steppers import Members, stack_members
 from physml.training.journal import Journal
-from physml.training.loop import check_parts, plan_stages, run_stages
+from physml.training.loop import plan, run_stages
 from physml.training.optimizers import TrainingConfig
 from physml.training.report import Report
 from physml.training.run import Training, copied, local
 from physml.training.update import Parts, build_loss, build_update, initial_state, split
-from physml.training.validation import channel_values, count_windows
+from physml.training.validation import channel_values
 
 logger = logging.getLogger("physml.training")
 
@@ -85,17 +85,14 @@ def fit_members(
     """
     seeds = tuple(seeds)
     _check_seeds(steppers, seeds)
-    check_parts(steppers[0], datasets, objective, config)
     layout = spread_members(layout, len(seeds))
-    history, dataset = steppers[0].history, datasets["train"]
-    total = config.total_steps(count_windows(dataset, objective.frames(history), "training"))
-    stages = plan_stages(objective, config, layout, total)
+    total, stages = plan(steppers[0], datasets, objective, config, layout, validate)
     parts, params, rest = split(stack_members(list(steppers)).stacked, config.optimizer)
     with layout.use():
         run = _MembersTraining(config, layout, Path(folder), total, seeds, parts)
         run.begin(params, rest)
         step, records, weights, rest = run_stages(
-            run, stages, datasets, objective, history, validate, tracker, progress, resume
+            run, stages, datasets, objective, steppers[0].history, validate, tracker, progress, resume
         )
     kept = [i for i in range(len(seeds)) if not run.diverged[i]]
     weights, rest = jax.tree.map(lambda leaf: leaf[np.asarray(kept)], (local(weights), local(rest)))

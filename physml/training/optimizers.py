@@ -96,6 +96,12 @@ class OptimizerConfig:
             raise ConfigError(
                 f"schedule is {self.schedule!r} and every={self.every}: `every` goes with schedule='step', always."
             )
+        if not 0 < self.factor < float("inf"):
+            raise ConfigError(f"factor is {self.factor}, but the learning rate is multiplied by it: above 0.")
+        if self.final and self.schedule != "cosine":
+            raise ConfigError(
+                f"final is {self.final}, which goes with schedule='cosine', but schedule is {self.schedule!r}."
+            )
         if self.schedule == "one_cycle" and self.warmup:
             raise ConfigError("schedule='one_cycle' has its own rise: leave `warmup` at 0.")
 

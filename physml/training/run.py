@@ -22,6 +22,14 @@ from physml.training.update import Parts, build_loss, build_update, initial_stat
 logger = logging.getLogger("physml.training")
 
 
+def check_monitor(config: TrainingConfig, names: Iterable[str]) -> None:
+    """Raises ConfigError where the score that says which weights are best is not among the `names`."""
+    if config.monitor not in names:
+        raise ConfigError(
+            f"training.monitor is {config.monitor!r}, but the validation gives {sorted(names)}. Set it to one of them."
+        )
+
+
 class Training:
     """State, place and best score of one training."""
 
@@ -117,17 +125,9 @@ class Training:
             self.best = {"step": step, "value": value}
         return better
 
-    def check_monitor(self, names: Iterable[str]) -> None:
-        """Raises ConfigError where the value that says which weights are best is not among the `names`."""
-        if self.config.monitor not in names:
-            raise ConfigError(
-                f"training.monitor is {self.config.monitor!r}, but the validation gives {sorted(names)}. "
-                "Set it to one of them."
-            )
-
     def monitored(self, values: dict[str, Any]) -> Any:
         """The value that says which weights are best. Raises ConfigError where there is none."""
-        self.check_monitor(values)
+        check_monitor(self.config, values)
         return values[self.config.monitor]
 
     def waits(self, step: int) -> bool:
@@ -186,7 +186,9 @@ class Training:
             )
         if folder == self.checkpoints.folder:
             found = self.checkpoints.restore(self._arrays(), step)
-            self.checkpoints.discard_after(found[1]["step"] if found else 0)
+            if found is None:
+                raise CheckpointError(f"{folder} holds no complete checkpoint.")
+            self.checkpoints.discard_after(found[1]["step"])
             return found
         if existing:
             raise CheckpointError(

@@ -66,9 +66,9 @@ class TrainingVerb(Common):
         from physml import api
         from physml.runs import check_folder
         from physml.steppers.describe import parameter_count
-        from physml.training.validation import count_windows
+        from physml.training import plan
 
-        experiment, _, _ = api.prepare(experiment)
+        experiment, _, layout = api.prepare(experiment)
         check_folder(self.out / experiment.name, experiment, self.resume, self.overwrite)
         if not _in_files(experiment.data):
             return experiment, {"data": "generated when training starts, so not checked"}
@@ -77,7 +77,8 @@ class TrainingVerb(Common):
         found = {"data": {name: _size(split) for name, split in splits.items()}}
         stepper = _shaped(experiment, splits["train"])
         if parameters := parameter_count(stepper):
-            count_windows(splits["train"], experiment.objective.frames(stepper.history), "training")
+            validate = api.validation_of(experiment, stepper, splits, layout)
+            plan(stepper, splits, experiment.objective, experiment.training, layout, validate)
         api.check_scoring(experiment, stepper, splits)
         return experiment, {**found, "parameters": parameters}
 

@@ -204,7 +204,7 @@ def test_what_does_not_fit_is_said_and_changes_nothing():
         assert_array_equal(value, before[path])
     with pytest.raises(ConfigError, match="empty path"):
         StartFrom("")
-    with pytest.raises(ConfigError, match="'saved' or 'data'"):
+    with pytest.raises(ConfigError, match="normalizer is 'both'. Valid: data, saved"):
         StartFrom("a", normalizer="both")
 
 

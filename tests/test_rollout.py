@@ -20,13 +20,11 @@ from physml.rollout import (
     direct_leads,
     ensemble,
     ensemble_devices,
-    named,
     perturbed,
     rollout,
     rollout_chunks,
     rollout_stride,
 )  # fmt: skip
-from physml.saving.weights import read_weights, to_bytes
 from physml.steppers import DirectConfig, IntervalConfig, ResidualConfig, stack_members
 from physml.steppers.floors import ClimatologyConfig, LinearInverseConfig
 from physml.steppers.intervals import Interval
@@ -374,31 +372,6 @@ def test_devices_share_the_members(tiny, spec, window, count):
     spread = ensemble_devices(stacked, window, 4)
     assert_allclose(spread, ensemble(stacked, window, 4), rtol=1e-6)
     assert_allclose(spread[-1], jitted(steppers[-1], window, 4), rtol=1e-6)
-
-
-class Counting(nnx.Module):
-    """Has a Python number in its state, and frames of half precision."""
-
-    def __init__(self, spec):
-        self.spec, self.history = spec, 1
-
-    def encode(self, frames, context):
-        return frames[:, -1].astype(jnp.bfloat16), 0.5
-
-    def advance(self, state, context):
-        frame, count = state
-        return frame + jnp.asarray(count, frame.dtype), count + 1.0
-
-    def decode(self, state):
-        return state[0].astype(jnp.float32)
-
-
-def test_python_numbers_in_a_state_survive_its_file(spec, window, tmp_path):
-    whole = list(rollout_chunks(Counting(spec), window, 8, 2))
-    (tmp_path / "state").write_bytes(to_bytes(named(whole[1].state)))
-    saved = read_weights(tmp_path / "state", None)
-    rest = list(rollout_chunks(Counting(spec), window, 8, 2, resume=(4, saved)))
-    assert_array_equal(together(rest), together(whole[2:]))
 
 
 def test_what_cannot_be_rolled_out_is_said(tiny, spec, window):

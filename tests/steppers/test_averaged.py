@@ -3,10 +3,12 @@
 import jax
 import numpy as np
 from flax import nnx
+from numpy.testing import assert_array_equal
 
+from physml.constraints import MassFixer
 from physml.fields import Axis, Channel, Grid, Spec, Window
 from physml.normalize import Normalizer
-from physml.steppers import IntervalConfig
+from physml.steppers import IntervalConfig, averaged
 
 
 class Noise(nnx.Module):
@@ -16,6 +18,17 @@ class Noise(nnx.Module):
 
     def __call__(self, fields, scalars, key=None):
         return fields if key is None else jax.random.normal(key, fields.shape)
+
+
+def test_intervals_are_scaled_by_name_and_keep_their_constraints():
+    """The normalizer may know more intervals than the stepper."""
+    spec = Spec(Grid((Axis.uniform("x", 8),)), (Channel("u"),), time_step=0.5)
+    normalizer = Normalizer(spec, [0.0], [1.0], [0.5], intervals={1: [1.0], 2: [2.0], 4: [4.0]})
+    law = (MassFixer(("u",)).build(spec),)
+    stepper = IntervalConfig((1, 4)).build(spec, Noise(), normalizer, law)
+    assert_array_equal(stepper.scale(np.array([2.0, 0.5], "f4")), [[4.0], [1.0]])
+    assert tuple(averaged(stepper).constraints) == law
+    assert tuple(averaged(averaged(stepper), average=False).constraints) == law
 
 
 def test_every_interval_draws_its_own_random_numbers():

@@ -10,6 +10,7 @@ from flax import nnx
 from numpy.testing import assert_allclose, assert_array_equal
 
 from physml import saving
+from physml.constraints import MassFixer
 from physml.errors import ConfigError
 from physml.fields import Axis, Channel, Grid, Spec, Window
 from physml.layers.batch_norm import BatchNorm
@@ -195,6 +196,28 @@ def test_gradients_store_one_call_for_each_bundle():
     one = memory(1, 1)
     assert memory(6, 6) < 1.4 * one  # five more frames of 2 channels beside layers of 32
     assert memory(6, 12) < 2.5 * one
+
+
+def test_the_total_that_is_kept_is_that_of_the_latest_frame():
+    config = BundledConfig(bundle=2, history=2)
+    law = MassFixer(("u",)).build(SPEC)
+    stepper = config.build(SPEC, Powers((0.9, 0.8)), Normalizer.identity(SPEC), (law,))
+    window = waves()
+    totals = np.asarray(rollout(stepper, window, 5))[..., 0].mean(-1)
+    assert_allclose(totals, window.frames[:, 1, :, 0].mean(-1)[:, None].repeat(5, 1), atol=1e-6)
+
+
+def test_warm_ups_begin_with_a_bundle():
+    """Warm-ups of 0, 2 and 4 of the 4 steps, each scored at the last bundle."""
+    window, stepper = waves(frames=7), build((0.9, 0.8), residual=False)
+    call = jax.jit(lambda key: Pushforward(steps=4, differentiate=2)(stepper, window, key)[0])
+    drawn = {round(float(call(jax.random.key(i))), 4) for i in range(30)}
+    expected = set()
+    for start in (0, 2, 4):
+        first = window.frames[:, start] * 0.8 ** ((4 - start) // 2)
+        frames = np.stack([0.9 * first, 0.8 * first], 1)
+        expected.add(round(float(((frames - window.frames[:, 5:7]) ** 2).mean()), 4))
+    assert drawn == expected
 
 
 def test_constraints_and_masks_act_on_every_frame():

@@ -1,9 +1,11 @@
 """Corrected: the coarse solver is what a silent network leaves, gradients flow through it, misfits are refused."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from flax import nnx
 from numpy.testing import assert_allclose, assert_array_equal
@@ -18,7 +20,7 @@ from physml.parallel.mesh import Layout
 from physml.rollout import rollout
 from physml.solvers import SOLVERS, make_solver
 from physml.steppers import ClosureConfig, CorrectedConfig
-from physml.steppers.corrected import check_resumable
+from physml.steppers.corrected import check_resumable, shared_parameters
 from physml.steppers.describe import build_stepper
 
 BURGERS = make_solver("burgers", points=32, solver_points=32, viscosity=0.05, time_step=0.05, substeps=4)
@@ -56,6 +58,14 @@ def test_a_frame_holds_the_state(name):
         frame, again, there, back = run()
         assert_allclose(again, frame, atol=1e-12 * abs(frame).max())
         assert_allclose(back, there, atol=1e-10 * abs(there).max())
+
+
+def test_numbers_of_the_solver_are_found_by_name():
+    spec = Spec(Grid(()), (Channel("u"),), parameters=(Channel("other"), Channel("rate"), Channel("speed")))
+    window = Window.of(np.zeros((2, 2, 1), "f4"), spec, parameters=np.array([[1, 2, 3], [4, 5, 6]], "f4"))
+    solver = SimpleNamespace(parameters=("speed", "unknown", "rate"))
+    found = shared_parameters(solver, window.context(0, 1))
+    assert {name: values.tolist() for name, values in found.items()} == {"speed": [3, 6], "rate": [2, 5]}
 
 
 def test_a_silent_network_leaves_the_solver(hybrid):

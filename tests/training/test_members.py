@@ -171,6 +171,13 @@ def test_a_member_without_progress_stands_still(tmp_path):
     assert [value is None for value in column(result.history, "seed0/loss")] == [False] * 6 + [True] * 2
 
 
+def test_large_scores_can_be_the_good_ones(tmp_path):
+    values = iter(np.array([[1, 3, 2], [3, 1, 2], [2, 2, 4]], float).ravel())
+    fields = {"steps": 6, "validate_every": 2, "monitor": "skill", "monitor_mode": "max"}
+    result = train(tmp_path, fields, validate=lambda stepper: {"skill": next(values)})
+    assert result.best == {3: {"step": 4, "value": 3.0}, 0: {"step": 2, "value": 3.0}, 7: {"step": 6, "value": 4.0}}
+
+
 def test_a_rollout_that_blows_up_is_a_bad_score_of_its_member(tmp_path):
     values = iter(np.array([[np.inf, 1, np.nan], [2, 2, 3], [3, 0, np.inf]], float).ravel())
     fields = {"steps": 6, "validate_every": 2, "monitor": "rollout/rmse"}

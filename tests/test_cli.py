@@ -556,3 +556,10 @@ def test_a_page_that_cannot_be_written_is_the_users(capsys, trained):
     code, _, err = call(capsys, "report", trained / "runs/tiny", "--out", out)
     assert code == 2
     assert "cannot be written" in err
+
+
+def test_statistics_tell_how_far_they_are(capsys, tmp_path):
+    xr.Dataset({"u": (("time", "x"), np.ones((20, 16)))}).to_netcdf(tmp_path / "a.nc")
+    code, _, err = call(capsys, "data", "stats", tmp_path / "a.nc")
+    assert code == 0, err
+    assert "reading: 20/20" in err

@@ -138,3 +138,10 @@ def test_statistics_of_a_variable_that_is_named_twice(capsys, folder):
     code, _, err = call(capsys, "data", "stats", "waves.nc", "--variables", "u", "u")
     assert code == 2
     assert "'u' is in variables twice" in json.loads(err)["error"]
+
+
+def test_statistics_are_not_computed(capsys, folder):
+    code, out, err = call(capsys, "data", "stats", "waves.nc", "--variables", "u")
+    assert code == 0, err
+    assert json.loads(out) == {"would read": "waves.nc", "channels": ["u"], "trajectories": 1, "frames": 20}
+    assert sorted(path.name for path in folder.iterdir()) == ["waves.nc", "waves.yaml"]

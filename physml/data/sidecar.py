@@ -16,14 +16,22 @@ from physml.data.synthetic import cache_folder
 from physml.errors import DataError, PhysmlError
 from physml.files import write_text
 from physml.normalize import Totals
+from physml.progress import Progress, Silent
 
 FORMAT = 2  # 1 counted first frames of above 8 MiB twice
 FILES = 200_000  # a store of more files is not watched: looking at them would take longer than it saves
 PROBES = 4  # frames of a trajectory whose numbers take part in the key
 
 
-def totals(dataset: Dataset, store: bool = True, chunk: int | None = None, intervals: tuple[int, ...] = ()) -> Totals:
+def totals(
+    dataset: Dataset,
+    store: bool = True,
+    chunk: int | None = None,
+    intervals: tuple[int, ...] = (),
+    progress: Progress | None = None,
+) -> Totals:
     """What one streaming pass gathers (`physml.normalize.Totals`); with `store` from a file if it was gathered before.
+    `progress` is told the frames that are read.
 
     The file `.SOURCE.physml-DIGEST.json` lies beside the data, or below `physml.data.cache_folder()` where that folder
     cannot be written or is remote. Its name holds a digest of what was selected: spec, times, trajectories, parameters,
@@ -33,21 +41,22 @@ def totals(dataset: Dataset, store: bool = True, chunk: int | None = None, inter
     """
     before = _identity(dataset, intervals) if store else None
     if before is None:
-        return _gather(dataset, chunk, intervals)
+        return _gather(dataset, chunk, intervals, progress)
     places = _places(before)
     for place in places:
         if (found := _load(place, before, dataset, intervals)) is not None:
             return found
-    result = _gather(dataset, chunk, intervals)
+    result = _gather(dataset, chunk, intervals, progress)
     if _identity(dataset, intervals) == before:  # nothing was written meanwhile
         _save(places, before, result)
     return result
 
 
-def _gather(dataset: Dataset, chunk: int | None, intervals: tuple[int, ...]) -> Totals:
-    result = Totals(dataset.spec, intervals)
+def _gather(dataset: Dataset, chunk: int | None, intervals: tuple[int, ...], progress: Progress | None) -> Totals:
+    result, progress = Totals(dataset.spec, intervals), progress or Silent()
     for window in dataset.windows(chunk):
         result.add(window)
+        progress.update(result.frames, sum(dataset.lengths))
     return result
 
 

@@ -13,6 +13,7 @@ from physml.data.opening import read_files
 from physml.data.sidecar import totals
 from physml.errors import DataError
 from physml.normalize import Normalizer
+from physml.progress import Progress
 
 
 def describe(data, **options) -> dict:
@@ -37,11 +38,13 @@ def describe(data, **options) -> dict:
     }
 
 
-def statistics(dataset: Dataset, chunk: int | None = None, store: bool = False) -> dict[str, dict[str, float]]:
+def statistics(
+    dataset: Dataset, chunk: int | None = None, store: bool = False, progress: Progress | None = None
+) -> dict[str, dict[str, float]]:
     """Mean, standard deviation, extremes and RMS increment per channel, in one streaming pass (area and mask as
-    weights). `store` keeps and reuses the numbers, see `totals`.
+    weights). `store` keeps and reuses the numbers, see `totals`; `progress` is told how many frames are read.
     """
-    found = totals(dataset, store, chunk)
+    found = totals(dataset, store, chunk, progress=progress)
     if found.frames == 0:
         raise DataError("The dataset has no frames.")
     values, increments = found.moments["channels"], found.moments["increments"]

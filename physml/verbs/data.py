@@ -141,8 +141,13 @@ class Stats(Common):
         from physml.data import XarrayDataset, labelled, statistics
 
         dataset = _open(self.path, self.format, self.option)
-        spec = labelled.spec_of(dataset, variables=self.variables or None)
-        return statistics(XarrayDataset(dataset, spec), store=True)
+        data = XarrayDataset(dataset, labelled.spec_of(dataset, variables=self.variables or None))
+        if self.dry_run:
+            trajectories, frames = len(data.lengths), sum(data.lengths)
+            channels = list(data.spec.names)
+            return {"would read": self.path, "channels": channels, "trajectories": trajectories, "frames": frames}
+        with progress_of(self, "reading") as progress:
+            return statistics(data, store=True, progress=progress)
 
 
 @dataclass(frozen=True, kw_only=True)

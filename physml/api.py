@@ -303,6 +303,16 @@ def _asked(settings: Evaluation) -> dict[str, Any]:
     return {name: getattr(settings, name) or None for name in ("starts", "metrics", "members", "spectrum_leads")}
 
 
+def check_split(run: Run, splits: Iterable[str], stepper: Any, split: str, settings: Evaluation) -> None:
+    """Raises ConfigError where `splits` lacks the one to score on, or the one that floors are fitted to."""
+    for needed in (split, *(["train"] if floors_beside(stepper.history, settings.floors) else [])):
+        if needed not in splits:
+            raise ConfigError(
+                f"Scoring {run.folder} on its split {split!r} needs the split {needed!r}, but its data have "
+                f"{', '.join(splits) or 'none'}. Choose one of these, or give `data` that split."
+            )
+
+
 def score(
     run: Run,
     splits: dict[str, XarrayDataset],
@@ -319,13 +329,8 @@ def score(
     """
     settings = evaluation or run.experiment.evaluation
     stepper = run.stepper if stepper is None else stepper
+    check_split(run, splits, stepper, split, settings)
     beside = floors_beside(stepper.history, settings.floors)
-    for needed in (split, *(["train"] if beside else [])):
-        if needed not in splits:
-            raise ConfigError(
-                f"Scoring {run.folder} on its split {split!r} needs the split {needed!r}, but its data have "
-                f"{', '.join(splits) or 'none'}. Choose one of these, or give `data` that split."
-            )
     floors = {name: config.fit(splits["train"]) for name, config in beside.items()}
     scores = evaluate_stepper(
         stepper,

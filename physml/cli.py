@@ -18,7 +18,7 @@ from typing import Any, Literal
 import tyro
 
 from physml.verbs.benchmark import Benchmark
-from physml.verbs.common import Assignments, Common, Words, first_line, frames_until, headline, progress_of
+from physml.verbs.common import Assignments, Common, Words, first_line, frames_until, headline, progress_of, split_names
 from physml.verbs.data import VERBS as DATA_VERBS
 from physml.verbs.export import Export
 from physml.verbs.finetune import Finetune
@@ -96,7 +96,7 @@ class Evaluate(Common):
         return {"scores": headline(scores), "out": str(self.out) if self.out else None}
 
     def _run_folder(self) -> dict[str, Any]:
-        from physml.api import score
+        from physml.api import check_split, score
         from physml.errors import ConfigError
         from physml.experiment import load_experiment
         from physml.metrics.table import file_of
@@ -118,6 +118,7 @@ class Evaluate(Common):
         run = open_run(self.subject)
         experiment = load_experiment(run.experiment, self.set)
         if self.dry_run:
+            check_split(run, split_names(experiment.data), run.stepper, self.split, experiment.evaluation)
             return {"would score": self.subject, "split": self.split, "steps": experiment.evaluation.steps}
         with progress_of(self, "generating") as progress:
             splits = experiment.data.open(progress)

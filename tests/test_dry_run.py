@@ -1,6 +1,7 @@
 """A dry run refuses what the real one would, and writes nothing."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -26,6 +27,25 @@ def folder(tmp_path, monkeypatch):
     (tmp_path / "waves.yaml").write_text(yaml.safe_dump(experiment))
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+def untrained(folder, **changes):
+    """A run whose model was never trained, on waves.nc or other data."""
+    from physml import api, saving
+    from physml.experiment import load_experiment, to_yaml
+
+    experiment = load_experiment(folder / "waves.yaml", [f"{name}={value}" for name, value in changes.items()])
+    original = load_experiment(folder / "waves.yaml")
+    run = folder / "runs/waves"
+    run.mkdir(parents=True)
+    saving.save(api.initial_stepper(original, original.data.open()["train"]), run / "model")
+    (run / "config.yaml").write_text(to_yaml(experiment))
+    return run
+
+
+def listing(folder) -> list:
+    """Every file below, and when it was changed; folders by name."""
+    return [(str(path), path.is_file() and path.stat().st_mtime_ns) for path in sorted(folder.rglob("*"))]
 
 
 def call(capsys, *words) -> tuple[int, str, str]:
@@ -145,3 +165,74 @@ def test_statistics_are_not_computed(capsys, folder):
     assert code == 0, err
     assert json.loads(out) == {"would read": "waves.nc", "channels": ["u"], "trajectories": 1, "frames": 20}
     assert sorted(path.name for path in folder.iterdir()) == ["waves.nc", "waves.yaml"]
+
+
+def test_a_rollout_generates_no_data(capsys, folder):
+    run = untrained(folder, data="{type: synthetic, name: burgers, cache: here}")
+    code, out, err = call(capsys, "rollout", run, "--steps", 3)
+    assert code == 0, err
+    assert "generated when the rollout starts" in json.loads(out)["from"]
+    assert not (folder / "here").exists()
+    code, _, err = call(capsys, "rollout", run, "--steps", 3, "--out", "x.foo")
+    assert code == 2
+    assert ".zarr" in json.loads(err)["error"]
+
+
+@pytest.mark.parametrize("data", ["{type: synthetic, name: burgers, cache: here, trajectories: {valid: 0}}", None])
+def test_evaluating_needs_the_split(capsys, folder, data):
+    changes = {"data.valid": "[]"} if data is None else {"data": data}
+    run = untrained(folder, **changes)
+    assert call(capsys, "evaluate", run)[0] == 0
+    code, _, err = call(capsys, "evaluate", run, "--split", "valid")
+    assert code == 2
+    assert "needs the split 'valid', but its data have train, test." in json.loads(err)["error"]
+    assert not (folder / "here").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["x.foo"], "does not tell its format"),
+        (["x.nc", "--trajectories", 0], "trajectories is 0"),
+        (["x.nc", "--steps", 0], "steps is 0"),
+        (["x.nc", "--seed", -1], "seed is -1"),
+        (["waves.nc"], "exists already"),
+    ],
+)
+def test_generating_is_refused_as_the_real_one(capsys, folder, words, message):
+    code, _, err = call(capsys, "data", "generate", "burgers", "--out", *words)
+    assert code == 2
+    assert message in json.loads(err)["error"]
+
+
+def test_no_verb_writes_anything(capsys, folder, monkeypatch):
+    monkeypatch.setenv("PHYSML_CACHE", str(folder / "cache"))
+    run = untrained(folder)
+    generated = "{type: synthetic, name: burgers}"
+    case = Path(__file__).parent / "golden/fno/fno1d"
+    weights = ["--config", case / "config.json", "--weights", case / "weights.safetensors"]
+    calls = {
+        "train": [["waves.yaml", "--name", "new"], ["waves.yaml", "--name", "other", "--set", f"data={generated}"]],
+        "finetune": [[run, "waves.yaml", "--name", "tuned"]],
+        "rollout": [[run, "--steps", 1], [run, "--initial", "waves.nc", "--at", "#0", "--steps", 3]],
+        "evaluate": [[run], [run, "--set", f"data={generated}"], ["waves.nc", "--truth", "waves.nc", "--out", "s.nc"]],
+        "report": [[run]],
+        "benchmark": [["darcy"], ["cfdbench"]],
+        "convert": [["fno", *weights, "--out", "converted"]],
+        "export": [[run]],
+        "models": [[], ["fno"]],
+        "doctor": [[]],
+        "data generate": [["burgers", "--out", "burgers.nc"]],
+        "data fetch": [[f"file://{folder}/waves.nc", "--out", "fetched"]],
+        "data list": [[]],
+        "data info": [["waves.nc"]],
+        "data stats": [["waves.nc"]],
+        "data convert": [["waves.nc", "waves.zarr"]],
+    }
+    assert set(calls) == {*cli.VERBS, *(f"data {name}" for name in cli.DATA_VERBS)}
+    before = listing(folder)
+    for verb, variants in calls.items():
+        for words in variants:
+            code, _, err = call(capsys, *verb.split(), *words)
+            assert code == 0, (verb, words, err)
+            assert listing(folder) == before, (verb, words)

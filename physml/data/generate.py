@@ -125,17 +125,26 @@ def generate(
     """
     if workers is not None and workers < 1:
         raise ConfigError(f"workers is {workers}, but at least one is needed.")
-    solver = resolve(solver)
-    recipe = Recipe(solver, trajectories, solver.usual_steps if steps is None else steps, seed, split)
+    recipe = recipe_of(solver, trajectories, steps, seed, split)
     out = Path(out)
     writer = store.writer_of(out, format)
     with exclusive(out):
-        if out.exists() and not overwrite:
-            raise DataError(
-                f"{out} exists already. Choose another name, or pass overwrite (--overwrite) to replace it."
-            )
+        check_output(out, overwrite, format)
         _produce(recipe, out, writer, batch, workers, overwrite, progress or Silent())
     return out
+
+
+def recipe_of(solver: Any, trajectories: int, steps: int | None, seed: int, split: str) -> Recipe:
+    """What `generate` makes of these. Raises ConfigError for settings that cannot work."""
+    solver = resolve(solver)
+    return Recipe(solver, trajectories, solver.usual_steps if steps is None else steps, seed, split)
+
+
+def check_output(out: Path, overwrite: bool, format: str | None = None) -> None:
+    """Raises ConfigError for a name that does not tell its format, DataError where `out` exists and is to stay."""
+    store.writer_of(out, format)
+    if out.exists() and not overwrite:
+        raise DataError(f"{out} exists already. Choose another name, or pass overwrite (--overwrite) to replace it.")
 
 
 def ensure(recipe: Recipe, out: Path, progress: Progress | None = None) -> Path:

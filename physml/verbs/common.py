@@ -142,6 +142,24 @@ def _short(value: Any) -> float:
     return float(f"{float(value):.5g}")
 
 
+def in_files(data: Any) -> bool:
+    """Whether data can be opened without generating any."""
+    from physml.data import DataConfig, MixtureConfig
+
+    if isinstance(data, MixtureConfig):
+        return all(in_files(part) for part in data.parts.values())
+    return isinstance(data, DataConfig)
+
+
+def split_names(data: Any) -> list[str]:
+    """The splits that data have, as far as it can be said without generating any. Opens what lies in files."""
+    from physml.data import MixtureConfig, SyntheticConfig
+
+    if isinstance(data, MixtureConfig):
+        return list(dict.fromkeys(name for part in data.parts.values() for name in split_names(part)))
+    return list(data.recipes() if isinstance(data, SyntheticConfig) else data.open())
+
+
 def first_line(thing: Any) -> str:
     """Of its docstring."""
     return (thing.__doc__ or "").strip().split("\n")[0]

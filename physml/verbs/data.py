@@ -35,14 +35,17 @@ class Generate(Common):
 
     def run(self) -> dict[str, Any]:
         from physml import coding
-        from physml.data.generate import generate, resolve
+        from physml.data.generate import check_output, generate, recipe_of, resolve
         from physml.solvers import SOLVERS
 
         config = resolve(self.name, self.set)
         if self.dry_run:
+            recipe = recipe_of(config, self.trajectories, self.steps, self.seed, self.split)
+            check_output(self.out, self.overwrite)
             return {
                 "would write": str(self.out),
                 "trajectories": self.trajectories,
+                "steps": recipe.steps,
                 "solver": coding.to_dict(config, SOLVERS),
             }
         with progress_of(self, "generating") as progress:

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from physml.verbs.common import Common, at_least, check_trajectory, frames_until, progress_of
+from physml.verbs.common import Common, at_least, check_trajectory, frames_until, in_files, progress_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +67,7 @@ class Rollout(Common):
         from physml.data import open_dataset
         from physml.errors import ConfigError
         from physml.forecast import blow_ups, check_forecast, forecast, stability
+        from physml.forecast.stores import check_out
 
         stepper = saving.load(self.model)
         if not hasattr(stepper, "advance"):
@@ -74,9 +75,14 @@ class Rollout(Common):
         if self.steps < 1:
             raise ConfigError(f"--steps is {self.steps}, but at least 1 frame must be predicted.")
         stepper = self._constrained(stepper)
-        initial, forcing = self._initial(stepper.history)
+        experiment = self._experiment()
         if self.forcing and not stepper.spec.forcing:
             raise ConfigError(f"--forcing is {self.forcing}, but {self.model} takes no forcing. Leave it out.")
+        if self.dry_run and experiment is not None and not in_files(experiment.data):
+            check_out(self.out, self.overwrite, self.resume)
+            start = "data that are generated when the rollout starts, so not checked"
+            return {"would write": str(self.out), "steps": self.steps, "from": start}
+        initial, forcing = self._initial(experiment, stepper.history)
         forcing = open_dataset(self.forcing) if self.forcing else forcing
         options = {
             "out": self.out, "forcing": forcing, "chunk": self.chunk, "overwrite": self.overwrite,
@@ -124,7 +130,19 @@ class Rollout(Common):
         named = [from_text(text) for text in self.constraint if text != "none"]
         return constrain(stepper, *named, keep="none" not in self.constraint)
 
-    def _initial(self, history: int) -> tuple[Any, Any]:
+    def _experiment(self) -> Any:
+        """The one whose data the forecast starts from; None with --initial."""
+        from physml.errors import ConfigError
+
+        if self.initial is not None:
+            return None
+        if not (Path(self.model) / "config.yaml").is_file():
+            raise ConfigError(f"{self.model} is no run with data of its own: give --initial FILE to start from.")
+        from physml.runs import open_run
+
+        return open_run(self.model).experiment
+
+    def _initial(self, experiment: Any, history: int) -> tuple[Any, Any]:
         """Where the forecast starts, and where its forcing may come from."""
         from physml.data import open_dataset
         from physml.errors import ConfigError
@@ -133,11 +151,8 @@ class Rollout(Common):
             data = open_dataset(self.initial)
             start = frames_until(data, self.at, self.trajectory)
             return start, None if self.at is None else frames_until(data, None, self.trajectory)
-        if not (Path(self.model) / "config.yaml").is_file():
-            raise ConfigError(f"{self.model} is no run with data of its own: give --initial FILE to start from.")
-        from physml.runs import open_run
-
-        splits = open_run(self.model).experiment.data.open()
+        with progress_of(self, "generating") as progress:
+            splits = experiment.data.open(progress)
         if "test" not in splits:
             raise ConfigError(f"The data of {self.model} has no test split: give --initial FILE to start from.")
         trajectory = self.trajectory or 0

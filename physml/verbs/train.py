@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import tyro
 
-from physml.verbs.common import Assignments, Common, headline, progress_of
+from physml.verbs.common import Assignments, Common, headline, in_files, progress_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +70,7 @@ class TrainingVerb(Common):
 
         experiment, _, layout = api.prepare(experiment)
         check_folder(self.out / experiment.name, experiment, self.resume, self.overwrite)
-        if not _in_files(experiment.data):
+        if not in_files(experiment.data):
             return experiment, {"data": "generated when training starts, so not checked"}
         splits = experiment.data.open()
         api.check_splits(splits)
@@ -81,15 +81,6 @@ class TrainingVerb(Common):
             plan(stepper, splits, experiment.objective, experiment.training, layout, validate)
         api.check_scoring(experiment, stepper, splits)
         return experiment, {**found, "parameters": parameters}
-
-
-def _in_files(data: Any) -> bool:
-    """Whether data can be opened without generating any."""
-    from physml.data import DataConfig, MixtureConfig
-
-    if isinstance(data, MixtureConfig):
-        return all(_in_files(part) for part in data.parts.values())
-    return isinstance(data, DataConfig)
 
 
 def _size(split: Any) -> str:

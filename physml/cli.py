@@ -229,7 +229,7 @@ class Doctor(Common):
         import jax
         import jax.numpy as jnp
 
-        from physml.data import cache_folder
+        from physml.files import cache_folder
         from physml.parallel.mesh import Layout
         from physml.runs import environment
 
@@ -341,8 +341,9 @@ def _compile_cache() -> None:
     """Keeps compiled programs below JAX_COMPILATION_CACHE_DIR or PHYSML_CACHE; PHYSML_COMPILE_CACHE=off: nowhere."""
     if os.environ.get("PHYSML_COMPILE_CACHE") == "off" or "JAX_COMPILATION_CACHE_DIR" in os.environ:
         return
-    root = Path(os.environ.get("PHYSML_CACHE", Path.home() / ".cache" / "physml"))
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(root / "compiled")
+    from physml.files import cache_folder
+
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(cache_folder() / "compiled")
 
 
 if __name__ == "__main__":

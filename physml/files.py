@@ -11,6 +11,11 @@ from pathlib import Path
 from physml.errors import DataError
 
 
+def cache_folder() -> Path:
+    """Where physml keeps what it can make again: `PHYSML_CACHE`, or ~/.cache/physml."""
+    return Path(os.environ.get("PHYSML_CACHE") or Path.home() / ".cache" / "physml").expanduser()
+
+
 @contextlib.contextmanager
 def whole(path: str | Path) -> Iterator[Path]:
     """A path of the same name to write a file or a folder to: it takes the place of `path` when the block ends well.

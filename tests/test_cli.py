@@ -563,3 +563,14 @@ def test_statistics_tell_how_far_they_are(capsys, tmp_path):
     code, _, err = call(capsys, "data", "stats", tmp_path / "a.nc")
     assert code == 0, err
     assert "reading: 20/20" in err
+
+
+@pytest.mark.parametrize(("given", "place"), [("", "home/.cache/physml"), ("~/x", "home/x"), ("here", "here")])
+def test_compiled_programs_lie_in_the_cache(monkeypatch, tmp_path, given, place):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("PHYSML_CACHE", given)
+    monkeypatch.delenv("PHYSML_COMPILE_CACHE", raising=False)
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
+    cli._compile_cache()
+    assert (tmp_path / os.environ["JAX_COMPILATION_CACHE_DIR"]) == tmp_path / place / "compiled"

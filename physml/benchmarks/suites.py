@@ -12,8 +12,9 @@ from physml.benchmarks.protocol import Published, Suite, Task
 from physml.data import DataConfig, SyntheticConfig, open_dataset
 from physml.data.cfdbench import PARAMETERS, SUBSETS
 from physml.data.formats import recognize
-from physml.data.synthetic import Counts, cache_folder
+from physml.data.synthetic import Counts
 from physml.errors import DataError
+from physml.files import cache_folder
 from physml.metrics.losses import H1
 from physml.objectives import OneStep
 from physml.progress import Progress

@@ -11,7 +11,8 @@ from physml.data.mixture import Mixture, MixtureConfig
 from physml.data.opening import open_dataset
 from physml.data.sampling import Sample, Samples
 from physml.data.summary import describe, fit_normalizer, statistics
-from physml.data.synthetic import SyntheticConfig, cache_folder
+from physml.data.synthetic import SyntheticConfig
+from physml.files import cache_folder
 
 __all__ = [
     "FORMATS",

@@ -18,7 +18,7 @@ from typing import Any
 from fsspec.caching import BlockCache, register_cache
 
 from physml.errors import ConfigError, DataError, first_line
-from physml.files import whole
+from physml.files import cache_folder, whole
 
 REMOTE = ("http", "https", "s3", "s3a", "gs", "gcs", "hf", "abfs", "abfss", "az")
 BLOCK = 2**21  # bytes asked for at once
@@ -126,8 +126,6 @@ def cache_limit() -> int:
 
 def cache_root() -> Path:
     """Where copies lie."""
-    from physml.data.synthetic import cache_folder
-
     return cache_folder() / "remote"
 
 

@@ -12,9 +12,8 @@ import numpy as np
 
 from physml.contracts import Dataset
 from physml.data.remote import file_system, is_url
-from physml.data.synthetic import cache_folder
 from physml.errors import DataError, PhysmlError
-from physml.files import write_text
+from physml.files import cache_folder, write_text
 from physml.normalize import Totals
 from physml.progress import Progress, Silent
 

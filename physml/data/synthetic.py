@@ -3,7 +3,6 @@
 import dataclasses
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 from physml.coding import from_dict
 from physml.data.generate import Recipe, ensure
 from physml.errors import ConfigError
+from physml.files import cache_folder
 from physml.progress import Progress
 from physml.solvers import make_solver
 
@@ -105,8 +105,3 @@ class SyntheticConfig:
             spec = spec_of(data, channels, static=static, parameters=solver.drawn, mask=mask)
             splits[split] = XarrayDataset(data, spec)
         return splits
-
-
-def cache_folder() -> Path:
-    """Where physml keeps what it can make again: `PHYSML_CACHE`, or ~/.cache/physml."""
-    return Path(os.environ.get("PHYSML_CACHE") or Path.home() / ".cache" / "physml").expanduser()

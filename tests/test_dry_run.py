@@ -147,6 +147,19 @@ def test_converting_checks_the_layout(capsys, folder, to, message):
     assert not (folder / "out").exists()
 
 
+@pytest.mark.parametrize("suffix", [".nc", ".nc4", ".netcdf", ".zarr"])
+def test_one_table_of_suffixes_holds_for_every_output(capsys, folder, suffix):
+    run = untrained(folder)
+    outs = [f"{name}{suffix}" for name in ("made", "converted", "forecast")]
+    for words in (
+        ["data", "generate", "burgers", "--out", outs[0]],
+        ["data", "convert", "waves.nc", outs[1]],
+        ["rollout", run, "--initial", "waves.nc", "--at", "#0", "--steps", 3, "--out", outs[2]],
+    ):
+        code, _, err = call(capsys, *words)
+        assert code == 0, err
+
+
 @pytest.mark.parametrize(("option", "message"), [("split=train", "no option 'split'"), ("format=zarr", "by itself")])
 def test_options_that_a_file_lacks(capsys, folder, option, message):
     code, _, err = call(capsys, "data", "info", "waves.nc", "--option", option)

@@ -11,10 +11,10 @@ import numpy as np
 import xarray as xr
 
 from physml.data import write_pdearena, write_well
+from physml.data.store import SUFFIXES
 from physml.errors import ConfigError, DataError, suggest
 from physml.files import whole
 
-SUFFIXES = {".nc": "netcdf", ".nc4": "netcdf", ".zarr": "zarr"}
 LAYOUTS = ("netcdf", "pdearena", "the_well", "zarr")
 COMPRESSION = 4
 CONVENTIONS = "CF-1.11"

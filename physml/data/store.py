@@ -13,6 +13,7 @@ from physml.errors import ConfigError, suggest
 
 CHUNK_BYTES = 2**18  # a few frames are read at a time: small chunks, whole frames
 COMPRESSION = 4
+SUFFIXES = {".nc": "netcdf", ".nc4": "netcdf", ".netcdf": "netcdf", ".zarr": "zarr"}  # of every output
 
 Slices = Iterable[tuple[int, Mapping[str, np.ndarray]]]  # first trajectory, arrays by variable
 
@@ -49,7 +50,7 @@ def writer_of(out: Path, format: str | None = None) -> Callable[[Path, Labels, S
     """The writer for a file name, or for "netcdf" or "zarr". Raises ConfigError when neither tells."""
     writers = {"netcdf": write_netcdf, "zarr": write_zarr}
     if format is None:
-        format = {".nc": "netcdf", ".nc4": "netcdf", ".zarr": "zarr"}.get(out.suffix)
+        format = SUFFIXES.get(out.suffix)
         if format is None:
             raise ConfigError(
                 f"{out} does not tell its format. End the name with .nc or .zarr, or say format='netcdf'."

@@ -10,12 +10,12 @@ from pathlib import Path
 import numpy as np
 import xarray as xr
 
+from physml.data.store import SUFFIXES
 from physml.errors import CheckpointError, ConfigError
 from physml.files import exclusive, replace
 
 LEAD = "lead"
 ANEW = "Start anew with resume='never' and overwrite=True (--resume never --overwrite)"
-SUFFIXES = {".nc": "netcdf", ".nc4": "netcdf", ".netcdf": "netcdf", ".zarr": "zarr"}
 Label = Callable[
     [np.ndarray, int], xr.Dataset
 ]  # frames (batch, lead, *space, channel), the number of the first -> labels

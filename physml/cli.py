@@ -139,6 +139,10 @@ class Report(Common):
     """Run folders, or files of scores (.nc) as `physml evaluate --out` writes them."""
     out: Path = Path("report.html")
     """The page, which ends in .html, or a folder for report.html; an older page there is replaced."""
+    split: Literal["test", "valid", "train"] = "test"
+    """Whose scores of run folders are shown, as `physml evaluate RUN --split` leaves them."""
+    title: str | None = None
+    """Of the page; the names of the runs if not given."""
 
     def run(self) -> dict[str, Any]:
         from physml.errors import ConfigError
@@ -156,7 +160,7 @@ class Report(Common):
             return {"would write": str(self.out), "runs": list(map(str, folders))}
         from physml.report import report
 
-        return {"report": str(report(folders, self.out))}
+        return {"report": str(report(folders, self.out, title=self.title, split=self.split))}
 
 
 @dataclass(frozen=True, kw_only=True)

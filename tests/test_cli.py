@@ -574,3 +574,14 @@ def test_compiled_programs_lie_in_the_cache(monkeypatch, tmp_path, given, place)
     monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
     cli._compile_cache()
     assert (tmp_path / os.environ["JAX_COMPILATION_CACHE_DIR"]) == tmp_path / place / "compiled"
+
+
+def test_a_page_shows_another_split_under_its_own_title(capsys, trained, tmp_path):
+    run = shutil.copytree(trained / "runs/tiny", tmp_path / "tiny")
+    assert call(capsys, "evaluate", run, "--split", "train")[0] == 0
+    words = ["report", run, "--out", tmp_path / "page.html", "--split", "train", "--title", "Learned by heart"]
+    code, _, err = call(capsys, *words)
+    assert code == 0, err
+    page = (tmp_path / "page.html").read_text()
+    assert "<title>Learned by heart</title>" in page
+    assert "Score on the train split" in page

@@ -127,3 +127,20 @@ def test_a_stepper_without_history_reads_its_mask(filled):
     stepper = build_stepper(DirectConfig(history=0), MODEL, spec, Normalizer.identity(spec), seed=0)
     found = physml.forecast(stepper, still.rename(v="a").isel(trajectory=0), 1)
     assert_array_equal(np.isnan(found.u.values.ravel()), EXISTS == 0)
+
+
+def test_the_command_line_says_whether_cells_are_missing(filled, tmp_path, capsys):
+    saving.save(stepper_of(filled, "fluid"), tmp_path / "model")
+    filled.drop_vars("fluid").isel(time=[0]).to_netcdf(tmp_path / "start.nc")
+    words = ["rollout", tmp_path / "model", "--initial", tmp_path / "start.nc"]
+    words += ["--steps", 2, "--out", tmp_path / "f.nc"]
+    for more in ([], ["--dry-run"]):
+        with pytest.raises(SystemExit) as stop:
+            cli.main([*map(str, words), *more])
+        assert stop.value.code == 2
+        assert "--masked no" in capsys.readouterr().err
+        with pytest.raises(SystemExit) as stop:
+            cli.main([*map(str, words), *more, "--masked", "no", "--overwrite"])
+        assert not stop.value.code, capsys.readouterr().err
+    with xr.open_dataset(tmp_path / "f.nc", decode_timedelta=True) as forecast:
+        assert np.isfinite(forecast.u).all()

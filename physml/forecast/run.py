@@ -161,13 +161,13 @@ def forecast(
 def check_forecast(
     stepper, initial: xr.Dataset, steps: int, *, out: str | Path, forcing: xr.Dataset | None, chunk: int | None, key,
     members: int | None, perturb: float | None, perturb_kind: str, on_divergence: str, limit: float | None,
-    overwrite: bool, resume: str, store_every: int, spectrum_every: int | Literal["auto"] | None,
+    masked: bool | None, overwrite: bool, resume: str, store_every: int, spectrum_every: int | Literal["auto"] | None,
 ) -> None:  # fmt: skip
     """What `forecast` checks before it computes; raises what it raises."""
     check_limit(limit)
     own = members_of(initial, stepper)
     _check_options(stepper, steps, chunk, key, members, own, perturb, perturb_kind, on_divergence, out, resume)
-    start = start_of(stepper, initial, steps, forcing, None)
+    start = start_of(stepper, initial, steps, forcing, masked)
     _spectrum_every(spectrum_every, start.window, steps, store_every)
     if not (resume == "auto" and Path(out).exists()):
         check_out(out, overwrite, resume)

@@ -110,7 +110,8 @@ def start_of(stepper, initial: xr.Dataset, steps: int, forcing: xr.Dataset | Non
     if window.mask is None and read.mask != spec.mask and masked is None:
         raise DataError(
             f"The model was trained on data whose variable {spec.mask!r} is 0 where fields do not exist, but initial "
-            f"has neither {spec.mask!r} nor NaN there. Give one of them, or pass masked=False where all cells exist."
+            f"has neither {spec.mask!r} nor NaN there. Give one of them, or pass masked=False "
+            "(--masked no) where all cells exist."
         )
     window = replace(window, spec=spec)
     times = ck.clock(like, time_of(like, base_of(like, spec.names[0])))
@@ -232,7 +233,7 @@ def _check_missing(window: Window, allowed: np.ndarray) -> None:
     raise DataError(
         f"The initial state has NaN: variable {spec.names[channel]!r}, trajectory {sample}, {count} cells, first at "
         f"index {tuple(place)} ({at}), but the model was trained on data without gaps there. Fill them, or pass "
-        "masked=True when the field does not exist there."
+        "masked=True (--masked yes) when the field does not exist there."
     )
 
 

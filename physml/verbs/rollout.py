@@ -32,6 +32,9 @@ class Rollout(Common):
     """Take one trajectory of the dataset instead of all (of a run's own test split: instead of the first)."""
     forcing: str | None = None
     """Dataset of prescribed fields over the forecast, when they are not in --initial."""
+    masked: Literal["auto", "yes", "no"] = "auto"
+    """Whether NaN at the start, and zeros of the mask of training, mean cells without a field; auto: as in the training
+    data."""
     chunk: int | None = None
     """Frames held in memory at once."""
     seed: int = 0
@@ -89,6 +92,7 @@ class Rollout(Common):
             "on_divergence": self.on_divergence, "key": jax.random.key(self.seed), "members": self.members,
             "perturb": self.perturb, "perturb_kind": self.perturb_kind, "resume": self.resume,
             "store_every": self.store_every, "limit": self.limit,
+            "masked": {"auto": None, "yes": True, "no": False}[self.masked],
             "spectrum_every": "auto" if self.spectrum_every is None else self.spectrum_every or None,
         }  # fmt: skip
         if self.dry_run:

@@ -47,6 +47,7 @@ _HOME = {
     "Run": "physml.runs",
     "open_run": "physml.runs",
     "train": "physml.api",
+    "score": "physml.api",
     "benchmark": "physml.benchmarks",
 }
 _MODULES = (

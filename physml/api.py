@@ -315,7 +315,7 @@ def check_split(run: Run, splits: Iterable[str], stepper: Any, split: str, setti
 
 def score(
     run: Run,
-    splits: dict[str, XarrayDataset],
+    splits: dict[str, XarrayDataset] | None = None,
     stepper: Any = None,
     split: str = "test",
     evaluation: Evaluation | None = None,
@@ -323,12 +323,13 @@ def score(
     """Scores a run and its floors on one split; writes scores.nc, scores.json and sample.nc into the run folder, for
     another split than test scores-SPLIT.nc, scores-SPLIT.json and sample-SPLIT.nc.
 
-    The stepper is the one of the run, and scored as its experiment says, where no other is given.
+    The stepper is the one of the run, and scored as its experiment says on its own data, where no other are given.
 
     Raises ConfigError for a split that the data lack.
     """
     settings = evaluation or run.experiment.evaluation
     stepper = run.stepper if stepper is None else stepper
+    splits = run.experiment.data.open() if splits is None else splits
     check_split(run, splits, stepper, split, settings)
     beside = floors_beside(stepper.history, settings.floors)
     floors = {name: config.fit(splits["train"]) for name, config in beside.items()}

@@ -37,6 +37,8 @@ def test_the_python_example_runs(tmp_path, monkeypatch):
     generate(make_solver("kolmogorov", points=16, time_step=0.2, **SMALL), tmp_path / "kolmogorov.nc", 1, steps=5)
     exec(compile(block, "README.md", "exec"), {})
     assert (tmp_path / "report.html").is_file()
+    (run,) = (tmp_path / "runs").iterdir()
+    assert (run / "scores-train.nc").is_file()
 
 
 def test_the_yaml_example_trains(tmp_path, monkeypatch):

@@ -49,7 +49,7 @@ def report(runs: Any, path: str | Path = "report.html", *, title: str | None = N
             lack any of scores.nc, sample.nc, metrics.jsonl, config.yaml and environment.json; the page says what is
             missing and how to make it.
         path: the page to write; a folder gets report.html inside.
-        split: whose scores of run folders are shown, see `physml.api.score`.
+        split: whose scores of run folders are shown, see `physml.score`.
 
     Raises ConfigError when there is nothing to report on, or something else than runs, DataError when a piece of a run
     is damaged.

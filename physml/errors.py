@@ -1,6 +1,7 @@
 """Typed errors. Each message says what came, what was expected and what to do next.
 
-Catch `PhysmlError` to catch them all. The command line prints the message as one line and exits with 2.
+Catch `PhysmlError` to catch them all. The command line prints the message as one line and exits with 2; with
+1 after a DivergedError, with 75 after an Interrupted.
 """
 
 import difflib

@@ -1,7 +1,8 @@
 """A run on disk: a folder that describes itself.
 
-runs/NAME/{config.yaml, spec.json, start_from.json, environment.json, log.txt, metrics.jsonl, checkpoints/STEP/, model/,
-           scores.nc, scores.json, sample.nc, report.html}; scores of other splits in scores-SPLIT.nc and so on
+runs/NAME/{config.yaml, spec.json, start_from.json, environment.json, metrics.jsonl, checkpoints/STEP/, model/,
+           scores.nc, scores.json, metrics.csv, metrics.json, sample.nc, report.html}; scores of other splits in
+           scores-SPLIT.nc and so on
 """
 
 import contextlib

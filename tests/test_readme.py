@@ -7,10 +7,12 @@ import numpy as np
 import pytest
 
 import physml
+from physml import solvers
 from physml.constraints import CONSTRAINTS
 from physml.data.generate import generate
+from physml.models import MODELS
 from physml.objectives import OBJECTIVES
-from physml.solvers import make_solver
+from physml.solvers import SOLVERS, make_solver
 from physml.steppers import FLOORS, STEPPERS
 
 ROOT = Path(__file__).parents[1]
@@ -75,6 +77,12 @@ def test_the_laws_of_the_docs_can_be_built():
 @pytest.mark.parametrize("link", sorted(set(re.findall(r"\]\(([^)#]+)\)", (ROOT / "README.md").read_text()))))
 def test_links_lead_somewhere(link):
     assert "://" in link or (ROOT / link).exists()
+
+
+def test_every_model_and_solver_is_named():
+    named = set(re.findall(r"`(\w+)`", (ROOT / "README.md").read_text()))
+    assert {*MODELS, *SOLVERS} <= named
+    assert {config.__name__ for config in SOLVERS.values()} <= set(solvers.__all__)
 
 
 def test_commands_of_the_readme_exist():

@@ -77,6 +77,6 @@ __all__ = [
     "Acoustic", "Advection", "Burgers", "Cavity", "Chen", "Cylinder", "Dam", "DarcyFlow", "DecayingNavierStokes",
     "Euler", "GrayScott", "Heat", "HenonHeiles", "Kolmogorov", "KortewegDeVries", "KuramotoSivashinsky", "Lorenz63",
     "Lorenz84", "Lorenz96", "PorousMedium", "Quasigeostrophic", "Rossler", "SOLVERS", "ShallowWater",
-    "ShallowWaterSphere", "StaggeredFlow", "Stefan", "Thomas", "TracerSphere", "Tube", "Wave", "make_solver", "name_of",
-    "resample", "velocity_of", "vorticity_of",
+    "ShallowWaterSphere", "Smoke", "StaggeredFlow", "Stefan", "Thomas", "TracerSphere", "Tube", "Wave", "make_solver",
+    "name_of", "resample", "velocity_of", "vorticity_of",
 ]  # fmt: skip

@@ -117,7 +117,11 @@ class Schedule(Protocol):
 
 @runtime_checkable
 class Dataset(Protocol):
-    """One split: random access, stateless, numpy, physical units, no batch axis."""
+    """One split: random access, stateless, numpy, physical units, no batch axis.
+
+    `read` is all that training, statistics and scores need. Optional, for speed, as `physml.data.XarrayDataset` has
+    them: `windows(chunk)` for one streaming pass, `read_batch` and `prepare` for batches.
+    """
 
     spec: Spec
     lengths: tuple[int, ...]  # frames per trajectory

@@ -4,7 +4,6 @@ Precedence: defaults of the classes < the experiment file < overrides such as `m
 that name the nearest valid one. The resolved tree is written into the run folder and reads back to an equal one.
 """
 
-import dataclasses
 import runpy
 import traceback
 from collections.abc import Iterable
@@ -191,7 +190,3 @@ def to_dict(experiment: Experiment) -> dict[str, Any]:
 def to_yaml(experiment: Experiment) -> str:
     """The resolved experiment as YAML."""
     return yaml.safe_dump(to_dict(experiment), sort_keys=False, width=100)
-
-
-def renamed(experiment: Experiment, name: str | None) -> Experiment:
-    return dataclasses.replace(experiment, name=name) if name else experiment

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import xarray as xr
 
+from physml.contracts import Dataset
 from physml.data import clock as ck
 from physml.data.channels import source_of
 from physml.data.reader import Reader
@@ -305,3 +306,20 @@ class XarrayDataset:
         result = ds.transpose(*leading, ...)
         result.encoding["source"] = reader.source
         return result
+
+
+def windows_of(dataset: Dataset, chunk: int | None = None) -> Iterator[Window]:
+    """All frames of a dataset of any kind in order, as `XarrayDataset.windows`: by its own `windows` where it has one,
+    else by `read`."""
+    if hasattr(dataset, "windows"):
+        yield from dataset.windows(chunk)
+        return
+    frame_bytes = 4 * max(int(np.prod(dataset.spec.grid.shape)) * len(dataset.spec.channels), 1)
+    chunk = max(chunk or PASS_BYTES // frame_bytes, 2)
+    for trajectory, total in enumerate(dataset.lengths):
+        for start in range(0, total, chunk):
+            first = max(start - 1, 0)
+            window = dataset.read(trajectory, range(first, min(start + chunk, total)))
+            times = np.asarray(window.times)
+            since = np.float32(first * dataset.spec.time_step)
+            yield dataclasses.replace(window, times=times - times[:1] + since)

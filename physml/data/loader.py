@@ -107,11 +107,6 @@ class Loader:
         """Windows per batch that this process reads."""
         return self.batch // self.process_count
 
-    @property
-    def steps_per_epoch(self) -> float:
-        """Batches per epoch (a fraction when the last batch is shared with the next epoch)."""
-        return len(self.samples) / self.batch
-
     def __len__(self) -> int:
         """Batches of a pass; with `shuffle`, full batches in an epoch (at least one)."""
         whole, rest = divmod(len(self.samples), self.batch)

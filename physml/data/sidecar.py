@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from physml.contracts import Dataset
+from physml.data.dataset import windows_of
 from physml.data.remote import file_system, is_url
 from physml.errors import DataError, PhysmlError
 from physml.files import cache_folder, write_text
@@ -53,7 +54,7 @@ def totals(
 
 def _gather(dataset: Dataset, chunk: int | None, intervals: tuple[int, ...], progress: Progress | None) -> Totals:
     result, progress = Totals(dataset.spec, intervals), progress or Silent()
-    for window in dataset.windows(chunk):
+    for window in windows_of(dataset, chunk):
         result.add(window)
         progress.update(result.frames, sum(dataset.lengths))
     return result

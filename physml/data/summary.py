@@ -8,6 +8,7 @@ import xarray as xr
 from physml.contracts import Dataset
 from physml.data import axes as ax
 from physml.data import clock as ck
+from physml.data.dataset import windows_of
 from physml.data.labelled import source_of
 from physml.data.opening import read_files
 from physml.data.sidecar import totals
@@ -70,7 +71,7 @@ def fit_normalizer(
     `intervals`, in frames, get increments of a scale of their own, as `physml.steppers.IntervalConfig` needs them.
     """
     if kind == "identity":
-        return Normalizer.fit(dataset.windows(), kind, intervals)
+        return Normalizer.fit(windows_of(dataset), kind, intervals)
     return Normalizer.of(totals(dataset, store, intervals=tuple(intervals)), kind)
 
 

@@ -44,7 +44,7 @@ class Forecast:
                 f"The prediction {name!r} has dimensions {dict(ds.sizes)}, but {LEAD!r} or {TIME!r} was expected."
             )
         member = next((dim for dim in MEMBERS if dim in ds.dims), None)
-        start = self._start_dim(ds, lead, member)
+        start = self._start_dim(ds, lead)
         frames = lead or TIME
         if ds.sizes[frames] == 0 or (start and ds.sizes[start] == 0):
             raise SpecError(f"The prediction {name!r} holds no frames: its {frames!r} or {start!r} has length zero.")
@@ -60,7 +60,7 @@ class Forecast:
             ds = renamed(ds, {dim: new}) if dim else ds
         self.fields = ds
 
-    def _start_dim(self, ds: xr.Dataset, lead: str | None, member: str | None) -> str | None:
+    def _start_dim(self, ds: xr.Dataset, lead: str | None) -> str | None:
         known = [dim for dim in STARTS if dim in ds.dims and (lead is not None or dim != TIME)]
         known += [dim for dim in ds.dims if dim in ax.TRAJECTORY and dim not in (*MEMBERS, *known)]
         if len(known) > 1:

@@ -82,7 +82,8 @@ class Rollout(Common):
         if self.forcing and not stepper.spec.forcing:
             raise ConfigError(f"--forcing is {self.forcing}, but {self.model} takes no forcing. Leave it out.")
         if self.dry_run and experiment is not None and not in_files(experiment.data):
-            check_out(self.out, self.overwrite, self.resume)
+            if not (self.resume == "auto" and self.out.exists()):
+                check_out(self.out, self.overwrite, self.resume)
             start = "data that are generated when the rollout starts, so not checked"
             return {"would write": str(self.out), "steps": self.steps, "from": start}
         initial, forcing = self._initial(experiment, stepper.history)

@@ -10,8 +10,13 @@ import pytest
 from flax import nnx
 from numpy.testing import assert_allclose, assert_array_equal
 
+from physml import api
+from physml.data import DataConfig, fit_normalizer
+from physml.data.sidecar import totals
 from physml.errors import ConfigError, DataError, DivergedError
+from physml.experiment import Evaluation, Experiment
 from physml.metrics.losses import MSE
+from physml.models import FNOConfig
 from physml.normalize import Normalizer
 from physml.objectives import Curriculum, OneStep, Unrolled
 from physml.parallel.mesh import Layout
@@ -288,6 +293,25 @@ def test_skipped_updates_in_between_good_ones_are_no_end(tmp_path):
     longest = max(map(len, "".join("x" if b else " " for b in bad).split()))
     assert sum(bad) > longest
     assert train(tmp_path / "few", skip_limit=longest + 1, **fields).step == len(bad)
+
+
+def test_a_dataset_that_only_reads_is_enough(tmp_path):
+    """Statistics by hand, whatever the pieces; an experiment on splits of one's own."""
+    data = problem.Waves((12, 9, 1))
+    values = np.concatenate(data.frames)
+    increments = np.concatenate([np.diff(frames, axis=0) for frames in data.frames])
+    for chunk in (None, 2, 5):
+        found = totals(data, chunk=chunk)
+        assert found.frames == 22
+        assert_allclose(found.moments["channels"].mean, values.mean((0, 1)), atol=1e-6)
+        assert_allclose(found.moments["increments"].rms, np.sqrt((increments**2).mean((0, 1))), rtol=1e-5)
+    assert_allclose(fit_normalizer(data).increments[...], np.sqrt((increments**2).mean((0, 1))), rtol=1e-5)
+    experiment = Experiment(
+        data=DataConfig("nowhere"), model=FNOConfig(width=4, modes=(3,), depth=1),
+        training=TrainingConfig(steps=2, batch=4), evaluation=Evaluation(steps=3, metrics=("rmse",)),
+    )  # fmt: skip
+    run = api.train(experiment, folder=tmp_path, splits={"train": data, "test": problem.Waves((8,), seed=1)})
+    assert np.isfinite(run.scores["score"]).all()
 
 
 def test_slow_data_is_mentioned_once(tmp_path):

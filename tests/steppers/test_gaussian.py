@@ -149,9 +149,8 @@ def test_uncertain_cells_take_the_correction():
     change = change - np.asarray(stepper.model.output[..., 0]) * 0.5
     alone = np.zeros(SPEC.grid.shape, bool)
     alone[2, 3] = True
-    assert np.abs(change[:, alone]).min() > 1e4 * np.abs(change[:, ~alone]).max() or (
-        np.abs(change[:, ~alone]).max() < 2e-6  # rounding of values of order 5
-    )
+    assert np.abs(change[:, alone]).min() > 0.1
+    assert np.abs(change[:, ~alone]).max() < 2e-6  # rounding of values of order 5
     even = gaussian((physml.MassFixer("u"),), conserve="project")
     even.model.output[...] = stepper.model.output[...]
     change = np.asarray(run(even, window, 1))[:, 0, ..., 0] - window.frames[:, 0, ..., 0]

@@ -17,7 +17,7 @@ from physml.data import XarrayDataset, fit_normalizer
 from physml.data.sidecar import totals
 from physml.errors import ConfigError
 from physml.evaluate import RolloutScores, check_evaluation, evaluate_stepper, save_scores
-from physml.experiment import Evaluation, Experiment, load_experiment
+from physml.experiment import Evaluation, Experiment, load_experiment, to_dict
 from physml.files import exclusive
 from physml.layers.lora import adapted, add_lora, parameters, trained_share
 from physml.metrics.table import file_of
@@ -101,6 +101,7 @@ def train(
             progress.stage("training")
             arguments = (splits, experiment.objective, experiment.training, layout, path)
             options = {"validate": validate, "progress": progress, "tracker": tracker, "resume": resume}
+            options["settings"] = to_dict(experiment)
             if seeds:
                 others = [
                     first_stepper(_of_seed(experiment, i), splits["train"], _member(source, i), stepper.normalizer)[0]

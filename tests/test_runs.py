@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import physml
-from physml import api
+from physml import api, coding
 from physml.data import SyntheticConfig
 from physml.errors import ConfigError, DataError
 from physml.experiment import Evaluation, Experiment
@@ -100,6 +100,23 @@ def test_saved_models_say_how_they_were_trained(tmp_path):
     extra = config_of(members)["extra"]
     assert extra == {"run": "two", "seeds": [3, 7], "diverged": {}, "step": 4}
     assert "seeds" in (members.folder / "model" / "README.md").read_text()
+
+
+def test_trackers_are_told_the_experiment(tmp_path):
+    class Tracker:
+        def start(self, config):
+            self.config = config
+
+        def log(self, step, values):
+            pass
+
+        def finish(self):
+            pass
+
+    for seeds in ((), (3, 7)):
+        tracker, experiment = Tracker(), dataclasses.replace(TINY, name=f"of{len(seeds)}", seeds=seeds)
+        train(tmp_path, experiment=experiment, tracker=tracker)
+        assert coding.from_dict(Experiment, json.loads(json.dumps(tracker.config))) == experiment
 
 
 def test_damaged_scores_are_said_to_be(tmp_path):

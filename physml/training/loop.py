@@ -53,6 +53,7 @@ def fit(
     seed: int = 0,
     validate: Callable[[Any], dict[str, float]] | None = None,
     tracker=None,
+    settings: dict[str, Any] | None = None,
     progress=None,
     resume: str = "auto",
 ) -> FitResult:
@@ -64,6 +65,7 @@ def fit(
     Args:
         validate: further scores of a stepper with the weights so far; its names become names in the record.
         tracker: see `physml.training.tracking`.
+        settings: what a tracker is told of the run, in plain containers; None: training, objective and seed.
         progress: see `physml.progress`; None shows nothing.
         resume: "auto" continues the newest complete checkpoint in `folder`, if any; "never" refuses a folder that has
             checkpoints; a path (a run, or one of its checkpoints/STEP) continues from there.
@@ -82,7 +84,7 @@ def fit(
         run = Training(config, layout, Path(folder), total, seed, parts)
         run.begin(params, rest)
         step, records, weights, rest = run_stages(
-            run, stages, datasets, objective, stepper.history, validate, tracker, progress, resume
+            run, stages, datasets, objective, stepper.history, validate, (tracker, settings), progress, resume
         )
     return FitResult(parts.merge(local(weights), local(rest)), step, records, run.best)
 
@@ -136,9 +138,11 @@ def check_parts(stepper, datasets: Mapping[str, Any], objective, training: Train
             stepper.spec.on(split.spec.grid).check_same(split.spec, mine="the stepper", theirs=f"the split {name!r}")
 
 
-def run_stages(run: Training, stages, datasets, objective, history: int, validate, tracker, progress, resume: str):
-    """All of the training that is left: (last step, records, selected weights, what goes with them)."""
+def run_stages(run: Training, stages, datasets, objective, history: int, validate, tracked, progress, resume: str):
+    """All of the training that is left: (last step, records, selected weights, what goes with them). `tracked` are a
+    tracker and what it is told of the run, or None."""
     config, dataset = run.config, datasets["train"]
+    tracker, settings = tracked
     score = _scorer(run, datasets, objective, history, validate)
     _check_stages(run, stages, dataset, history)
     run.last_stage = stages[-1][0].start
@@ -147,8 +151,8 @@ def run_stages(run: Training, stages, datasets, objective, history: int, validat
         first = jax.process_index() == 0  # it alone writes logs
         shown = progress if progress and first else Silent()
         if tracker and first:  # before there is a journal, which finishes it
-            settings = {"training": dataclasses.asdict(config), "objective": repr(objective), "seed": run.seed}
-            tracker.start(settings)
+            own = {"training": dataclasses.asdict(config), "objective": repr(objective), "seed": run.seed}
+            tracker.start(own if settings is None else settings)
         journal = Journal(run.folder, step, tracker, write=first)
         try:
             report = run.report(journal, shown, dataset.spec, stages)

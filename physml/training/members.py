@@ -66,6 +66,7 @@ def fit_members(
     seeds: Sequence[int],
     validate: Callable[[Any], dict[str, float]] | None = None,
     tracker=None,
+    settings: dict[str, Any] | None = None,
     progress=None,
     resume: str = "auto",
 ) -> MembersResult:
@@ -92,7 +93,7 @@ def fit_members(
         run = _MembersTraining(config, layout, Path(folder), total, seeds, parts)
         run.begin(params, rest)
         step, records, weights, rest = run_stages(
-            run, stages, datasets, objective, steppers[0].history, validate, tracker, progress, resume
+            run, stages, datasets, objective, steppers[0].history, validate, (tracker, settings), progress, resume
         )
     kept = [i for i in range(len(seeds)) if not run.diverged[i]]
     weights, rest = jax.tree.map(lambda leaf: leaf[np.asarray(kept)], (local(weights), local(rest)))

@@ -11,7 +11,7 @@ class Tracker(Protocol):
     """Receives what the loop logs, on process 0 only."""
 
     def start(self, config: dict[str, Any]) -> None:
-        """Before the first step; `config` is plain data."""
+        """Before the first step; `config` is plain data: of `physml.train` the whole experiment."""
         ...
 
     def log(self, step: int, values: dict[str, float]) -> None:

@@ -14,7 +14,7 @@ from physml.fields import Axis, Channel, Grid, Spec, Window, stack
 from physml.rollout import rollout
 from physml.steppers import FLOORS, STEPPERS
 from physml.steppers.eofs import linear_propagator, streaming_eofs
-from physml.steppers.floors import ClimatologyConfig, LinearInverseConfig, PersistenceConfig, blocks
+from physml.steppers.floors import ClimatologyConfig, LinearInverseConfig, PersistenceConfig, _anomaly_scale, blocks
 
 DAY = 86400.0
 
@@ -104,6 +104,25 @@ def test_climatology_of_less_than_a_year_follows_the_day(tiny):
     predicted = rollout(stepper, window, 29)
     expected = np.sin(2 * np.pi * hour[21:50] / 24) + 2  # mean of 0..4
     assert_allclose(predicted[0, :, 0, 0], expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(("days", "slots"), [(364, 1), (365, 366)])
+def test_a_year_of_data_has_seasons(tiny, days, slots):
+    data, _ = dated(tiny.spec((2,)), np.zeros((days, 2, 2)), "2001-01-01", DAY)
+    assert ClimatologyConfig().resolve(data).days == slots
+
+
+def test_anomalies_are_scaled_by_the_root_of_the_area_and_hidden_cells_by_nothing(tiny):
+    """So that the squares that EOFs explain are means over the sphere."""
+    grid = Grid((Axis("latitude", tuple(np.linspace(-60, 60, 5)), tuple(np.cos(np.deg2rad(np.linspace(-60, 60, 5))))),))
+    spec = Spec(grid, (Channel("u"),))
+    mask = np.ones((5, 1), "f4")
+    mask[1] = 0
+    values = np.random.default_rng(0).normal(0, 3, (400, 5, 1)).astype("f4")
+    data = Arrays(spec, [values], mask=mask)
+    scale = _anomaly_scale(data, ClimatologyConfig().fit(data))[:, 0]
+    expected = np.sqrt(np.asarray(grid.weights())) * mask[:, 0]
+    assert_allclose(scale / scale[2], expected / expected[2], rtol=1e-5)
 
 
 def test_climatology_ignores_masked_cells(tiny, spec):

@@ -1,5 +1,7 @@
 """Objectives on a stepper whose loss and gradient are known by hand: u -> a u."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -22,6 +24,7 @@ from physml.objectives import (
     Pushforward,
     SpectralPower,
     Unrolled,
+    scoring,
 )
 from physml.steppers import DirectConfig, ResidualConfig
 
@@ -159,6 +162,33 @@ def test_pushforward_draws_the_length_of_its_warm_up():
     assert_allclose(objective.validation(stepper(), window, None)[0], longest, rtol=1e-6)
     with pytest.raises(SpecError, match="4 \\(steps\\)"):
         value(Pushforward(steps=3))
+
+
+class Began(nnx.Module):
+    """Frames show the time that `encode` was told."""
+
+    history = 1
+
+    def __init__(self, spec):
+        self.spec, self.normalizer = spec, Normalizer.identity(spec)
+
+    def encode(self, frames, context):
+        return 0 * frames[:, -1] + context.time[:, None, None]
+
+    def advance(self, state, context):
+        return state
+
+    def decode(self, state):
+        return state
+
+
+@pytest.mark.parametrize("start", [0, 1, 2])
+def test_a_rollout_that_begins_later_is_told_when(start):
+    times = np.array([[0, 1, 2, 3], [10, 11, 12, 13]], "f4")
+    window = dataclasses.replace(constant_window(), times=times)
+    found = scoring.predict(Began(SPEC), window, None, 3, skip=2, start=start).frames
+    assert_allclose(found[:, 0, 0, 0], window.context(start, 1).time)
+    assert_allclose(window.context(start, 1).time, times[:, start + 1])
 
 
 def test_pushforward_gradients_stop_at_the_warm_up():

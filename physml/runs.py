@@ -77,9 +77,9 @@ def check_folder(path: Path, experiment: Experiment, resume: str, overwrite: boo
     """Raises ConfigError for a run folder that holds something else, or that cannot be written."""
     config = path / "config.yaml"
     _check_writable(path)
-    if not path.exists() or not any(path.iterdir()):
+    if not path.exists():
         return
-    if not config.is_file():
+    if _of_others(path):
         what = "so it is not overwritten" if overwrite else "so no run is begun there"
         raise ConfigError(f"{path} is not a run folder, {what}. Choose another --name.")
     if (overwrite and resume != "auto") or not _begun(path):
@@ -105,6 +105,11 @@ def _settled(experiment: dict[str, Any]) -> dict[str, Any]:
     return {**others, **training}
 
 
+def _of_others(path: Path) -> bool:
+    """Whether a folder holds something that is no run."""
+    return path.exists() and any(path.iterdir()) and not (path / "config.yaml").is_file()
+
+
 def _check_writable(path: Path) -> None:
     """Makes a folder where `path` would be made, and takes it away again: permissions do not tell everything."""
     there = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
@@ -124,7 +129,9 @@ def claimed(path: Path, experiment: Experiment, resume: str, overwrite: bool) ->
     removed in the end. What a killed process has left aside comes back here too.
     """
     old = path.with_name(f".{path.name}.old")
-    if old.is_dir() and not _begun(path):
+    if old.is_dir() and _begun(path):
+        shutil.rmtree(old, ignore_errors=True)
+    elif old.is_dir() and not _of_others(path):
         shutil.rmtree(path, ignore_errors=True)
         os.replace(old, path)
     check_folder(path, experiment, resume, overwrite)

@@ -73,6 +73,18 @@ def test_a_run_that_a_killed_process_set_aside_comes_back(tmp_path):
     with pytest.raises(ConfigError, match="already holds a run"), claimed(tmp_path / "tiny", TINY, "never", False):
         pass
     assert content(tmp_path / "tiny") == before
+    (tmp_path / ".tiny.old").mkdir()  # killed later: what replaces it has begun
+    train(tmp_path, "training.steps=6", resume="auto")
+    assert [path.name for path in tmp_path.iterdir()] == ["tiny"]
+
+
+def test_a_folder_of_others_is_left_alone(tmp_path):
+    for name in ("tiny", ".tiny.old"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "notes.txt").touch()
+    with pytest.raises(ConfigError, match="not a run folder"), claimed(tmp_path / "tiny", TINY, "never", True):
+        pass
+    assert sorted(map(str, content(tmp_path))) == [".tiny.old/notes.txt", "tiny/notes.txt"]
 
 
 def test_a_run_goes_on_for_longer(tmp_path):

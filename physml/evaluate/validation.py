@@ -122,7 +122,7 @@ class RolloutScores:
             window, weights = self._read(self.plan[first : first + self.batch])
             results.append(self._scored(state, window, weights, self.key, np.int32(first)))
         sums, counts = jax.tree.map(lambda *parts: np.sum(parts, axis=0), *jax.device_get(results))
-        return self._values({name: self._finish(name, parts, counts) for name, parts in sums.items()})
+        return self._values({name: self._finish(name, parts, counts) for name, parts in sums.items()}, counts > 0)
 
     def _compile(self, graph: Any):
         """`(state, window, weights, key, first) -> ({metric: sums of its parts}, counts)`; numbers are arguments."""
@@ -154,7 +154,8 @@ class RolloutScores:
         with np.errstate(invalid="ignore", divide="ignore"):
             return np.asarray(self.metrics[name].finish(*(part / n for part, n in zip(parts, shaped, strict=True))))
 
-    def _values(self, scores: dict[str, np.ndarray]) -> dict[str, float]:
+    def _values(self, scores: dict[str, np.ndarray], present: np.ndarray) -> dict[str, float]:
+        """Means over leads, and over the channels that are `present` in the split."""
         values, spec = {}, self.dataset.spec
         for name in self.config.metrics:
             if name == CORRELATION_TIME:
@@ -163,7 +164,8 @@ class RolloutScores:
                 each = times[:, 0]
             else:
                 each = scores[name].mean(0)
-            values[PREFIX + name] = float(each.mean())
+            each = np.where(present, each, np.nan)
+            values[PREFIX + name] = float(each[present].mean())
             if len(each) > 1:
                 values |= {
                     f"{PREFIX}{name}/{label}": float(value) for label, value in zip(spec.names, each, strict=True)

@@ -67,6 +67,11 @@ class CorrectedConfig:
 class Hybrid(Direct):
     """What steppers with a solver inside share. They belong to its grid."""
 
+    def encode(self, frames, context: Context):
+        """In float32 at least: no solver steps in half precision."""
+        frames = super().encode(frames, context)
+        return frames.astype(jnp.promote_types(frames.dtype, jnp.float32))
+
     def network(self, frames, context: Context):
         """What the network says to `frames` `(batch, frame, *space, channel)` in physical units."""
         fields, scalars = pack(frames, context, self.normalizer, frames.shape[1], False, False)

@@ -183,6 +183,11 @@ class NoiseSchedule:
                 f"refinements={self.refinements} and minimum={self.minimum} were given, but a schedule needs at least "
                 "one refinement and a least variance between 0 and 1."
             )
+        if np.float32(1) - np.float32(self.minimum) == 1:
+            raise ConfigError(
+                f"minimum is {self.minimum}, but float32 cannot tell 1 - minimum from 1 then, and the last refinement "
+                "would divide by zero. Use 1e-7 or more."
+            )
 
     @property
     def betas(self) -> np.ndarray:

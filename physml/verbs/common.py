@@ -129,7 +129,7 @@ def headline(scores: Any) -> dict[str, Any]:
 
 def at_least(value: Any, capped: bool) -> Any:
     """For a screen: a lower bound as ">= value", any other value as it is."""
-    return f">= {value}" if capped else value
+    return f">= {value}" if capped and value == value else value  # a channel without truth has no number
 
 
 def _time(value: Any, unit: str) -> float | str:

@@ -160,6 +160,8 @@ class Rollout(Common):
             splits = experiment.data.open(progress)
         if "test" not in splits:
             raise ConfigError(f"The data of {self.model} has no test split: give --initial FILE to start from.")
+        if not hasattr(splits["test"], "to_xarray"):
+            raise ConfigError(f"The data of {self.model} are a mixture of several: give --initial FILE to start from.")
         trajectory = self.trajectory or 0
         check_trajectory(trajectory, len(splits["test"].lengths))
         whole = splits["test"].to_xarray(trajectory)

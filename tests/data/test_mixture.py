@@ -176,6 +176,17 @@ def test_scores_of_rollouts_leave_out_channels_that_a_part_lacks(mixture):
         assert_allclose(found[f"rollout/rmse/{name}"], expected, rtol=1e-5)
 
 
+def test_scores_of_rollouts_are_means_over_the_channels_that_are_there(mixture):
+    """Of the part without `w` alone: its mean was no number, so that no checkpoint was ever the best."""
+    metrics = ("rmse", "correlation", "correlation_time")
+    config = RolloutValidation(steps=2, starts=1, trajectories=0, metrics=metrics, batch=4)
+    alone = Mixture({"a": mixture.parts["a"], "b": opened("pw", ["gravity"], trajectories=1, frames=2)})
+    found = RolloutScores(config, Still(alone.spec), alone, Layout())(Still(alone.spec))
+    for name in metrics:
+        assert np.isnan(found[f"rollout/{name}/w"])
+        assert_allclose(found[f"rollout/{name}"], np.mean([found[f"rollout/{name}/{c}"] for c in "up"]), rtol=1e-6)
+
+
 def test_shares_follow_the_weights_and_every_window_of_a_part_takes_its_turn(weights):
     parts = {"a": opened("u", trajectories=6, frames=22), "b": opened("w", trajectories=3, frames=12)}
     loader = Loader(Mixture(parts, weights=weights), 3, 16, seed=0)

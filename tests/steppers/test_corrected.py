@@ -75,6 +75,15 @@ def test_a_silent_network_leaves_the_solver(hybrid):
     assert_allclose(hybrid.roll(stepper, Window.of(frames[:, :1], spec), 5), frames[:, 1:], atol=1e-5)
 
 
+@pytest.mark.parametrize("config", [CorrectedConfig, ClosureConfig])
+def test_frames_of_half_precision_are_widened(hybrid, config):
+    spec, frames = hybrid.spec_of(BURGERS), hybrid.frames_of(BURGERS, 1).astype(jnp.bfloat16)
+    stepper = small(config(BURGERS), spec)
+    found = rollout(stepper, Window.of(frames, spec), 2)
+    assert found.dtype == jnp.float32
+    assert_allclose(found, rollout(stepper, Window.of(frames.astype("f4"), spec), 2), rtol=1e-6)
+
+
 @pytest.mark.parametrize(
     "name",
     [

@@ -197,6 +197,18 @@ def test_the_stepper_predicts_what_the_authors_predict(case):
     assert_allclose(problem.loss, io["out.train.loss"][0], rtol=1e-5)
 
 
+@pytest.mark.parametrize("minimum", [4e-8, 1e-7, 0.9])
+def test_any_noise_that_float32_can_tell_is_refined(spec, window, minimum):
+    frames = rollout(knowing(spec, dataclasses.replace(PLAIN, minimum=minimum)), window, 2, jax.random.key(0))
+    assert np.isfinite(frames).all()
+
+
+@pytest.mark.parametrize("minimum", [2.9e-8, 1e-10, 0.0, 1.0])
+def test_noise_that_float32_cannot_tell_is_refused(minimum):
+    with pytest.raises(ConfigError, match="minimum"):
+        RefinerConfig(minimum=minimum)
+
+
 @pytest.mark.parametrize(
     "config", [PLAIN, RefinerConfig(history=2, refinements=5, minimum=1e-3, weight=2.0, longest_time=1.0)]
 )

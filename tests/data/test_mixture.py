@@ -144,7 +144,6 @@ def test_errors_of_masked_channels_do_not_count(mixture):
         assert np.abs(leaf[..., 0]).max() > 0
 
 
-@pytest.mark.parametrize("weights", [{"a": 1.0, "b": 3.0}, {"a": 0.9, "b": 0.1}, {}])
 class Still(nnx.Module):
     """Every frame is the first."""
 
@@ -187,6 +186,7 @@ def test_scores_of_rollouts_are_means_over_the_channels_that_are_there(mixture):
         assert_allclose(found[f"rollout/{name}"], np.mean([found[f"rollout/{name}/{c}"] for c in "up"]), rtol=1e-6)
 
 
+@pytest.mark.parametrize("weights", [{"a": 1.0, "b": 3.0}, {"a": 0.9, "b": 0.1}, {}])
 def test_shares_follow_the_weights_and_every_window_of_a_part_takes_its_turn(weights):
     parts = {"a": opened("u", trajectories=6, frames=22), "b": opened("w", trajectories=3, frames=12)}
     loader = Loader(Mixture(parts, weights=weights), 3, 16, seed=0)

@@ -87,7 +87,6 @@ def train(
             check_scoring(experiment, stepper, splits)
         if parameter_count(stepper):
             check_values(splits, ("valid", "test") if scored else ("valid",))
-        trained: dict[str, Any] = {}
         if seeds and not parameter_count(stepper):
             raise ConfigError("seeds asks for an ensemble, but the stepper has no network: all would be the same.")
 
@@ -97,11 +96,12 @@ def train(
             describe(path, experiment, stepper, loaded)
 
         on_first_process(begin)
+        trained: dict[str, Any] = {}  # what the saved model says of its training
         if parameter_count(stepper):
             progress.stage("training")
             arguments = (splits, experiment.objective, experiment.training, layout, path)
-            options = {"validate": validate, "progress": progress, "tracker": tracker, "resume": resume}
-            options["settings"] = to_dict(experiment)
+            options = {"validate": validate, "progress": progress, "resume": resume}
+            options |= {"tracker": tracker, "settings": to_dict(experiment)}
             if seeds:
                 others = [
                     first_stepper(_of_seed(experiment, i), splits["train"], _member(source, i), stepper.normalizer)[0]

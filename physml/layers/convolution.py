@@ -15,6 +15,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from physml.errors import ConfigError, suggest
+from physml.layers import products
 from physml.layers.pointwise import uniform
 
 # What a field is taken to be beyond its edge, and the numpy name of the padding.
@@ -111,11 +112,17 @@ class Convolution(nnx.Module):
         self.bias = nnx.Param(uniform(rngs, (outputs,), fan_in)) if bias else None
 
     def __call__(self, x: Float[Array, "batch *space inputs"]) -> Float[Array, "batch *places outputs"]:
-        padding = self.padding
-        if any(boundary != "zero" for boundary in self.boundaries):
+        weight = self.weight[...].astype(x.dtype)
+        bias = None if self.bias is None else self.bias[...].astype(x.dtype)
+        padding, product = self.padding, self.groups == 1 and products.suits(x, weight)
+        wraps = product and self.boundaries == ("periodic",)
+        if not wraps and any(boundary != "zero" for boundary in self.boundaries):
             x, padding = pad_boundary(x, padding, self.boundaries), ((0, 0),) * len(padding)
-        y = convolve(x, self.weight[...].astype(x.dtype), padding, self.dilation, self.stride, self.groups)
-        return y if self.bias is None else y + self.bias[...].astype(y.dtype)
+        if product:
+            bias = jnp.zeros(weight.shape[-1], x.dtype) if bias is None else bias
+            return _along_axis(x, weight, bias, *padding, wraps, self.dilation, *self.stride)
+        y = convolve(x, weight, padding, self.dilation, self.stride, self.groups)
+        return y if bias is None else y + bias
 
 
 class TransposedConvolution(nnx.Module):
@@ -251,18 +258,50 @@ def _plain(x, weight, *, padding, dilation=1, stride=1, groups=1, spread=1):
     )  # fmt: skip
 
 
-def _by_member(function):
-    """`function` of (fields, kernel) or (fields, kernel, gradient), mapped by `jax.vmap` one member after the other.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5, 6))
+def _along_axis(x, weight, bias, padding: tuple[int, int], wraps: bool, dilation: int, stride: int):
+    """Along one axis, with a bias: products of matrices on CPUs (see `products`), a convolution elsewhere."""
+    options = {"padding": padding, "wraps": wraps, "dilation": dilation, "stride": stride}
+    parts = _by_member(functools.partial(products.convolve_product, **options))
+    return jax.lax.platform_dependent(x, weight, bias, cpu=parts, default=functools.partial(_padded, **options))
 
-    Where all members have one kernel, and no gradient of it is asked for, they are one batch.
+
+def _along_axis_forward(x, weight, bias, *options):
+    return _along_axis(x, weight, bias, *options), (x, weight)
+
+
+def _along_axis_backward(padding, wraps, dilation, stride, saved, gradient):
+    options = {"padding": padding, "wraps": wraps, "dilation": dilation, "stride": stride}
+
+    def native(x, weight, gradient):
+        bias = jnp.zeros(weight.shape[-1], weight.dtype)
+        return jax.vjp(functools.partial(_padded, **options), x, weight, bias)[1](gradient)
+
+    parts = _by_member(functools.partial(products.product_gradients, **options))
+    return jax.lax.platform_dependent(*saved, gradient, cpu=parts, default=native)
+
+
+_along_axis.defvjp(_along_axis_forward, _along_axis_backward)
+
+
+def _padded(x, weight, bias, *, padding, wraps, dilation, stride):
+    if wraps:
+        x, padding = pad_boundary(x, [padding], ["periodic"]), (0, 0)
+    return _plain(x, weight, padding=(padding,), dilation=dilation, stride=stride) + bias
+
+
+def _by_member(function):
+    """`function` of fields, a kernel and more, mapped by `jax.vmap` one member after the other.
+
+    Where members differ in their fields alone, they are one batch.
     """
     mapped = jax.custom_batching.custom_vmap(function)
 
     @mapped.def_vmap
     def of_members(size: int, batched: list[bool], *arrays):
-        if batched == [True, False]:
-            fields, kernel = arrays
-            together = mapped(fields.reshape(-1, *fields.shape[2:]), kernel)
+        if batched[0] and not any(batched[1:]):
+            fields, *others = arrays
+            together = mapped(fields.reshape(-1, *fields.shape[2:]), *others)
             return together.reshape(size, -1, *together.shape[1:]), True
         members = [mapped(*(a[i] if b else a for a, b in zip(arrays, batched, strict=True))) for i in range(size)]
         stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *members)

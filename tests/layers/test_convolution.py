@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 
 from physml.errors import ConfigError
-from physml.layers import convolution
+from physml.layers import convolution, products
 
 
 @pytest.mark.parametrize(("boundary", "mode"), [("periodic", "wrap"), ("zero", "constant"), ("replicate", "edge")])
@@ -52,6 +52,80 @@ def test_convolve_has_the_gradients_of_the_plain_convolution(ndim, dilation, ker
     np.testing.assert_array_equal(value, expected)
     for a, b in zip(ours, theirs, strict=True):
         np.testing.assert_allclose(a, b, atol=2e-5 * float(jnp.abs(b).max()))
+
+
+@pytest.mark.parametrize("boundary", ["periodic", "zero", "replicate"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"kernel": 3},
+        {"kernel": 5, "dilation": 2},
+        {"kernel": 3, "bias": False},
+        {"kernel": 4, "padding": 1, "stride": 2},
+        {"kernel": 3, "padding": 0},
+        {"kernel": 3, "padding": 3},
+        {"kernel": 2, "padding": 1, "stride": 3},
+        {"kernel": 7, "dilation": 4},  # 12 cells beyond an axis of 10
+    ],
+    ids=str,
+)
+def test_products_are_the_plain_convolution(boundary, options):
+    """Narrow layers along one axis; numpy pads, and the gradients are those of the plain convolution."""
+    layer = convolution.Convolution(3, 5, boundaries=[boundary], rngs=nnx.Rngs(1), **options)
+    graph, params = nnx.split(layer)
+    x = jax.random.normal(jax.random.key(0), (2, 10, 3))
+    assert products.suits(x, layer.weight[...])
+    (pads,) = layer.padding
+    mode = convolution.BOUNDARIES[boundary]
+
+    def plain(params, x):
+        layer = nnx.merge(graph, params)
+        y = jax.lax.conv_general_dilated(
+            jnp.pad(x, [(0, 0), pads, (0, 0)], mode=mode), layer.weight[...], layer.stride, [(0, 0)],
+            rhs_dilation=(layer.dilation,), dimension_numbers=("NWC", "WIO", "NWC"),
+        )  # fmt: skip
+        return y if layer.bias is None else y + layer.bias[...]
+
+    ours = pulled(lambda params, x: nnx.merge(graph, params)(x), params, x)
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(pulled(plain, params, x)), strict=True):
+        assert a.shape == b.shape
+        np.testing.assert_allclose(a, b, atol=2e-5 * float(jnp.abs(b).max()))
+
+
+@pytest.mark.parametrize("axes", [(0, 0), (0, None), (None, 0)])
+def test_members_of_products_equal_members_one_by_one(axes):
+    graph, params = nnx.split(convolution.Convolution(2, 3, 3, ["periodic"], rngs=nnx.Rngs(0)))
+    x = np.random.default_rng(0).standard_normal((3, 2, 9, 2)).astype(np.float32)
+    x = x if axes[1] == 0 else x[0]
+    params = jax.tree.map(lambda p: jnp.stack([p, 2 * p, p + 1]), params) if axes[0] == 0 else params
+    graded = jax.value_and_grad(lambda params, x: jnp.sin(nnx.merge(graph, params)(x)).sum(), (0, 1))
+    together = jax.jit(jax.vmap(graded, axes))(params, x)
+    for i in range(3):
+        own = [jax.tree.map(lambda a: a[i], part) if axis == 0 else part for part, axis in zip((params, x), axes)]  # noqa: B023
+        for a, b in zip(jax.tree.leaves(together), jax.tree.leaves(graded(*own)), strict=True):
+            np.testing.assert_allclose(a[i], b, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="products are for CPUs")
+@pytest.mark.parametrize(
+    ("width", "points", "dtype", "product"),
+    [
+        (20, 32, "float32", True), (24, 32, "float32", True), (34, 32, "float32", True), (32, 32, "float32", False),
+        (50, 32, "float32", False), (20, 10_000, "float32", True), (20, 11_000, "float32", False),
+        (20, 32, "bfloat16", False),
+    ],
+)  # fmt: skip
+def test_what_is_a_product(width, points, dtype, product):
+    """Narrow layers, of moderate batches: whether their gradients hold a convolution."""
+    graph, params = nnx.split(convolution.Convolution(width, width, 3, ["periodic"], rngs=nnx.Rngs(0)))
+
+    def loss(params, x):
+        layer = nnx.merge(graph, params)
+        return jnp.square(layer(jax.nn.relu(layer(jax.nn.relu(layer(x)))))).sum()
+
+    x = jnp.zeros((1, points, width), dtype)
+    program = jax.jit(jax.grad(loss)).lower(params, x).compile().as_text()
+    assert (" convolution(" not in program) == product
 
 
 def pulled(function, *operands):

@@ -193,7 +193,10 @@ def main(given) -> dict:
     splits = SyntheticConfig(
         "kuramoto_sivashinsky", points=size.points, steps=140, test_steps=1 + size.leads, time_step=TIME_STEP,
         trajectories={"train": size.trajectories, "valid": max(size.trajectories // 16, 1), "test": size.tests},
-        options={"length": 64.0, "solver_points": 2 * size.points, "substeps": 32},
+        options={
+            "length": 64.0, "solver_points": 2 * size.points, "substeps": 32,
+            **({"viscosity": tuple(given.viscosity)} if given.viscosity else {}),
+        },
     ).open()  # fmt: skip
     normalizer, test = fit_normalizer(splits["train"], "zscore"), splits["test"]
     out = given.out or Path("runs") / f"ks_refiner_{size.points}_{size.updates}"
@@ -206,6 +209,7 @@ def main(given) -> dict:
             refiner = f"_{given.weight:g}_{given.refinements}_{size.minimum:g}"
             options = {"noise": f"_{given.noise:g}", "refiner": refiner}.get(name, "")
             training = f"{size.points}x{size.trajectories}_{size.updates}x{size.batch}_{size.rate:g}"
+            training += "_{:g}-{:g}".format(*given.viscosity) if given.viscosity else ""
             folder = out / f"{name}{options}_{size.model.width}_{training}_{seed}"
             try:
                 stepper, seconds = train(every[name], size, splits, normalizer, seed, folder)
@@ -266,6 +270,10 @@ if __name__ == "__main__":
     parser.add_argument("--width", type=int, help="channels of the network on its finest level")
     parser.add_argument("--points", type=int)
     parser.add_argument("--trajectories", type=int, help="of the training split")
+    parser.add_argument(
+        "--viscosity", nargs=2, type=float, metavar=("LOW", "HIGH"),
+        help="drawn for every trajectory and told to the networks, 1 if not given; published: 1, and 0.5 to 1.5",
+    )  # fmt: skip
     parser.add_argument("--tests", type=int, help="trajectories to forecast")
     parser.add_argument("--leads", type=int, help="frames to forecast")
     parser.add_argument("--noise", type=float, default=0.03, help="of the arm `noise`, in units of increments")

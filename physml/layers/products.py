@@ -20,9 +20,11 @@ def suits(x, weight) -> bool:
     """Whether `x` `(batch, *space, inputs)` is convolved faster so with `weight` `(*kernel, inputs, outputs)`."""
     if x.ndim != 3 or x.dtype != jnp.float32 or weight.shape[0] == 1:
         return False
-    wider, columns = max(weight.shape[1:]), 4 * weight.shape[0] * math.prod(x.shape)
-    few = wider <= FEW_CHANNELS or (wider <= MANY_CHANNELS and wider % 8)
-    return bool(few) and columns <= LARGEST_COLUMNS
+    wider = max(weight.shape[1:])
+    if wider > FEW_CHANNELS and (wider > MANY_CHANNELS or wider % 8 == 0):
+        return False
+    # A program exported for batches of any size is the one for small ones.
+    return not isinstance(x.shape[0], int) or 4 * weight.shape[0] * math.prod(x.shape) <= LARGEST_COLUMNS
 
 
 def convolve_product(
@@ -37,8 +39,8 @@ def convolve_product(
 ) -> Float[Array, "batch places outputs"]:
     """Cross-correlation with `padding` cells before and after: of the other end where it `wraps`, zeros otherwise."""
     columns = _columns(jnp.moveaxis(x, -1, 0), len(weight), padding, wraps, dilation, stride)
-    y = weight.reshape(-1, weight.shape[-1]).T @ columns + bias[:, None]
-    return jnp.moveaxis(y.reshape(weight.shape[-1], x.shape[0], -1), 0, -1)
+    y = weight.reshape(-1, weight.shape[-1]).T @ _flat(columns) + bias[:, None]
+    return jnp.moveaxis(y.reshape(len(y), *columns.shape[1:]), 0, -1)
 
 
 def product_gradients(
@@ -54,27 +56,29 @@ def product_gradients(
     """Of `x`, `weight` and the bias, from that of the result of `convolve_product`."""
     taps, inputs, outputs = weight.shape
     rows, gradient = jnp.moveaxis(x, -1, 0), jnp.moveaxis(gradient, -1, 0)
-    flat = gradient.reshape(outputs, -1)
     columns, transpose = jax.vjp(lambda rows: _columns(rows, taps, padding, wraps, dilation, stride), rows)
-    reach = dilation * (taps - 1)
+    flat, reach = _flat(gradient), dilation * (taps - 1)
     if stride == 1 and (not wraps or sum(padding) == reach):
         # The gradient, convolved with the flipped kernel: adding up the columns' gradients would read them all again.
         around = _columns(gradient, taps, (reach - padding[0], reach - padding[1]), wraps, dilation, 1)
-        of_rows = (jnp.flip(weight, 0).transpose(1, 0, 2).reshape(inputs, -1) @ around).reshape(rows.shape)
+        of_rows = jnp.flip(weight, 0).transpose(1, 0, 2).reshape(inputs, -1) @ _flat(around)
     else:
-        (of_rows,) = transpose(weight.reshape(-1, outputs) @ flat)
-    of_weight = jax.lax.dot_general(columns, flat, (((1,), (1,)), ((), ())))
-    # A sum over a row would make XLA put the channels last again.
-    of_bias = flat @ jnp.ones(flat.shape[1], flat.dtype)
-    return jnp.moveaxis(of_rows, 0, -1), of_weight.reshape(weight.shape), of_bias
+        (of_rows,) = transpose((weight.reshape(-1, outputs) @ flat).reshape(columns.shape))
+    of_weight = jax.lax.dot_general(_flat(columns), flat, (((1,), (1,)), ((), ())))
+    of_bias = flat @ jnp.ones(flat.shape[1], flat.dtype)  # a sum would make XLA put the channels last again
+    return jnp.moveaxis(of_rows.reshape(rows.shape), 0, -1), of_weight.reshape(weight.shape), of_bias
+
+
+def _flat(columns):
+    return columns.reshape(len(columns), -1)
 
 
 def _columns(rows, taps: int, padding, wraps: bool, dilation: int, stride: int):
-    """`(channel, batch, points)` -> `(taps channel, batch places)`: all that each place reads."""
+    """`(channel, batch, points)` -> `(taps channel, batch, places)`: all that each place reads."""
     rows = _pad(rows, *padding, wraps)
     last = (rows.shape[-1] - dilation * (taps - 1) - 1) // stride * stride
     parts = [rows[..., dilation * tap : dilation * tap + last + 1 : stride] for tap in range(taps)]
-    return jnp.concatenate(parts).reshape(taps * rows.shape[0], -1)
+    return jnp.concatenate(parts)
 
 
 def _pad(rows, before: int, after: int, wraps: bool):

@@ -106,6 +106,23 @@ def test_members_of_products_equal_members_one_by_one(axes):
             np.testing.assert_allclose(a[i], b, rtol=1e-5, atol=1e-5)
 
 
+def test_one_program_of_a_product_for_batches_of_any_size():
+    """As exported models have it; and batches of no sample, with their gradients."""
+    graph, params = nnx.split(convolution.Convolution(2, 3, 3, ["periodic"], rngs=nnx.Rngs(0)))
+
+    def layer(params, x):
+        return nnx.merge(graph, params)(x)
+
+    shape = jax.export.symbolic_shape("batch, 9, 2")
+    program = jax.export.export(jax.jit(layer))(params, jax.ShapeDtypeStruct(shape, jnp.float32))
+    for batch in (1, 4):
+        x = jax.random.normal(jax.random.key(batch), (batch, 9, 2))
+        np.testing.assert_array_equal(program.call(params, x), jax.jit(layer)(params, x))
+    value, *gradients = pulled(layer, params, jnp.zeros((0, 9, 2)))
+    assert value.shape == (0, 9, 3)
+    assert all(not leaf.any() for leaf in jax.tree.leaves(gradients))
+
+
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="products are for CPUs")
 @pytest.mark.parametrize(
     ("width", "points", "dtype", "product"),

@@ -58,7 +58,7 @@ def product_gradients(
     rows, gradient = jnp.moveaxis(x, -1, 0), jnp.moveaxis(gradient, -1, 0)
     columns, transpose = jax.vjp(lambda rows: _columns(rows, taps, padding, wraps, dilation, stride), rows)
     flat, reach = _flat(gradient), dilation * (taps - 1)
-    if stride == 1 and (not wraps or sum(padding) == reach):
+    if stride == 1 and columns.shape[-1] and (not wraps or sum(padding) == reach):
         # The gradient, convolved with the flipped kernel: adding up the columns' gradients would read them all again.
         around = _columns(gradient, taps, (reach - padding[0], reach - padding[1]), wraps, dilation, 1)
         of_rows = jnp.flip(weight, 0).transpose(1, 0, 2).reshape(inputs, -1) @ _flat(around)
@@ -76,8 +76,8 @@ def _flat(columns):
 def _columns(rows, taps: int, padding, wraps: bool, dilation: int, stride: int):
     """`(channel, batch, points)` -> `(taps channel, batch, places)`: all that each place reads."""
     rows = _pad(rows, *padding, wraps)
-    last = (rows.shape[-1] - dilation * (taps - 1) - 1) // stride * stride
-    parts = [rows[..., dilation * tap : dilation * tap + last + 1 : stride] for tap in range(taps)]
+    places = max((rows.shape[-1] - dilation * (taps - 1) - 1) // stride + 1, 0)
+    parts = [rows[..., first : first + places * stride : stride] for first in range(0, dilation * taps, dilation)]
     return jnp.concatenate(parts)
 
 

@@ -120,7 +120,7 @@ class Convolution(nnx.Module):
             x, padding = pad_boundary(x, padding, self.boundaries), ((0, 0),) * len(padding)
         if product:
             bias = jnp.zeros(weight.shape[-1], x.dtype) if bias is None else bias
-            return _along_axis(x, weight, bias, *padding, wraps, self.dilation, *self.stride)
+            return _along_axis(x, weight, bias, products.Along(*padding, wraps, self.dilation, *self.stride))
         y = convolve(x, weight, padding, self.dilation, self.stride, self.groups)
         return y if bias is None else y + bias
 
@@ -258,36 +258,34 @@ def _plain(x, weight, *, padding, dilation=1, stride=1, groups=1, spread=1):
     )  # fmt: skip
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5, 6))
-def _along_axis(x, weight, bias, padding: tuple[int, int], wraps: bool, dilation: int, stride: int):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _along_axis(x, weight, bias, along: products.Along):
     """Along one axis, with a bias: products of matrices on CPUs (see `products`), a convolution elsewhere."""
-    options = {"padding": padding, "wraps": wraps, "dilation": dilation, "stride": stride}
-    parts = _by_member(functools.partial(products.convolve_product, **options))
-    return jax.lax.platform_dependent(x, weight, bias, cpu=parts, default=functools.partial(_padded, **options))
+    parts = _by_member(functools.partial(products.convolve_product, along=along))
+    return jax.lax.platform_dependent(x, weight, bias, cpu=parts, default=functools.partial(_padded, along=along))
 
 
-def _along_axis_forward(x, weight, bias, *options):
-    return _along_axis(x, weight, bias, *options), (x, weight)
+def _along_axis_forward(x, weight, bias, along):
+    return _along_axis(x, weight, bias, along), (x, weight)
 
 
-def _along_axis_backward(padding, wraps, dilation, stride, saved, gradient):
-    options = {"padding": padding, "wraps": wraps, "dilation": dilation, "stride": stride}
-
+def _along_axis_backward(along, saved, gradient):
     def native(x, weight, gradient):
         bias = jnp.zeros(weight.shape[-1], weight.dtype)
-        return jax.vjp(functools.partial(_padded, **options), x, weight, bias)[1](gradient)
+        return jax.vjp(functools.partial(_padded, along=along), x, weight, bias)[1](gradient)
 
-    parts = _by_member(functools.partial(products.product_gradients, **options))
+    parts = _by_member(functools.partial(products.product_gradients, along=along))
     return jax.lax.platform_dependent(*saved, gradient, cpu=parts, default=native)
 
 
 _along_axis.defvjp(_along_axis_forward, _along_axis_backward)
 
 
-def _padded(x, weight, bias, *, padding, wraps, dilation, stride):
-    if wraps:
+def _padded(x, weight, bias, *, along: products.Along):
+    padding = along.padding
+    if along.wraps:
         x, padding = pad_boundary(x, [padding], ["periodic"]), (0, 0)
-    return _plain(x, weight, padding=(padding,), dilation=dilation, stride=stride) + bias
+    return _plain(x, weight, padding=(padding,), dilation=along.dilation, stride=along.stride) + bias
 
 
 def _by_member(function):

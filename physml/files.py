@@ -1,12 +1,14 @@
-"""Files and folders that appear whole or not at all, and have one writer at a time."""
+"""Files and folders that appear whole or not at all, and have one writer at a time; logs that grow line by line."""
 
 import contextlib
 import errno
+import json
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from physml.errors import DataError
 
@@ -39,6 +41,18 @@ def write_text(path: str | Path, text: str) -> None:
     """Writes a text file (UTF-8) that appears whole or not at all. Raises DataError where it cannot be written."""
     with whole(path) as partial:
         partial.write_text(text, encoding="utf-8")
+
+
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """The JSON objects of a log, one per line, without the line that a killed process left unfinished.
+
+    Empty where there is no log.
+    """
+    records = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else ():
+        with contextlib.suppress(json.JSONDecodeError):
+            records.append(json.loads(line))
+    return [record for record in records if isinstance(record, dict)]
 
 
 def replace(finished: Path, out: Path) -> None:

@@ -27,11 +27,12 @@ import physml
 from physml import saving
 from physml.errors import CheckpointError, ConfigError
 from physml.experiment import Experiment, load_experiment, to_dict, to_yaml
-from physml.files import write_text
+from physml.files import read_records, write_text
 from physml.metrics.table import load_scores
 from physml.saving import LoadReport
 
 START = "start_from.json"  # what was loaded before training
+RECORDS = "metrics.jsonl"
 MAY_CHANGE = ("steps", "epochs", "checkpoint_every", "keep", "log_every", "validate_every", "patience", "threads")
 
 
@@ -56,6 +57,11 @@ class Run:
         """What became of the weights that training started from; None where it started from none."""
         path = self.folder / START
         return LoadReport.from_dict(json.loads(path.read_text())) if path.is_file() else None
+
+    @property
+    def history(self) -> list[dict[str, Any]]:
+        """The records of metrics.jsonl so far: "kind" ("train" or "valid"), "step" and numbers (None: not finite)."""
+        return read_records(self.folder / RECORDS)
 
     @functools.cached_property
     def scores(self) -> xr.Dataset:
@@ -152,7 +158,7 @@ def claimed(path: Path, experiment: Experiment, resume: str, overwrite: bool) ->
 
 def _begun(path: Path) -> bool:
     """Whether a run folder has anything to lose; one whose training was refused at its start has not."""
-    records = path / "metrics.jsonl"
+    records = path / RECORDS
     recorded = records.is_file() and records.stat().st_size > 0
     return recorded or (path / "model").exists() or any((path / "checkpoints").glob("*"))
 

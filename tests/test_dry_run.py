@@ -29,13 +29,13 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
-def untrained(folder, **changes):
-    """A run whose model was never trained, on waves.nc or other data."""
+def untrained(folder, own=False, **changes):
+    """A run on waves.nc or other data, whose model was never trained: one for waves.nc, or for its `own` data."""
     from physml import api, saving
     from physml.experiment import load_experiment, to_yaml
 
     experiment = load_experiment(folder / "waves.yaml", [f"{name}={value}" for name, value in changes.items()])
-    original = load_experiment(folder / "waves.yaml")
+    original = experiment if own else load_experiment(folder / "waves.yaml")
     run = folder / "runs/waves"
     run.mkdir(parents=True)
     saving.save(api.initial_stepper(original, original.data.open()["train"]), run / "model")
@@ -189,6 +189,32 @@ def test_a_rollout_generates_no_data(capsys, folder):
     code, _, err = call(capsys, "rollout", run, "--steps", 3, "--out", "x.foo")
     assert code == 2
     assert ".zarr" in json.loads(err)["error"]
+
+
+def test_data_that_were_generated_before_are_checked(capsys, folder):
+    data = (
+        "{type: synthetic, name: burgers, cache: here, points: 16, steps: 4, trajectories: {train: 1, valid: 1, "
+        "test: 2}, options: {solver_points: 16, substeps: 1}}"
+    )
+    run = untrained(folder, own=True, data=data)
+    before = listing(folder)
+    words = ("train", "waves.yaml", "--out", "other", "--set", f"data={data}")
+    code, out, err = call(capsys, *words)
+    assert code == 0, err
+    assert json.loads(out)["data"]["test"] == "2 trajectories, 10 frames on a grid (16,)"
+    code, _, err = call(capsys, *words, "--set", "stepper.history=9")
+    assert code == 2
+    assert "10 frames" in json.loads(err)["error"]
+    code, out, err = call(capsys, "rollout", run, "--steps", 3, "--trajectory", 1)
+    assert code == 0, err
+    assert json.loads(out)["from"] == {"trajectory": 1, "time": 1, "x": 16}
+    for words, message in (
+        (("--trajectory", 2), "has 2: 0 to 1"), (("--members", 0), "members=0"), (("--perturb", 0.1), "how many"),
+    ):  # fmt: skip
+        code, _, err = call(capsys, "rollout", run, "--steps", 3, *words)
+        assert code == 2
+        assert message in json.loads(err)["error"]
+    assert listing(folder) == before
 
 
 @pytest.mark.parametrize("data", ["{type: synthetic, name: burgers, cache: here, trajectories: {valid: 0}}", None])

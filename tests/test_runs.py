@@ -61,7 +61,10 @@ def test_what_replaces_a_run_and_never_begins_gives_it_back(tmp_path, change):
     assert content(run.folder) == before
     assert [path.name for path in tmp_path.iterdir()] == ["tiny"]
     train(tmp_path, "seed=1", overwrite=True)
-    assert open_run(tmp_path / "tiny").experiment.seed == 1
+    found = open_run(tmp_path / "tiny")
+    assert found.experiment.seed == 1
+    assert found.history[-1]["step"] == found.experiment.training.steps
+    assert {record["kind"] for record in found.history} >= {"train"}
     assert [path.name for path in tmp_path.iterdir()] == ["tiny"]
 
 

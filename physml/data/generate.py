@@ -31,6 +31,7 @@ from physml.solvers.solver import STEADY
 
 FORMAT_VERSION = 2  # raise it whenever the same recipe gives other files: caches are keyed by it
 LARGEST_SEED = 2**32
+SETTINGS = "settings.json"  # of unfinished work
 
 
 @dataclass(frozen=True)
@@ -129,8 +130,8 @@ def generate(
     out = Path(out)
     writer = store.writer_of(out, format)
     with exclusive(out):
-        check_output(out, overwrite, format)
-        _produce(recipe, out, writer, batch, workers, overwrite, progress or Silent())
+        check_output(recipe, out, overwrite, format, batch)
+        _produce(recipe, out, writer, batch, workers, progress or Silent())
     return out
 
 
@@ -140,11 +141,23 @@ def recipe_of(solver: Any, trajectories: int, steps: int | None, seed: int, spli
     return Recipe(solver, trajectories, solver.usual_steps if steps is None else steps, seed, split)
 
 
-def check_output(out: Path, overwrite: bool, format: str | None = None) -> None:
-    """Raises ConfigError for a name that does not tell its format, DataError where `out` exists and is to stay."""
+def check_output(
+    recipe: Recipe, out: Path, overwrite: bool, format: str | None = None, batch: int | None = None
+) -> None:
+    """Raises ConfigError for a name that does not tell its format, DataError where `out`, or unfinished work with other
+    settings, exists and is to stay."""
     store.writer_of(out, format)
-    if out.exists() and not overwrite:
+    if overwrite:
+        return
+    if out.exists():
         raise DataError(f"{out} exists already. Choose another name, or pass overwrite (--overwrite) to replace it.")
+    partial, settings = _unfinished(out), _settings(recipe, batch)
+    found = _settings_in(partial)
+    if found not in (None, settings):
+        raise DataError(
+            f"{partial} holds unfinished work with other settings ({_difference(found, settings)}). Repeat that "
+            "command to finish it, or pass overwrite (--overwrite) to drop it."
+        )
 
 
 def ensure(recipe: Recipe, out: Path, progress: Progress | None = None) -> Path:
@@ -152,7 +165,7 @@ def ensure(recipe: Recipe, out: Path, progress: Progress | None = None) -> Path:
     if not out.exists():
         with exclusive(out):
             if not out.exists():
-                _produce(recipe, out, store.writer_of(out), None, None, True, progress or Silent())
+                _produce(recipe, out, store.writer_of(out), None, None, progress or Silent())
     return out
 
 
@@ -162,12 +175,14 @@ def _produce(
     writer: Callable,
     batch: int | None,
     workers: int | None,
-    discard: bool,
     progress: Progress,
 ) -> None:
-    partial = out.with_name(out.name + ".partial")
+    partial, settings = _unfinished(out), _settings(recipe, batch)
+    if _settings_in(partial) != settings:
+        if partial.exists():
+            shutil.rmtree(partial)
+        write_text(partial / SETTINGS, json.dumps(settings, indent=1))
     count, batch = _chunks(recipe, batch)
-    _open_partial(partial, {**recipe.to_dict(), "batch": batch}, discard)
     paths = [partial / f"chunk_{i:05d}.npz" for i in range(count)]
     shape = (batch, recipe.steps + 1, *recipe.solver.grid.shape, len(recipe.solver.channels))
     try:
@@ -190,24 +205,21 @@ def _chunks(recipe: Recipe, batch: int | None) -> tuple[int, int]:
     return count, -(-recipe.trajectories // count)
 
 
-def _open_partial(partial: Path, settings: dict[str, Any], discard: bool) -> None:
-    """Makes the folder of unfinished work, or checks that what is there belongs to the same settings."""
-    settings = json.loads(json.dumps(settings))
-    note = partial / "settings.json"
-    if partial.exists():
-        try:
-            found = json.loads(note.read_text())
-        except (OSError, ValueError):
-            found = None  # killed before the note was written
-        if found == settings:
-            return
-        if found is not None and not discard:
-            raise DataError(
-                f"{partial} holds unfinished work with other settings ({_difference(found, settings)}). Repeat that "
-                "command to finish it, or pass overwrite (--overwrite) to drop it."
-            )
-        shutil.rmtree(partial)
-    write_text(note, json.dumps(settings, indent=1))
+def _unfinished(out: Path) -> Path:
+    return out.with_name(out.name + ".partial")
+
+
+def _settings(recipe: Recipe, batch: int | None) -> dict[str, Any]:
+    """What unfinished work must agree in, as JSON holds it."""
+    return json.loads(json.dumps({**recipe.to_dict(), "batch": _chunks(recipe, batch)[1]}))
+
+
+def _settings_in(partial: Path) -> dict[str, Any] | None:
+    """Those of unfinished work; None where there is none, or it was killed before they were written."""
+    try:
+        return json.loads((partial / SETTINGS).read_text())
+    except (OSError, ValueError):
+        return None
 
 
 def _difference(found: Any, wanted: Any, path: str = "") -> str:

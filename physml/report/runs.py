@@ -12,6 +12,7 @@ import yaml
 
 from physml.errors import ConfigError, DataError
 from physml.fields import Spec
+from physml.files import read_records
 from physml.metrics.table import file_of, load_scores
 
 SCORE_DIMS = ("model", "metric", "channel", "lead")
@@ -150,7 +151,8 @@ def _of_folder(folder: Path, split: str) -> RunData:
         settings = yaml.safe_load(config) if config else {}
     except yaml.YAMLError as error:
         raise DataError(f"{folder / 'config.yaml'} is not readable as YAML: {error}") from error
-    history = _records(folder / "metrics.jsonl")
+    records = read_records(folder / "metrics.jsonl")
+    history = [record for record in records if isinstance(record.get("step"), int | float)]
     if scores is None and not history and not config:
         raise DataError(
             f"{folder} holds none of scores.nc, metrics.jsonl and config.yaml: it is no run folder, or nothing was "
@@ -175,19 +177,6 @@ def _json(path: Path) -> dict[str, Any]:
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise DataError(f"{path} is damaged: {error}. Delete it, or write the run again.") from error
     return found if isinstance(found, dict) else {}
-
-
-def _records(path: Path) -> list[dict[str, Any]]:
-    """Lines of a training log; a last line that was cut off by an interruption is left out."""
-    records = []
-    for line in _text(path).splitlines():
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        if isinstance(record, dict) and isinstance(record.get("step"), int | float):
-            records.append(record)
-    return records
 
 
 def _sample(path: Path) -> xr.Dataset | None:

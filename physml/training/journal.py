@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from physml.files import write_text
+from physml.files import read_records, write_text
 
 
 class Journal:
@@ -18,7 +18,8 @@ class Journal:
 
     def __init__(self, folder: str | Path, step: int, tracker: Any = None, write: bool = True):
         self.path = Path(folder) / "metrics.jsonl"
-        self.records = _read(self.path, step)
+        found = read_records(self.path) if step else []
+        self.records = [record for record in found if record.get("step", step + 1) <= step]
         self.tracker, self._file = (tracker, None) if write else (None, None)
         if write:
             write_text(self.path, "".join(json.dumps(record) + "\n" for record in self.records))
@@ -45,20 +46,6 @@ class Journal:
             self._file.close()
         if self.tracker:
             self.tracker.finish()
-
-
-def _read(path: Path, step: int) -> list[dict[str, Any]]:
-    if not step or not path.is_file():
-        return []
-    records = []
-    for line in path.read_text().splitlines():
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError:
-            continue  # the line that a killed process was writing
-        if isinstance(record, dict) and record.get("step", step + 1) <= step:
-            records.append(record)
-    return records
 
 
 def _plain(value: Any) -> float | int | None:

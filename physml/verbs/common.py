@@ -143,11 +143,13 @@ def _short(value: Any) -> float:
 
 
 def in_files(data: Any) -> bool:
-    """Whether data can be opened without generating any."""
-    from physml.data import DataConfig, MixtureConfig
+    """Whether data can be opened without generating any: they are files, or were generated before."""
+    from physml.data import DataConfig, MixtureConfig, SyntheticConfig
 
     if isinstance(data, MixtureConfig):
         return all(in_files(part) for part in data.parts.values())
+    if isinstance(data, SyntheticConfig):
+        return all(data.path(split).is_file() for split in data.recipes())
     return isinstance(data, DataConfig)
 
 

@@ -41,7 +41,7 @@ class Generate(Common):
         config = resolve(self.name, self.set)
         if self.dry_run:
             recipe = recipe_of(config, self.trajectories, self.steps, self.seed, self.split)
-            check_output(self.out, self.overwrite)
+            check_output(recipe, self.out, self.overwrite)
             return {
                 "would write": str(self.out),
                 "trajectories": self.trajectories,

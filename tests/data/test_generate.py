@@ -6,6 +6,7 @@ import shlex
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from physml.data.labelled import spec_of
 from physml.errors import ConfigError, DataError, DivergedError
 from physml.files import exclusive
 from physml.solvers import Kolmogorov, KuramotoSivashinsky
+from physml.verbs.data import Generate
 
 KS = KuramotoSivashinsky(points=32, solver_points=32, length=16.0, warmup=1.0, substeps=4, initial_modes=4)
 FLOW = Kolmogorov(
@@ -154,6 +156,11 @@ def test_unfinished_work_of_other_settings_is_not_mixed_in(tmp_path):
     assert leftovers(tmp_path) == ["ks.nc.partial"]
     with pytest.raises(DataError, match=r"ks.nc.partial.*seed is 0 there, 1 here.*overwrite"):
         generate(KS, out, 4, steps=5, batch=1, seed=1)
+    looking = Generate(name="kuramoto_sivashinsky", out=out, trajectories=4, dry_run=True)
+    with pytest.raises(DataError, match="unfinished work with other settings"):
+        looking.run()
+    assert replace(looking, overwrite=True).run()["would write"] == str(out)
+    assert leftovers(tmp_path) == ["ks.nc.partial"]
     generate(KS, out, 4, steps=5, batch=1, seed=1, overwrite=True)
     assert leftovers(tmp_path) == ["ks.nc"]
     assert xr.open_dataset(out).attrs["seed"] == 1

@@ -1,10 +1,12 @@
 """Where logged numbers go besides metrics.jsonl: one small protocol and three adapters (extra `track`)."""
 
 import importlib
+import uuid
 from pathlib import Path
 from typing import Any, Protocol
 
 from physml.errors import DependencyError
+from physml.files import write_text
 
 
 class Tracker(Protocol):
@@ -43,18 +45,21 @@ class TensorBoard:
 
 
 class Wandb:
-    """A Weights & Biases run named after the folder. Raises DependencyError without wandb."""
+    """A Weights & Biases run named after the folder, which remembers it in wandb.id: resumed, its curves go on.
+
+    Raises DependencyError without wandb.
+    """
 
     def __init__(self, folder: str | Path):
         self.module = _import("wandb")
         self.folder = Path(folder)
 
     def start(self, config: dict[str, Any]) -> None:
-        # The name is also the identity, so that a resumed run continues its curves.
-        name = self.folder.name
+        identity = _text(self.folder / "wandb.id") or uuid.uuid4().hex
         self.run = self.module.init(
-            project="physml", name=name, id=name, dir=str(self.folder), config=config, resume="allow"
+            project="physml", name=self.folder.name, id=identity, dir=str(self.folder), config=config, resume="allow"
         )
+        write_text(self.folder / "wandb.id", identity)
 
     def log(self, step: int, values: dict[str, float]) -> None:
         self.run.log(values, step=step)
@@ -64,14 +69,24 @@ class Wandb:
 
 
 class MLflow:
-    """An MLflow run named after the folder. Raises DependencyError without mlflow."""
+    """An MLflow run named after the folder, which remembers it in mlflow.id: resumed, its curves go on.
+
+    A run that the server no longer has begins anew. Raises DependencyError without mlflow.
+    """
 
     def __init__(self, folder: str | Path):
         self.module = _import("mlflow")
         self.folder = Path(folder)
 
     def start(self, config: dict[str, Any]) -> None:
-        self.module.start_run(run_name=self.folder.name)
+        identity = _text(self.folder / "mlflow.id")
+        try:
+            run = self.module.start_run(run_id=identity, run_name=self.folder.name)
+        except self.module.exceptions.MlflowException:
+            if identity is None:
+                raise
+            run = self.module.start_run(run_name=self.folder.name)
+        write_text(self.folder / "mlflow.id", run.info.run_id)
         self.module.log_dict(config, "config.json")
 
     def log(self, step: int, values: dict[str, float]) -> None:
@@ -83,6 +98,10 @@ class MLflow:
 
 
 TRACKERS = {"mlflow": MLflow, "tensorboard": TensorBoard, "wandb": Wandb}
+
+
+def _text(path: Path) -> str | None:
+    return path.read_text(encoding="utf-8") if path.is_file() else None
 
 
 def _import(name: str):

@@ -80,6 +80,8 @@ class Recorder(types.ModuleType):
 )
 def test_adapters_pass_numbers_on(tmp_path, monkeypatch, name, module, log):
     recorder = Recorder(module)
+    recorder.info = types.SimpleNamespace(run_id="5")
+    recorder.exceptions = types.SimpleNamespace(MlflowException=KeyError)
     monkeypatch.setitem(sys.modules, module, recorder)
     tracker = TRACKERS[name](tmp_path / "run")
     tracker.start({"seed": 0})
@@ -87,3 +89,38 @@ def test_adapters_pass_numbers_on(tmp_path, monkeypatch, name, module, log):
     tracker.finish()
     assert log in recorder.calls
     assert len(recorder.calls) >= 3
+
+
+def test_a_resumed_run_goes_on_at_its_tracker_and_another_does_not(tmp_path, monkeypatch):
+    recorder = Recorder("wandb")
+    monkeypatch.setitem(sys.modules, "wandb", recorder)
+    for folder in ("a/run", "a/run", "b/run"):
+        TRACKERS["wandb"](tmp_path / folder).start({})
+    first, resumed, other = (options["id"] for name, _, options in recorder.calls if name == "init")
+    assert first == resumed != other
+
+
+def test_a_run_that_mlflow_lost_begins_anew(tmp_path, monkeypatch):
+    class Lost(Exception):
+        pass
+
+    known = []
+
+    def start_run(run_name, run_id=None):
+        if run_id not in (None, *known):
+            raise Lost
+        if run_id is None:
+            known.append(f"number {len(known)}")
+        return types.SimpleNamespace(info=types.SimpleNamespace(run_id=run_id or known[-1]))
+
+    module = types.SimpleNamespace(
+        start_run=start_run, log_dict=lambda *_: None, exceptions=types.SimpleNamespace(MlflowException=Lost)
+    )
+    monkeypatch.setitem(sys.modules, "mlflow", module)
+    for _ in range(2):
+        TRACKERS["mlflow"](tmp_path).start({})
+    assert known == ["number 0"]
+    known[:] = ["of others"]
+    TRACKERS["mlflow"](tmp_path).start({})
+    assert known == ["of others", "number 1"]
+    assert (tmp_path / "mlflow.id").read_text() == "number 1"

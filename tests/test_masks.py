@@ -9,10 +9,11 @@ from numpy.testing import assert_allclose, assert_array_equal
 
 import physml
 from physml import api, cli, saving
-from physml.data import DataConfig, XarrayDataset, fit_normalizer, spec_of
+from physml.data import DataConfig, Mixture, XarrayDataset, fit_normalizer, spec_of
 from physml.errors import DataError
 from physml.evaluate import evaluate
 from physml.experiment import Evaluation, Experiment
+from physml.fields import stack
 from physml.models import FNOConfig
 from physml.normalize import Normalizer
 from physml.saving import folder as folders
@@ -84,6 +85,41 @@ def test_gaps_are_known_by_channel(filled):
     with pytest.raises(DataError, match=r"'v', trajectory 0, 1 cells, first at index \(9,\).*without gaps there"):
         physml.forecast(stepper, start, 2)
     assert np.isnan(physml.forecast(stepper, start, 2, masked=True).v[0, :, 9]).all()
+
+
+def test_a_model_of_a_mixture_starts_from_any_of_its_parts(filled, tmp_path):
+    whole = filled.drop_vars("fluid").isel(x=slice(None, None, -1))
+    levels = xr.concat([whole.v, whole.v + 1], "level").assign_coords(level=[500, 850])
+    datasets = {"both": whole.assign(z=levels), "part": whole.drop_vars("v").assign(z=levels.isel(level=[0]))}
+    parts = {
+        name: XarrayDataset(data, spec_of(data, [*({"u", "v"} & set(data)), "z"], flatten="level"))
+        for name, data in datasets.items()
+    }
+    mixture = Mixture(parts)
+    assert set(mixture.spec.names) == {"u", "v", "z_500", "z_850"}
+    stepper = build_stepper(ResidualConfig(), MODEL, mixture.spec, fit_normalizer(mixture, "zscore"), seed=0)
+    start = datasets["part"].isel(time=[0])
+    with pytest.raises(DataError, match="(no variable 'v'|850 is missing).*parts of a mixture.*--masked yes"):
+        physml.forecast(stepper, start, 4)
+    found = physml.forecast(stepper, start, 4, masked=True, out=tmp_path / "f.nc", chunk=2)
+    assert {str(name) for name in found.data_vars if "ledger" not in str(name)} == {"u", "z", "steps_completed"}
+    assert {str(name) for name in found.data_vars if "ledger_mean" in str(name)} == {
+        "ledger_mean_u",
+        "ledger_mean_z_500",
+    }
+    assert found.level.values.tolist() == [500]
+    frames = physml.rollout(stepper, stack([mixture.read(2, range(1))]), 4)  # the first trajectory of the part
+    order = [mixture.spec.names.index(name) for name in ("u", "z_500")]
+    assert_allclose(found.u[0, :, ::-1], frames[0, ..., order[0]], atol=1e-5)
+    assert_allclose(found.z[0, :, 0, ::-1], frames[0, ..., order[1]], atol=1e-5)
+    on = physml.forecast(stepper, found.isel(lead=[1]), 2, masked=True)
+    assert_allclose(on.u, found.u[:, 2:], atol=1e-5)
+    with pytest.raises(DataError, match="no variable") as raised:
+        physml.forecast(stepper, start.rename(u="w").drop_vars("z"), 4, masked=True)
+    assert "mixture" not in str(raised.value)
+    with pytest.raises(DataError, match="no variable 'v'") as raised:
+        physml.forecast(stepper_of(filled.drop_vars("fluid")), filled.drop_vars("v"), 4)
+    assert "mixture" not in str(raised.value)
 
 
 @pytest.mark.parametrize("members", [0, 3])

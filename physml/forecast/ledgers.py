@@ -25,12 +25,18 @@ SPECTRUM_STEP = "spectrum_step"  # dimension of the steps whose energy spectrum 
 
 @dataclass(frozen=True)
 class Labels:
-    """Names and attributes of the ledger; `members` along the batch become a dimension of their own."""
+    """Names and attributes of the ledger; `members` along the batch become a dimension of their own. Of the channels
+    those in `held` exist."""
 
     spec: Spec
     initial: Ledger
     bounds: Bounds
     members: int | None
+    held: tuple[int, ...]
+
+    @property
+    def channels(self) -> list[tuple[int, Channel]]:
+        return [(i, self.spec.channels[i]) for i in self.held]
 
     @property
     def dims(self) -> tuple[str, ...]:
@@ -44,7 +50,7 @@ class Labels:
         variables = {}
         for quantity, meaning in QUANTITIES.items():
             values = np.asarray(getattr(ledger, quantity))
-            for i, channel in enumerate(self.spec.channels):
+            for i, channel in self.channels:
                 attrs: dict[str, Any] = {"long_name": f"{meaning}: {channel.name}"}
                 column = self.fold(values[..., i])
                 if quantity == "finite":
@@ -60,7 +66,7 @@ class Labels:
     def spectra(self, spectrum: np.ndarray) -> xr.Dataset:
         """`ledger_spectrum_VARIABLE (trajectory, spectrum_step, wavenumber)` from `(batch, step, channel, shell)`."""
         plan, variables = shells(self.spec.grid), {}
-        for i, channel in enumerate(self.spec.channels):
+        for i, channel in self.channels:
             attrs = {"long_name": f"half the mean square by wavenumber shell: {channel.name}"}
             attrs |= {"units": f"({channel.unit})2"} if channel.unit else {}
             dims = (*self.dims, SPECTRUM_STEP, "wavenumber")
@@ -79,7 +85,7 @@ class Labels:
             if quantity == "finite":
                 continue
             values = np.asarray(getattr(self.initial, quantity), np.float64)
-            for i, channel in enumerate(self.spec.channels):
+            for i, channel in self.channels:
                 attrs = {"long_name": f"{QUANTITIES[quantity]} of the initial state: {channel.name}"}
                 attrs |= _units(quantity, channel)
                 variables[f"ledger_initial_{quantity}_{channel.name}"] = (self.dims, self.fold(values[:, i]), attrs)

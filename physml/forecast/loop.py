@@ -23,6 +23,7 @@ class Loop:
     """Watches, writes and saves the chunks of a rollout.
 
     Attributes:
+        held: positions of the channels that exist.
         distinct: whether no two members may be the same.
         saved: the state that the rollout goes on from; later whether one is on disk.
         watch: set by the first chunk. labels: of the ledger, too.
@@ -40,6 +41,7 @@ class Loop:
     steps: int
     store_every: int
     spectrum_every: int | None
+    held: tuple[int, ...]
     distinct: bool = True
     watch: Watchdog | None = None
     labels: Labels | None = None
@@ -76,7 +78,7 @@ class Loop:
     def _begin(self, piece: Chunk) -> None:
         bounds = Bounds.of(self.stepper, piece.initial, self.limit)
         self.watch = Watchdog(self.spec, bounds, self.names, self.store_every)
-        self.labels = Labels(self.spec, piece.initial, bounds, self.members)
+        self.labels = Labels(self.spec, piece.initial, bounds, self.members, self.held)
         if self.saved:
             self.saved.put_into(self.watch)
         elif self.spectrum_every:

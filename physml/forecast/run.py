@@ -90,7 +90,8 @@ def forecast(
         limit: standard deviations beyond the training data and the initial state that count as diverged; None or inf:
             only numbers that are not finite do.
         masked: whether NaN in the initial state, and zeros of the variable that `mask` named in training, mean cells
-            without a field; None: as in the training data.
+            without a field; None: as in the training data. True also lets `initial` lack variables, for a model of
+            several datasets of which not all had them: they are masked everywhere, and not predicted.
         overwrite: replace `out` if it exists.
         resume: "auto" continues an unfinished rollout to `out`, if there is one, and opens a finished one; "never"
             refuses to touch either.
@@ -137,7 +138,7 @@ def forecast(
         saved = resuming.load(store.folder, owner) if resume == "auto" else None
         loop = Loop(
             store, stepper.spec, stepper, names, members, owner, saved, on_divergence, limit, steps, store_every,
-            spectrum_every, distinct=not own,
+            spectrum_every, start.held, distinct=not own,
         )  # fmt: skip
         try:
             store.begin(saved.names if saved else [])
@@ -319,11 +320,13 @@ def _labels(start: Start, stored: dict[str, xr.Variable], mask, spec, labels: np
     that are kept, `labels` those of the members, if any.
     """
     missing = None if mask is None else np.asarray(mask)[:, None] == 0
-    conditions = _conditions(start.like, spec)
+    conditions, held = _conditions(start.like, spec), list(start.held)
+    own = replace(spec, channels=tuple(spec.channels[i] for i in held))
 
     def named(frames: np.ndarray, first: int) -> xr.Dataset:
+        frames = frames if len(held) == frames.shape[-1] else frames[..., held]
         leads, times = (stored[name].values[first - 1 : first - 1 + frames.shape[1]] for name in (LEAD, "time"))
-        return from_frames(frames, spec, start.like, times, leads=leads).assign_coords(conditions)
+        return from_frames(frames, own, start.like, times, leads=leads).assign_coords(conditions)
 
     def one(frames: np.ndarray, first: int) -> xr.Dataset:
         result = named(frames[..., : len(spec.channels)], first)

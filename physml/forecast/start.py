@@ -35,6 +35,7 @@ class Start:
         forcing: the prescribed fields, the same for all members; None when there are none.
         batch: trajectories. names: what messages call them.
         members: labels of the members that the initial state has; None when it has none.
+        held: positions of the channels that exist: all, or with `masked=True` those that the initial state has.
     """
 
     window: Window
@@ -46,6 +47,7 @@ class Start:
     batch: int
     names: tuple[str, ...]
     members: np.ndarray | None
+    held: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -99,11 +101,12 @@ def start_of(stepper, initial: xr.Dataset, steps: int, forcing: xr.Dataset | Non
             f"initial is a {type(initial).__name__}, but an xarray.Dataset with {list(stepper.spec.names)} was "
             "expected. Open one with physml.open_dataset, or use array.to_dataset(name=...)."
         )
-    spec = stepper.spec
-    whole, count = _history(initial, spec, stepper.history), members_of(initial, stepper)
+    spec, held = stepper.spec, _held(initial, stepper, masked)
+    own = replace(spec, channels=tuple(spec.channels[i] for i in held))
+    whole, count = _history(initial, own, stepper.history), members_of(initial, stepper)
     like = whole.isel({MEMBER: 0}, drop=True) if count else whole
-    fields = _members_as_trajectories(whole, spec) if count else whole
-    read = replace(spec, mask=None) if masked is False else with_mask_of(fields, spec)
+    fields = _members_as_trajectories(whole, own) if count else whole
+    read = replace(own, mask=None) if masked is False else with_mask_of(fields, own)
     window = _window(fields, read, stepper.history)
     if window.mask is not None and read.mask is None:
         _check_missing(window, _allows_missing(stepper, masked))
@@ -113,8 +116,8 @@ def start_of(stepper, initial: xr.Dataset, steps: int, forcing: xr.Dataset | Non
             f"has neither {spec.mask!r} nor NaN there. Give one of them, or pass masked=False "
             "(--masked no) where all cells exist."
         )
-    window = replace(window, spec=spec)
-    times = ck.clock(like, time_of(like, base_of(like, spec.names[0])))
+    window = _with_channels(window, spec, held)
+    times = ck.clock(like, time_of(like, base_of(like, own.names[0])))
     _check_clock(times, spec, stepper)
     valid = ck.after(times, steps, spec.time_step)
     window = _with_clock(window, times, valid, stepper.history)
@@ -123,7 +126,41 @@ def start_of(stepper, initial: xr.Dataset, steps: int, forcing: xr.Dataset | Non
     prescribed = _forcing(source, spec, times, valid, batch, None if forcing is None else like)
     leads = ck.lead_labels(times, steps, spec.time_step)
     members = np.asarray(whole[MEMBER].values) if count else None
-    return Start(window, like, leads, valid, ck.valid_attrs(times), prescribed, batch, _names(like, batch), members)
+    return Start(
+        window, like, leads, valid, ck.valid_attrs(times), prescribed, batch, _names(like, batch), members, held
+    )
+
+
+def _held(initial: xr.Dataset, stepper, masked: bool | None) -> tuple[int, ...]:
+    """The channels that `initial` has. Raises DataError where it lacks one, unless `masked` allows that."""
+    names = stepper.spec.names
+    there = [base_of(initial, name) is not None for name in names]
+    if all(there) or not stepper.history:
+        return tuple(range(len(names)))
+    if masked and any(there):
+        return tuple(i for i, has in enumerate(there) if has)
+    absent = there.index(False)
+    error = missing_variable(initial, names[absent])
+    if any(there) and np.broadcast_to(_allows_missing(stepper, masked), len(names))[absent]:
+        raise DataError(
+            f"{error} Where that field does not exist, as in parts of a mixture of datasets, pass masked=True "
+            "(--masked yes)."
+        )
+    raise error
+
+
+def _with_channels(window: Window, spec: Spec, held: tuple[int, ...]) -> Window:
+    """A window of the `held` channels with all those of `spec`: the others are 0, and masked."""
+    if len(held) == len(spec.channels):
+        return replace(window, spec=spec)
+
+    def spread(array):
+        result = np.zeros((*array.shape[:-1], len(spec.channels)), np.float32)
+        result[..., held] = array
+        return result
+
+    mask = np.ones_like(window.frames[:, 0]) if window.mask is None else window.mask
+    return replace(window, frames=spread(window.frames), mask=spread(mask), spec=spec)
 
 
 def members_of(initial: xr.Dataset, stepper) -> int | None:

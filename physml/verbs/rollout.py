@@ -34,7 +34,7 @@ class Rollout(Common):
     """Dataset of prescribed fields over the forecast, when they are not in --initial."""
     masked: Literal["auto", "yes", "no"] = "auto"
     """Whether NaN at the start, and zeros of the mask of training, mean cells without a field; auto: as in the training
-    data."""
+    data. yes also lets --initial lack variables, as parts of a mixture may."""
     chunk: int | None = None
     """Frames held in memory at once."""
     seed: int = 0

@@ -12,7 +12,7 @@ forecasts. Written to --out: scores.csv, a row per arm and seed; figure.png, cor
 Expect the refiner's correlation with the truth to stay above 0.8 for 1.1 times as long as that of `mse` (aim: 1.15,
 with --gpu 1.25; published about 100 against 75 time units), and its error energy above half the Nyquist wavenumber to
 be a tenth or less. The refiner needs the longer training of the two: after 5000 updates the ratio is 1.03. A run
-that was interrupted goes on when it is started again.
+that was interrupted goes on when it is started again. --true-from 32 says what perfect modes from 32 on would be worth.
 """
 
 import argparse
@@ -168,6 +168,22 @@ def predictability(stepper, test, leads: int, members: int, seed: int) -> dict:
     }
 
 
+def time_with_true_scales(stepper, test, leads: int, first: int, seed: int) -> float:
+    """The correlation time if the modes from number `first` on were those of the truth after every step."""
+    window = first_states(test, leads)
+    truth, frame = np.asarray(window.frames[:, 1:]), window.frames[:, :1]
+    measure, correlations = Measure.of(window.spec), []
+    for lead in range(leads):
+        start = replace(window, frames=frame, times=window.times[:, lead : lead + 2])
+        keys = jax.random.split(jax.random.fold_in(jax.random.key(seed), lead), 1)
+        modes = np.fft.rfft(np.asarray(ensemble(stepper, start, 1, keys)[0]), axis=2)
+        modes[:, :, first:] = np.fft.rfft(truth[:, lead : lead + 1], axis=2)[:, :, first:]
+        frame = np.fft.irfft(modes, truth.shape[2], axis=2).astype(np.float32)
+        correlations.append(np.mean(pearson(frame, truth[:, lead : lead + 1], measure)[0]))
+    times = np.arange(1, leads + 1) * TIME_STEP
+    return float(high_correlation_time(np.array(correlations), times, (THRESHOLD,))[0][0])
+
+
 def figure(results: dict, times, wavenumbers, path: Path) -> None:
     """Correlation by lead time and error spectrum of one step, a line per arm (mean over seeds)."""
     from physml.report.drawing import COLORS, new_figure
@@ -218,6 +234,8 @@ def main(given) -> dict:
                 continue
             row = {"parameters": parameter_count(stepper), "training_seconds": seconds}
             row |= score(stepper, test, size.leads, seed)
+            for first in given.true_from:
+                row[f"time_true_from_{first}"] = time_with_true_scales(stepper, test, size.leads, first, seed)
             if name == "refiner" and given.members:
                 row |= predictability(stepper, test, size.leads, given.members, seed)
             results[name].append({"arm": name, "seed": seed, **row})
@@ -281,5 +299,9 @@ if __name__ == "__main__":
     parser.add_argument("--minimum", type=float, help="RefinerConfig.minimum")
     parser.add_argument("--refinements", type=int, default=3, help="K")
     parser.add_argument("--members", type=int, default=8, help="samples of the refiner's ensemble; 0: none")
+    parser.add_argument(
+        "--true-from", nargs="+", type=int, default=[], metavar="MODE",
+        help="also the correlation times with all modes from this number on taken from the truth after every step",
+    )  # fmt: skip
     parser.add_argument("--out", type=Path, help="folder of the results; runs/ks_refiner_POINTS_UPDATES")
     main(parser.parse_args())

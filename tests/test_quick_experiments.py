@@ -21,8 +21,9 @@ RUNS = {
     "drift": ("--quick --models FNO --out out", rf"\| FNO \| height \| {NUMBER} \|"),
     "invariance": ("--quick --out out", rf"solver, finite volumes +{NUMBER}", rf"the same, 64 bits +{NUMBER}"),
     "ks_refiner": (
-        "--arms mse refiner --updates 8 --batch 4 --trajectories 2 --tests 4 --leads 4 --members 2 --out out",
-        rf"\nmse +{NUMBER}", rf"\nrefiner .* {NUMBER}\n",
+        "--arms mse refiner --updates 8 --batch 4 --trajectories 2 --tests 4 --leads 4 --members 2 --true-from 8 "
+        "--out out",
+        rf"\nmse +{NUMBER}", rf"\nrefiner .* {NUMBER}\n", rf"time_true_from_8={NUMBER}",
     ),
     "sinenet": ("--quick --arms periodic zero --folder out", rf"zero / periodic +{NUMBER}"),
     "temporal_stencil": ("--quick --folder out", rf"temporal stencil / learned interpolation: {NUMBER}"),

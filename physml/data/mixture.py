@@ -174,12 +174,7 @@ class Mixture:
         positions = self._positions[name]
 
         def spread(group: str, values) -> np.ndarray:
-            values, size = np.asarray(values), len(getattr(self.spec, group))
-            if positions[group] == list(range(size)):
-                return values
-            result = np.zeros((*values.shape[:-1], size), values.dtype)
-            result[..., positions[group]] = values
-            return result
+            return spread_channels(np.asarray(values), positions[group], len(getattr(self.spec, group)))
 
         batched = window.times.ndim == 2
         shape = (*window.frames.shape[: int(batched)], *window.frames.shape[1 + int(batched) :])
@@ -193,6 +188,15 @@ class Mixture:
             static=spread("static", window.static),
             spec=self.spec,
         )
+
+
+def spread_channels(values: np.ndarray, positions: list[int], count: int) -> np.ndarray:
+    """The channels of `values (..., channel)` at their positions among `count`; the others are 0."""
+    if positions == list(range(count)):
+        return values
+    result = np.zeros((*values.shape[:-1], count), values.dtype)
+    result[..., positions] = values
+    return result
 
 
 def union(specs: Mapping[str, Spec], same_time_step: bool = True) -> Spec:

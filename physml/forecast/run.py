@@ -321,12 +321,11 @@ def _labels(start: Start, stored: dict[str, xr.Variable], mask, spec, labels: np
     """
     missing = None if mask is None else np.asarray(mask)[:, None] == 0
     conditions, held = _conditions(start.like, spec), list(start.held)
-    own = replace(spec, channels=tuple(spec.channels[i] for i in held))
 
     def named(frames: np.ndarray, first: int) -> xr.Dataset:
         frames = frames if len(held) == frames.shape[-1] else frames[..., held]
         leads, times = (stored[name].values[first - 1 : first - 1 + frames.shape[1]] for name in (LEAD, "time"))
-        return from_frames(frames, own, start.like, times, leads=leads).assign_coords(conditions)
+        return from_frames(frames, start.own, start.like, times, leads=leads).assign_coords(conditions)
 
     def one(frames: np.ndarray, first: int) -> xr.Dataset:
         result = named(frames[..., : len(spec.channels)], first)

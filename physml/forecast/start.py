@@ -12,6 +12,7 @@ from physml.data import axes as ax
 from physml.data import clock as ck
 from physml.data.channels import base_of, missing_variable, time_of
 from physml.data.labelled import to_window, with_mask_of
+from physml.data.mixture import spread_channels
 from physml.data.reader import Reader, lengths_of, without_lengths
 from physml.errors import ConfigError, DataError, SpecError
 from physml.fields import Channel, Spec, Window
@@ -48,6 +49,11 @@ class Start:
     names: tuple[str, ...]
     members: np.ndarray | None
     held: tuple[int, ...]
+
+    @property
+    def own(self) -> Spec:
+        """That of the channels that exist."""
+        return _of_channels(self.window.spec, self.held)
 
 
 @dataclass(frozen=True)
@@ -102,7 +108,7 @@ def start_of(stepper, initial: xr.Dataset, steps: int, forcing: xr.Dataset | Non
             "expected. Open one with physml.open_dataset, or use array.to_dataset(name=...)."
         )
     spec, held = stepper.spec, _held(initial, stepper, masked)
-    own = replace(spec, channels=tuple(spec.channels[i] for i in held))
+    own = _of_channels(spec, held)
     whole, count = _history(initial, own, stepper.history), members_of(initial, stepper)
     like = whole.isel({MEMBER: 0}, drop=True) if count else whole
     fields = _members_as_trajectories(whole, own) if count else whole
@@ -149,18 +155,17 @@ def _held(initial: xr.Dataset, stepper, masked: bool | None) -> tuple[int, ...]:
     raise error
 
 
+def _of_channels(spec: Spec, held: tuple[int, ...]) -> Spec:
+    return replace(spec, channels=tuple(spec.channels[i] for i in held))
+
+
 def _with_channels(window: Window, spec: Spec, held: tuple[int, ...]) -> Window:
     """A window of the `held` channels with all those of `spec`: the others are 0, and masked."""
     if len(held) == len(spec.channels):
         return replace(window, spec=spec)
-
-    def spread(array):
-        result = np.zeros((*array.shape[:-1], len(spec.channels)), np.float32)
-        result[..., held] = array
-        return result
-
     mask = np.ones_like(window.frames[:, 0]) if window.mask is None else window.mask
-    return replace(window, frames=spread(window.frames), mask=spread(mask), spec=spec)
+    frames, mask = (spread_channels(array, list(held), len(spec.channels)) for array in (window.frames, mask))
+    return replace(window, frames=frames, mask=mask, spec=spec)
 
 
 def members_of(initial: xr.Dataset, stepper) -> int | None:

@@ -10,10 +10,14 @@ import physml
 from physml import solvers
 from physml.constraints import CONSTRAINTS
 from physml.data.generate import generate
+from physml.fields import Axis, Channel, Grid, Spec
 from physml.models import MODELS
+from physml.models.conv_net import ConvNetConfig
+from physml.normalize import Normalizer
 from physml.objectives import OBJECTIVES
 from physml.solvers import SOLVERS, make_solver
-from physml.steppers import FLOORS, STEPPERS
+from physml.steppers import FLOORS, STEPPERS, ResidualConfig
+from physml.steppers.describe import build_stepper
 
 ROOT = Path(__file__).parents[1]
 SMALL = {"solver_points": 32, "substeps": 4, "warmup": 0.0, "precision": "float32"}
@@ -72,6 +76,22 @@ def test_the_laws_of_the_docs_can_be_built():
         exec(compile(block, "docs/conservation.md", "exec"), names)
     assert {kind.__name__ for kind in CONSTRAINTS.values()} <= set(re.findall(r"\w+", text))
     np.testing.assert_allclose(np.trapezoid(names["mean"], np.linspace(0, 1, 201)), 0.8, rtol=1e-6)
+
+
+def test_the_derivatives_of_the_docs():
+    """Of a rollout of convolutions, whose tangents have the gradient as their adjoint."""
+    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/rollouts.md").read_text(), re.DOTALL)
+    spec = Spec(Grid((Axis.uniform("x", 12),)), (Channel("u"),))
+    stepper = build_stepper(ResidualConfig(), ConvNetConfig(width=4, depth=1), spec, Normalizer.identity(spec))
+    random = np.random.default_rng(0)
+    shapes = {"frames": (1, 1, 12, 1), "error": (1, 1, 12, 1), "weights": (1, 20, 12, 1)}
+    names = {name: random.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
+    names["stepper"] = stepper
+    exec(compile(block, "docs/rollouts.md", "exec"), names)
+    forward, backward = (np.vdot(names[a], names[b]) for a, b in (("weights", "change"), ("sensitivity", "error")))
+    np.testing.assert_allclose(forward, backward, rtol=1e-4)
+    assert names["curvature"].shape == names["frames"].shape
+    assert np.any(names["curvature"])
 
 
 @pytest.mark.parametrize("link", sorted(set(re.findall(r"\]\(([^)#]+)\)", (ROOT / "README.md").read_text()))))

@@ -3,19 +3,18 @@
 Pooling and interpolation are in `interpolation`.
 """
 
-import functools
 import itertools
 import math
 from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
 from physml.errors import ConfigError, suggest
 from physml.layers import products
+from physml.layers.correlation import Moves, correlate
 from physml.layers.pointwise import uniform
 
 # What a field is taken to be beyond its edge, and the numpy name of the padding.
@@ -119,8 +118,8 @@ class Convolution(nnx.Module):
         if not wraps and any(boundary != "zero" for boundary in self.boundaries):
             x, padding = pad_boundary(x, padding, self.boundaries), ((0, 0),) * len(padding)
         if product:
-            bias = jnp.zeros(weight.shape[-1], x.dtype) if bias is None else bias
-            return _along_axis(x, weight, bias, products.Along(*padding, wraps, self.dilation, *self.stride))
+            y = correlate(x, weight, Moves(padding, self.stride, (self.dilation,), product=True, wraps=wraps))
+            return y if bias is None else y + products.spread(bias, y)
         y = convolve(x, weight, padding, self.dilation, self.stride, self.groups)
         return y if bias is None else y + bias
 
@@ -201,177 +200,9 @@ def convolve(
     stride: int | Sequence[int] = 1,
     groups: int = 1,
 ) -> Float[Array, "batch *places outputs"]:
-    """Cross-correlation with zero padding; kernel points `dilation` cells apart, results `stride` cells apart.
-
-    On CPUs the gradients are written as convolutions with batch first and channels last: XLA rewrites others into that
-    order only outside loops, and inside a `lax.scan` they ran 37 times slower (86 times with stride 2). Convolutions in
-    groups, which XLA computes there one number at a time, are one convolution for each group, or where every channel
-    is its own group a sum over shifted fields. So are those that `jax.vmap` makes of several kernels: one for each.
-    """
+    """Cross-correlation with zero padding; kernel points `dilation` cells apart, results `stride` cells apart."""
     ndim = x.ndim - 2
     stride = per_axis(stride, ndim)
     if groups == 1 and set(weight.shape[:-2]) == set(stride) == {1} and not any(map(any, padding)):
         return jnp.matmul(x, weight.reshape(weight.shape[-2:]))
-    return _with_gradients(x, weight, tuple(map(tuple, padding)), dilation, stride, groups)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4, 5))
-def _with_gradients(x, weight, padding, dilation, stride, groups):
-    plain = functools.partial(_plain, padding=padding, dilation=dilation, stride=stride, groups=groups)
-    if _is_depthwise(weight, stride, groups):
-        parts = functools.partial(_shifted_sum, padding=padding, dilation=dilation)
-    else:
-        one = _by_member(functools.partial(_plain, padding=padding, dilation=dilation, stride=stride))
-        parts = one if groups == 1 else functools.partial(_by_group, groups, one)
-    return jax.lax.platform_dependent(x, weight, cpu=parts, default=plain)
-
-
-def _forward(x, weight, *options):
-    return _with_gradients(x, weight, *options), (x, weight)
-
-
-def _backward(padding, dilation, stride, groups, saved, gradient):
-    def native(x, weight, gradient):
-        plain = functools.partial(_plain, padding=padding, dilation=dilation, stride=stride, groups=groups)
-        return jax.vjp(plain, x, weight)[1](gradient)
-
-    def canonical(x, weight, gradient):
-        if _is_depthwise(weight, stride, groups):
-            return _depthwise_gradients(x, weight, gradient, padding, dilation)
-        one = _by_member(functools.partial(_canonical_gradients, padding=padding, dilation=dilation, stride=stride))
-        return one(x, weight, gradient) if groups == 1 else _by_group(groups, one, x, weight, gradient)
-
-    return jax.lax.platform_dependent(*saved, gradient, cpu=canonical, default=native)
-
-
-_with_gradients.defvjp(_forward, _backward)
-
-
-def _plain(x, weight, *, padding, dilation=1, stride=1, groups=1, spread=1):
-    """`spread` puts zeros between the cells of `x`."""
-    ndim = x.ndim - 2
-    space = "DHW"[3 - ndim :]
-    return jax.lax.conv_general_dilated(
-        x, weight, per_axis(stride, ndim), padding, lhs_dilation=per_axis(spread, ndim),
-        rhs_dilation=per_axis(dilation, ndim), dimension_numbers=(f"N{space}C", f"{space}IO", f"N{space}C"),
-        feature_group_count=groups,
-    )  # fmt: skip
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _along_axis(x, weight, bias, along: products.Along):
-    """Along one axis, with a bias: products of matrices on CPUs (see `products`), a convolution elsewhere."""
-    parts = _by_member(functools.partial(products.convolve_product, along=along))
-    return jax.lax.platform_dependent(x, weight, bias, cpu=parts, default=functools.partial(_padded, along=along))
-
-
-def _along_axis_forward(x, weight, bias, along):
-    return _along_axis(x, weight, bias, along), (x, weight)
-
-
-def _along_axis_backward(along, saved, gradient):
-    def native(x, weight, gradient):
-        bias = jnp.zeros(weight.shape[-1], weight.dtype)
-        return jax.vjp(functools.partial(_padded, along=along), x, weight, bias)[1](gradient)
-
-    parts = _by_member(functools.partial(products.product_gradients, along=along))
-    return jax.lax.platform_dependent(*saved, gradient, cpu=parts, default=native)
-
-
-_along_axis.defvjp(_along_axis_forward, _along_axis_backward)
-
-
-def _padded(x, weight, bias, *, along: products.Along):
-    padding = along.padding
-    if along.wraps:
-        x, padding = pad_boundary(x, [padding], ["periodic"]), (0, 0)
-    return _plain(x, weight, padding=(padding,), dilation=along.dilation, stride=along.stride) + bias
-
-
-def _by_member(function):
-    """`function` of fields, a kernel and more, mapped by `jax.vmap` one member after the other.
-
-    Where members differ in their fields alone, they are one batch.
-    """
-    mapped = jax.custom_batching.custom_vmap(function)
-
-    @mapped.def_vmap
-    def of_members(size: int, batched: list[bool], *arrays):
-        if batched[0] and not any(batched[1:]):
-            fields, *others = arrays
-            together = mapped(fields.reshape(-1, *fields.shape[2:]), *others)
-            return together.reshape(size, -1, *together.shape[1:]), True
-        members = [mapped(*(a[i] if b else a for a, b in zip(arrays, batched, strict=True))) for i in range(size)]
-        stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *members)
-        return stacked, jax.tree.map(lambda _: True, stacked)
-
-    return mapped
-
-
-def _by_group(groups: int, function, *arrays):
-    """`function` of each part of the channels (outputs, for weights); the parts of its results put together."""
-    parts = zip(*(jnp.split(array, groups, axis=-1) for array in arrays), strict=True)
-    results = [function(*part) for part in parts]
-    return jax.tree.map(lambda *leaves: jnp.concatenate(leaves, axis=-1), *results)
-
-
-def _canonical_gradients(x, weight, gradient, *, padding, dilation, stride):
-    """Gradients of x and weight, both by convolutions in the order batch, space, channel."""
-    ends_x, ends_weight = [], []
-    sizes = zip(x.shape[1:-1], gradient.shape[1:-1], weight.shape[:-2], padding, stride, strict=True)
-    for points, places, taps, (low, _), step in sizes:
-        reach, last = dilation * (taps - 1), (places - 1) * step
-        ends_x.append((reach - low, points - 1 - last + low))
-        ends_weight.append((low, reach + last + 1 - points - low))
-    flipped = jnp.flip(weight, tuple(range(x.ndim - 2))).swapaxes(-1, -2)
-    of_x = _plain(gradient, flipped, padding=ends_x, dilation=dilation, spread=stride)
-    # The weight's gradient correlates input with gradient, batch and channels in each other's place.
-    by_channel, kernel = jnp.swapaxes(x, 0, -1), jnp.moveaxis(gradient, 0, -2)
-    of_weight = _plain(by_channel, kernel, padding=ends_weight, dilation=stride, stride=dilation)
-    return of_x, jnp.moveaxis(of_weight, 0, -2)
-
-
-MAXIMAL_TAPS = 128  # of a depthwise kernel that is unrolled
-
-
-def _is_depthwise(weight, stride, groups: int) -> bool:
-    """Whether every channel has a kernel of its own, of a size that can be unrolled."""
-    taps = math.prod(weight.shape[:-2])
-    return groups > 1 and weight.shape[-2:] == (1, groups) and set(stride) == {1} and taps <= MAXIMAL_TAPS
-
-
-def _shifts(weight, dilation: int) -> list[tuple[int, ...]]:
-    """Where each kernel point lies, in cells, in the order of a flattened kernel."""
-    return [tuple(dilation * i for i in index) for index in np.ndindex(*weight.shape[:-2])]
-
-
-def _shifted_sum(x, weight, padding, dilation):
-    """Depthwise convolution as a sum over shifted fields, which XLA fuses into one pass; sums are float32."""
-    x = jax.lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), *((low, high, 0) for low, high in padding), (0, 0, 0)])
-    wide = jnp.promote_types(x.dtype, jnp.float32)
-    kernel = weight.astype(wide).reshape(-1, weight.shape[-1])
-    reach = [dilation * (taps - 1) for taps in weight.shape[:-2]]
-    places = [points - lost for points, lost in zip(x.shape[1:-1], reach, strict=True)]
-    total = 0.0
-    for shift, factors in zip(_shifts(weight, dilation), kernel, strict=True):
-        total += x[:, *map(slice, shift, map(sum, zip(shift, places)))].astype(wide) * factors
-    return total.astype(x.dtype)
-
-
-def _depthwise_gradients(x, weight, gradient, padding, dilation):
-    reach = [dilation * (taps - 1) for taps in weight.shape[:-2]]
-    opposite = [(all_ - low, all_ - high) for all_, (low, high) in zip(reach, padding, strict=True)]
-    flipped = jnp.flip(weight, tuple(range(x.ndim - 2)))
-    of_x = _shifted_sum(gradient, flipped, opposite, dilation)
-    padded = jax.lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), *((low, high, 0) for low, high in padding), (0, 0, 0)])
-    space, wide = tuple(range(1, x.ndim - 1)), jnp.promote_types(x.dtype, jnp.float32)
-
-    def tap(_, shift):
-        start = (0, *shift, 0)
-        moved = jax.lax.dynamic_slice(padded, [jnp.asarray(i, jnp.int32) for i in start], gradient.shape)
-        return None, (moved.astype(wide) * gradient.astype(wide)).sum(space)
-
-    # One tap after the other: together, XLA would read both fields once for each number it sums up. The sum over the
-    # batch waits until the end, so that a batch split over devices is summed once.
-    each = jax.lax.scan(tap, None, np.asarray(_shifts(weight, dilation), np.int32))[1]
-    return of_x, each.sum(1).reshape(weight.shape).astype(weight.dtype)
+    return correlate(x, weight, Moves(tuple(map(tuple, padding)), stride, (dilation,) * ndim, groups))

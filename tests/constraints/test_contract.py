@@ -81,6 +81,33 @@ def test_gradients_are_finite_in_float32(name):
     assert bool((gradient != 0).any())
 
 
+@pytest.mark.slow
+def test_tangents_and_second_derivatives(name):
+    """The tangent is the adjoint of the gradient, and products with the Hessian are symmetric."""
+    project, _, frame, previous, around = prepared(name)
+    random = np.random.default_rng(5)
+    first, second, weights = (random.normal(size=frame.shape).astype(np.float32) for _ in range(3))
+
+    @jax.jit
+    def derive(frame):
+        tangent = jax.jvp(lambda f: project(f, previous, around), (frame,), (first,))[1]
+        pulled = jax.vjp(lambda f: project(f, previous, around), frame)[1](jnp.asarray(weights))[0]
+        slope = jax.grad(lambda f: jnp.sum(weights * project(f, previous, around) ** 2))
+        along = [jax.jvp(slope, (frame,), (direction,))[1] for direction in (first, second)]
+        return (
+            jnp.vdot(weights, tangent),
+            jnp.vdot(pulled, first),
+            jnp.vdot(along[0], second),
+            jnp.vdot(along[1], first),
+        )
+
+    forward, backward, one, other = derive(jnp.asarray(frame))
+    scale = float(np.linalg.norm(weights) * np.linalg.norm(first))
+    np.testing.assert_allclose(backward, forward, atol=1e-5 * scale)
+    np.testing.assert_allclose(other, one, atol=1e-4 * scale)
+    assert one
+
+
 def test_sharded_is_unsharded(name):
     """And no sample leaves its device."""
     project, _, frame, previous, around = prepared(name)

@@ -124,6 +124,15 @@ def test_one_program_of_a_product_for_batches_of_any_size():
     assert all(not leaf.any() for leaf in jax.tree.leaves(gradients))
 
 
+@pytest.mark.parametrize("platform", ["cuda", "tpu"])
+def test_products_are_for_cpus_alone(platform):
+    graph, params = nnx.split(convolution.Convolution(2, 3, 3, ["periodic"], rngs=nnx.Rngs(0)))
+    graded = jax.jit(jax.grad(lambda params, x: jnp.sin(nnx.merge(graph, params)(x)).sum(), (0, 1)))
+    text = jax.export.export(graded, platforms=[platform])(params, jnp.zeros((2, 9, 2))).mlir_module()
+    assert text.count("stablehlo.convolution") == 3
+    assert "stablehlo.dot_general" not in text
+
+
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="products are for CPUs")
 @pytest.mark.parametrize(
     ("width", "points", "dtype", "product"),

@@ -82,6 +82,28 @@ def test_written_gradient_of_attention_is_the_derived_one(mask):
         assert_allclose(ours, derived, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("mask", [True, False])
+def test_tangents_and_curvatures_of_attention_are_the_derived_ones(mask):
+    """Mapped over two directions, too."""
+    *arrays, hidden = case(mask)
+    random = np.random.default_rng(2)
+    directions = [random.standard_normal((2, *array.shape)).astype(np.float32) for array in arrays]
+
+    def derive(attention):
+        def loss(*arrays):
+            return jnp.sum(jnp.sin(attention(*arrays, hidden)))
+
+        def along(*directions):
+            tangent = jax.jvp(lambda *arrays: attention(*arrays, hidden), arrays, directions)[1]
+            return tangent, jax.jvp(jax.grad(loss, range(5)), arrays, directions)[1]
+
+        return jax.jit(jax.vmap(along))(*directions)
+
+    arrays = tuple(jnp.asarray(array, jnp.float32) for array in arrays)
+    for ours, derived in zip(*(jax.tree.leaves(derive(f)) for f in (attend, plain)), strict=True):
+        assert_allclose(ours, derived, rtol=1e-3, atol=1e-4 * np.abs(derived).max())
+
+
 def test_dropped_weights_count_nothing():
     *arrays, hidden = case()
     ones = jnp.ones((2, 3, 2, 5, 5))

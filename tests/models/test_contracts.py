@@ -423,6 +423,51 @@ def test_what_is_evaluated_is_what_is_differentiated(row):
     np.testing.assert_allclose(np.sum(gradient * direction), secant, rtol=0.02)
 
 
+@few_cases
+def test_tangents_and_second_derivatives(row):
+    """What tangent-linear models and Newton's methods need, by parameters, fields and scalars together: the tangent is
+    the adjoint of the gradient, and the Hessian is symmetric and the same forward and backward over backward."""
+    fields, scalars = row.inputs()
+    weights = np.random.default_rng(1).standard_normal((*fields.shape[:-1], OUTPUTS)).astype(np.float32)
+    graph, params, rest = nnx.split(shaken(row.build()), nnx.Param, ...)
+    at = (params, fields, scalars)
+    first, second = (_random_like(at, seed) for seed in (2, 3))
+
+    def predict(at):
+        return nnx.merge(graph, at[0], rest)(*at[1:])
+
+    def slope(at):
+        return jax.grad(lambda at: jnp.sum(weights * predict(at) ** 2))(at)
+
+    @jax.jit
+    def derive(at, first, second):
+        tangent = jax.jvp(predict, (at,), (first,))[1]
+        pulled = jax.vjp(predict, at)[1](jnp.asarray(weights))[0]
+        forward = [jax.jvp(slope, (at,), (direction,))[1] for direction in (first, second)]
+        backward = jax.grad(lambda at: _dot(slope(at), first))(at)
+        lengths = jnp.sqrt(_dot(forward[0], forward[0]) * _dot(second, second))
+        return (
+            (jnp.vdot(weights, tangent), _dot(pulled, first)),
+            (_dot(forward[0], second), _dot(forward[1], first), _dot(backward, second)),
+            jnp.linalg.norm(weights) * jnp.linalg.norm(tangent), lengths,
+        )  # fmt: skip
+
+    paired, curvatures, of_tangent, of_curvature = derive(at, first, second)
+    assert of_tangent > 0
+    assert of_curvature > 0
+    np.testing.assert_allclose(paired[1], paired[0], atol=1e-5 * float(of_tangent))
+    np.testing.assert_allclose(curvatures[1:], curvatures[0], atol=1e-4 * float(of_curvature))
+
+
+def _random_like(tree, seed: int):
+    random = np.random.default_rng(seed)
+    return jax.tree.map(lambda leaf: random.standard_normal(leaf.shape).astype(leaf.dtype), tree)
+
+
+def _dot(a, b):
+    return sum(jnp.vdot(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
+
+
 @over(ROWS | VARIANTS)
 def test_decay_of_matrices_spares_vectors(row):
     """Those of equal blocks too, which have a leading axis, one more for every `Stack` that they are in."""

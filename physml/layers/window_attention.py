@@ -246,7 +246,8 @@ def _weights(query, key, scale, bias, mask):
     shift = bias if mask is None else bias + mask[:, None].astype(bias.dtype)
     # Scaled after the product: cosines times 100 are where float32 loses most.
     scores = jnp.matmul(query, _turned(key), preferred_element_type=_wide(query)) * scale + shift
-    weights = jnp.exp(scores - scores.max(axis=-1, keepdims=True))
+    # Any shift gives the same softmax; differentiated, the largest would be looked for among scores computed anew.
+    weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True)))
     return weights, weights.sum(axis=-1, keepdims=True)
 
 
